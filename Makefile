@@ -1,0 +1,42 @@
+# make demo   trains the network of examples/digits_lightning.py and draws its kernels
+# make test   runs the tests
+# make check  runs lint, types and tests: all that a change must pass
+#
+# Each makes the virtual environment it needs; the second time it is there already.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/
+INSTALL := $(RUN)python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint types check build clean
+
+demo: $(VENV)/.examples
+	$(RUN)python examples/digits_lightning.py
+
+test: $(VENV)/.test
+	$(RUN)python -m pytest
+
+lint: $(VENV)/.test
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+
+types: $(VENV)/.test
+	$(RUN)mypy
+
+check: lint types test
+
+build: $(VENV)/.test
+	$(RUN)python -m build
+
+# A stamp a set of dependencies, renewed when what it is made from changes.
+$(VENV)/.examples $(VENV)/.test: $(VENV)/.%: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) --editable ".[$*]"
+	@touch $@
+
+# `.test` installs more than `.examples`, never less: where both are due, one after the other.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage outputs

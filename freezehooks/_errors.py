@@ -1,0 +1,74 @@
+"""What can go wrong: one small tree of exceptions, each also the builtin that fits it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class FreezeError(Exception):
+    """Base of every error that freezehooks raises.
+
+    Args:
+        fact: What was found and what was expected.
+        advice: What to do next; may be empty.
+    """
+
+    def __init__(self, fact: str, advice: str = "") -> None:
+        super().__init__(fact, advice)
+        self.fact = fact
+        self.advice = advice
+
+    def __str__(self) -> str:
+        return f"{self.fact}; {self.advice}" if self.advice else self.fact
+
+    def within(self, context: str, detail: str = "") -> Self:
+        """Return the same error with `context` before its fact and `detail` in parentheses behind it."""
+        behind = f" ({detail})" if detail else ""
+        return type(self)(f"{context}: {self.fact}{behind}", self.advice)
+
+
+class RuleSyntaxError(FreezeError, ValueError):
+    """Text that is no rule; the message names the column."""
+
+
+class SpecError(FreezeError, TypeError):
+    """An argument of a kind that cannot be understood as rules, a region, a value or a handle."""
+
+
+class TargetError(FreezeError, KeyError):
+    """A target that names no parameter of the model."""
+
+
+class RegionError(FreezeError, ValueError):
+    """A region that does not fit the parameter, or selects nothing of it."""
+
+
+class FrozenValueError(FreezeError, ValueError):
+    """A value that does not fit the region's shape or the parameter's dtype."""
+
+
+class RuleConflictError(FreezeError, ValueError):
+    """Two rules that ask for different values at the same entry."""
+
+
+class UnsupportedParameterError(FreezeError, TypeError):
+    """A parameter whose entries no mechanism here can hold."""
+
+
+class OptimizerMismatchError(FreezeError, ValueError):
+    """An optimizer that holds none of the frozen parameters."""
+
+
+class ParameterChangedError(FreezeError, RuntimeError):
+    """A frozen parameter that has since been removed, or replaced by one of another shape."""
+
+
+class StateMismatchError(FreezeError, RuntimeError):
+    """A saved state made under other rules, or for another model."""
+
+
+class DriftError(FreezeError, RuntimeError):
+    """Frozen entries that no longer hold their values."""

@@ -1,0 +1,327 @@
+"""The frozen entries of one parameter: hold the values, impose, zero a gradient, find violations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._errors import FrozenValueError, ParameterChangedError, RuleConflictError, SpecError
+from ._expressions import Index, Pattern
+from ._places import Places, bits
+from ._regions import kernel_center, positions, select
+from ._rules import Keep, Rule
+
+
+class Piece:
+    """What one rule freezes of one parameter.
+
+    Attributes:
+        rule: The rule, as it was given.
+        places: Where its entries lie.
+    """
+
+    def __init__(self, rule: Rule, places: Places, source: float | Tensor) -> None:
+        self.rule = rule
+        self.places = places
+        self._source = source
+        self._cast: Tensor | None = None
+
+    @staticmethod
+    def resolve(rule: Rule, parameter: Tensor) -> Piece:
+        """Work out where and at what `rule` holds `parameter`, without changing it.
+
+        Raises:
+            RegionError: The region does not fit the parameter, or selects nothing of it.
+            FrozenValueError: The value does not fit the region or the dtype.
+            SpecError: The region or the value is of a kind that cannot be understood.
+        """
+        frozen = torch.empty_like(parameter, dtype=torch.bool, requires_grad=False)
+        places = Places.of(frozen.copy_(select(rule.region, parameter)))
+        return Piece(rule, places, _source(rule, places, parameter.detach()))
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the value is whatever the entries held when they were frozen, or loaded since."""
+        return self.rule.value is Keep.KEEP
+
+    def recapture(self, parameter: Tensor) -> None:
+        """Make what the entries hold now the value to keep."""
+        self._source, self._cast = self.places.read(parameter.data), None
+
+    def impose_(self, tensor: Tensor) -> None:
+        """Write the value into the frozen entries of a tensor of the parameter's shape."""
+        if isinstance(self._source, float):
+            self.places.fill_(tensor, self._source)
+        else:
+            self.places.write_(tensor, self._values_like(tensor))
+
+    def _values_like(self, tensor: Tensor) -> Tensor:
+        """Return the values in the tensor's dtype, rounded once from those first given, and on its device."""
+        if self._cast is None or self._cast.dtype != tensor.dtype or self._cast.device != tensor.device:
+            self._cast = torch.as_tensor(self._source).to(tensor.device, tensor.dtype)
+        return self._cast
+
+    def state(self, shape: torch.Size) -> dict[str, Any]:
+        """Return plain tensors and builtins from which `from_state` makes the same piece."""
+        source = self._source if isinstance(self._source, float) else self._source.clone()
+        return {"places": self.places.state(shape), "value": source}
+
+    @staticmethod
+    def from_state(rule: Rule, state: dict[str, Any], parameter: Tensor) -> Piece:
+        """Return the piece that `state` wrote down, now for `rule` and `parameter`."""
+        places = Places.from_state(state["places"], parameter.shape)
+        source = state["value"]
+        piece = Piece(rule, places, source if isinstance(source, float) else source.detach().clone())
+        piece.impose_(parameter.detach().clone())
+        return piece
+
+    def agrees(self, other: Piece, parameter: Tensor) -> bool:
+        """Return whether another piece of the same rule lies where, and holds what, the rule's own tensors say.
+
+        Where the region was chosen by numbers, or the value is `keep`, the other piece may differ.
+        """
+        mine, its = (piece.places.frozen(parameter.shape, parameter.device) for piece in (self, other))
+        if not bool((mine == its).all()):
+            return not isinstance(self.rule.region, Tensor | Index)
+        blank = torch.zeros_like(parameter.detach())
+        self.impose_(blank)
+        other_blank = torch.zeros_like(blank)
+        other.impose_(other_blank)
+        return self.keeps or not bool(_differ(blank, other_blank).any())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"rule": self.rule, "places": self.places, "_source": self._source, "_cast": None}
+
+
+def _source(rule: Rule, places: Places, parameter: Tensor) -> float | Tensor:
+    """Return the value of a rule: a number, or a tensor in the places' own shape."""
+    value = rule.value
+    if value is Keep.KEEP:
+        return places.read(parameter)
+    if isinstance(value, float):
+        _check_finite(torch.tensor(value, dtype=torch.float64), parameter)
+        return value
+    if not isinstance(value, Tensor):
+        raise SpecError(f"a value is a number, `keep` or a tensor, found {type(value).__name__}")
+    value = value.detach().to(parameter.device)
+    if value.is_complex() and not parameter.is_complex():
+        raise FrozenValueError(f"a complex value for a parameter of {parameter.dtype}", "give its real part")
+    _check_finite(value, parameter)
+    return places.read(_spread(value, rule.region, parameter))
+
+
+def _check_finite(value: Tensor, parameter: Tensor) -> None:
+    cast = value.to(parameter.dtype)
+    if not bool(cast.isfinite().all()):
+        worst = value.flatten()[(~cast.isfinite()).flatten().nonzero()[0, 0]].item()
+        raise FrozenValueError(
+            f"the value {worst:g} is not finite as {parameter.dtype}",
+            "give a value that the parameter's dtype can hold",
+        )
+
+
+def _spread(value: Tensor, region: Any, parameter: Tensor) -> Tensor:
+    """Return a tensor of the parameter's shape that holds the value's numbers inside the region."""
+    spread = torch.zeros(parameter.shape, dtype=value.dtype, device=parameter.device)
+    region = kernel_center(parameter.shape) if region == Pattern("center") else region
+    if isinstance(region, Index):
+        where = positions(region, parameter.shape).to(parameter.device)
+    else:
+        where = select(region, parameter).flatten().nonzero().flatten()
+    if _fits(value.shape, where.shape):
+        spread.view(-1)[where] = value.expand(where.shape)
+    elif value.shape == parameter.shape:
+        spread.copy_(value)
+    else:
+        raise FrozenValueError(
+            f"a value of shape {tuple(value.shape)} does not fit the region of shape {tuple(where.shape)}",
+            f"give a number, a tensor that broadcasts to the region's shape, or one of shape {tuple(parameter.shape)}",
+        )
+    return spread
+
+
+def _fits(shape: torch.Size, target: torch.Size) -> bool:
+    """Return whether a tensor of the first shape broadcasts to the second."""
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(size in (1, wanted) for size, wanted in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """Frozen entries of one parameter that do not hold their values.
+
+    Attributes:
+        name: The parameter's qualified name.
+        count: How many of its frozen entries drifted.
+        index: Where the entry lies that drifted most.
+        found: What that entry holds.
+        expected: What it should hold.
+    """
+
+    name: str
+    count: int
+    index: tuple[int, ...]
+    found: Any
+    expected: Any
+
+    def __str__(self) -> str:
+        place = ", ".join(map(str, self.index))
+        return (
+            f"`{self.name}[{place}]` holds {self.found!r} instead of {self.expected!r} ({self.count} entries drifted)"
+        )
+
+
+class FrozenPart:
+    """The frozen entries of one parameter, and the values they are held at.
+
+    It knows the parameter's shape but not the parameter, so that a copy of a model and its copied parts never reach
+    back into the original.
+
+    Attributes:
+        name: The parameter's qualified name; the first one of a tied parameter.
+        names: All of its names.
+        shape: The parameter's shape.
+        pieces: What each rule freezes of it, in the order of the rules.
+    """
+
+    def __init__(self, names: list[str], parameter: Tensor, pieces: list[Piece]) -> None:
+        self.name = names[0]
+        self.names = tuple(names)
+        self.shape = parameter.shape
+        self.pieces = pieces
+        self._like = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        self._check_agreement()
+        self.frozen_count = int(self.frozen.sum())
+
+    def _check_agreement(self) -> None:
+        imposed = self._blank()
+        seen = torch.zeros(self.shape, dtype=torch.bool, device=imposed.device)
+        for n, piece in enumerate(self.pieces if len(self.pieces) > 1 else ()):
+            before = imposed.clone()
+            piece.impose_(imposed)
+            disagreed = _differ(before, imposed) & seen
+            if bool(disagreed.any()):
+                raise self._conflict(n, disagreed)
+            seen |= piece.places.frozen(self.shape, imposed.device)
+
+    def _conflict(self, n: int, disagreed: Tensor) -> RuleConflictError:
+        index = disagreed.nonzero()[0].tolist()
+        earlier = next(
+            piece for piece in self.pieces[:n] if bool(piece.places.frozen(self.shape, disagreed.device)[tuple(index)])
+        )
+        return RuleConflictError(
+            f"rules `{earlier.rule}` and `{self.pieces[n].rule}` disagree about entry {index} of `{self.name}`",
+            "make their regions disjoint, or their values equal",
+        )
+
+    def _blank(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=self._like.dtype, device=self._like.device)
+
+    @property
+    def frozen(self) -> Tensor:
+        """A bool tensor of the parameter's shape, True at the frozen entries."""
+        frozen = torch.zeros(self.shape, dtype=torch.bool, device=self._like.device)
+        for piece in self.pieces:
+            frozen |= piece.places.frozen(self.shape, frozen.device)
+        return frozen
+
+    @property
+    def values(self) -> Tensor:
+        """The values of the frozen entries, as ``parameter[part.frozen]`` reads them: one dimension, row by row."""
+        imposed = self._blank()
+        self.impose_(imposed)
+        return imposed[self.frozen]
+
+    @property
+    def free_count(self) -> int:
+        """How many entries of the parameter train."""
+        return self.shape.numel() - self.frozen_count
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules that freeze entries of this parameter."""
+        return tuple(piece.rule for piece in self.pieces)
+
+    def impose_(self, tensor: Tensor) -> None:
+        """Write the values into the frozen entries of a plain tensor of the parameter's shape."""
+        for piece in self.pieces:
+            piece.impose_(tensor)
+
+    def impose(self, parameter: Tensor) -> None:
+        """Write the values into the parameter.
+
+        The write goes through `.data`: autograd's version counter stays as it is, so that a module may be called
+        twice in one graph, or once more without gradients before backward.
+
+        Raises:
+            ParameterChangedError: The parameter now has another shape.
+        """
+        if parameter.shape != self.shape:
+            raise ParameterChangedError(
+                f"`{self.name}` had shape {tuple(self.shape)} when it was frozen and has {tuple(parameter.shape)} now",
+                "remove the frozen entries before the parameter is replaced, and freeze anew after",
+            )
+        if parameter.dtype != self._like.dtype or parameter.device != self._like.device:
+            self._like = self._like.to(parameter.device, parameter.dtype)
+        self.impose_(parameter.data)
+
+    def zero_gradient(self, parameter: Tensor) -> None:
+        """Make the parameter's gradient exactly +0.0 at the frozen entries, whatever stands there (inf and nan too)."""
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        if gradient.layout != torch.strided:
+            self._zero_sparse(gradient)
+        elif gradient.requires_grad:  # part of a graph (create_graph=True): what the graph remembers must stay
+            parameter.grad = torch.where(self.frozen.to(gradient.device), torch.zeros_like(gradient), gradient)
+        else:
+            self.zero_(gradient)
+
+    def zero_(self, tensor: Tensor) -> None:
+        """Write +0.0 into the frozen entries of a tensor of the parameter's shape."""
+        for piece in self.pieces:
+            piece.places.zero_(tensor)
+
+    def fill_(self, tensor: Tensor, number: float) -> None:
+        """Write one number into the frozen entries of a tensor of the parameter's shape."""
+        for piece in self.pieces:
+            piece.places.fill_(tensor, number)
+
+    def replace(self, pieces: list[Piece]) -> None:
+        """Hold other entries, or others' values, of the same parameter from here on."""
+        self.pieces = pieces
+        self.frozen_count = int(self.frozen.sum())
+
+    def _zero_sparse(self, gradient: Tensor) -> None:
+        rows = gradient._indices()
+        frozen = self.frozen.to(gradient.device)[tuple(rows)]
+        gradient._values().masked_fill_(frozen, 0)
+
+    def recapture(self, parameter: Tensor) -> None:
+        """Let `keep` follow numbers that were loaded into the parameter; other values are imposed on them."""
+        for piece in self.pieces:
+            if not piece.keeps:
+                piece.impose_(parameter.data)
+        for piece in self.pieces:
+            if piece.keeps:
+                piece.recapture(parameter)
+
+    def violation(self, parameter: Tensor) -> Violation | None:
+        """Return what of the parameter has drifted, bit for bit, or None where every frozen entry holds."""
+        held = parameter.detach().clone()
+        self.impose_(held)
+        drifted = _differ(held, parameter.detach())
+        if not bool(drifted.any()):
+            return None
+        gap = (held - parameter.detach()).abs().nan_to_num(nan=torch.inf).where(drifted, -1)
+        index = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
+        return Violation(self.name, int(drifted.sum()), index, parameter.detach()[index].item(), held[index].item())
+
+
+def _differ(first: Tensor, second: Tensor) -> Tensor:
+    """Return where two tensors of one shape and dtype differ in their bits: nan equals nan, -0.0 is not 0.0."""
+    differ = bits(first) != bits(second)
+    return differ.any(dim=-1) if first.is_complex() else differ

@@ -1,0 +1,157 @@
+"""Around an optimizer's step: clean gradients before it, imposed values after it, and state that agrees with both."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ._frozen import FrozenPart
+from ._hooks import watch_gradient
+
+_WEIGHTS: Final = frozenset({"ax", "z", "slow_buffer", "slow_param", "master_param"})
+"""State that holds weights: the averages of ASGD, schedule-free's z, the slow weights of Lookahead, master copies."""
+
+_COUNTERS: Final = frozenset({"step", "eta", "mu", "mu_product"})
+"""State that counts steps: of the shape of a parameter without dimensions, yet none of its entries."""
+
+
+class Holder(Protocol):
+    """What a guard serves: anything that can say which parameters it holds entries of."""
+
+    def held(self) -> Iterable[tuple[FrozenPart, Tensor]]:
+        """Pair each part with the parameter it holds now."""
+        ...
+
+
+class Guard:
+    """The hooks of one handle on one optimizer.
+
+    Args:
+        holder: Whose entries are held.
+        optimizer: The optimizer whose steps are guarded; only weakly referenced.
+    """
+
+    def __init__(self, holder: Holder, optimizer: Optimizer) -> None:
+        self._holder = holder
+        self._optimizer = weakref.ref(optimizer)
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The guarded optimizer, or None where it is gone."""
+        return self._optimizer()
+
+    def install(self) -> None:
+        """Register the hooks on the optimizer and bring its present state into line."""
+        optimizer = self.optimizer
+        if optimizer is None or self._handles:
+            return
+        after = optimizer.register_step_post_hook(self.after_step)
+        # first of all post-hooks: whoever looks after the step sees the values
+        optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
+        self._handles = [
+            after,
+            optimizer.register_step_pre_hook(self.before_step),
+            optimizer.register_load_state_dict_post_hook(self.settle),
+        ]
+        self.settle(optimizer)
+
+    def remove(self) -> None:
+        """Take the hooks off again; the frozen entries are then held by the model's own hooks alone."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Zero the frozen gradients once more, where a reducer or a hand put something back, and guard the closure."""
+        self._zero_gradients(optimizer)
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._guarded(args[1], optimizer), *args[2:]), kwargs
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._guarded(kwargs["closure"], optimizer)}
+        return None
+
+    def _guarded(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
+        """Return the closure, evaluated at imposed weights (LBFGS moves them in between), leaving clean gradients."""
+
+        def guarded_closure() -> Any:
+            self._impose(optimizer)
+            loss = closure()
+            self._zero_gradients(optimizer)
+            return loss
+
+        return guarded_closure
+
+    def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Impose the values on the parameters, and on state that holds weights."""
+        self._impose(optimizer)
+        for part, parameter in self._held_by(optimizer):
+            state = optimizer.state.get(parameter) or {}
+            for name in _WEIGHTS & state.keys():
+                part.impose_(state[name])
+
+    def _zero_gradients(self, optimizer: Optimizer) -> None:
+        for part, parameter in self._held_by(optimizer):
+            if not torch.compiler.is_compiling():
+                watch_gradient(parameter, part)
+            part.zero_gradient(parameter)
+
+    def _impose(self, optimizer: Optimizer) -> None:
+        for part, parameter in self._held_by(optimizer):
+            part.impose(parameter)
+
+    def _held_by(self, optimizer: Optimizer) -> Iterator[tuple[FrozenPart, Tensor]]:
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return ((part, parameter) for part, parameter in self._holder.held() if id(parameter) in held)
+
+    def guards_anything(self) -> bool:
+        """Return whether the optimizer steps any of the frozen parameters."""
+        optimizer = self.optimizer
+        return optimizer is not None and any(True for _ in self._held_by(optimizer))
+
+    def settle_now(self) -> None:
+        """Settle the optimizer's state, where the optimizer still lives."""
+        if self.optimizer is not None:
+            self.settle(self.optimizer)
+
+    def settle(self, optimizer: Optimizer) -> None:
+        """Make the optimizer's state what it would be had the frozen entries never moved."""
+        parts = {id(parameter): part for part, parameter in self._held_by(optimizer)}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in parts and parameter in optimizer.state:
+                    _settle_state(optimizer.state[parameter], parts[id(parameter)], group)
+            _settle_history(optimizer, group["params"], parts)
+
+
+def _settle_state(state: dict[str, Any], part: FrozenPart, group: dict[str, Any]) -> None:
+    starts = {"step_size": group.get("lr", 0.0), "sum": group.get("initial_accumulator_value", 0.0)}
+    for name, value in state.items():
+        entrywise = isinstance(value, Tensor) and value.shape == part.shape and name not in _COUNTERS
+        if entrywise and name in _WEIGHTS:
+            part.impose_(value)
+        elif entrywise:
+            part.fill_(value, float(starts.get(name, 0.0)))
+
+
+def _settle_history(optimizer: Optimizer, parameters: list[Tensor], parts: dict[int, FrozenPart]) -> None:
+    """Drop the history of LBFGS where it moves frozen entries: curvature measured along them is no longer true."""
+    state = optimizer.state.get(parameters[0], {}) if parameters else {}
+    if "old_dirs" not in state:
+        return
+    frozen = torch.cat([_flat_frozen(parameter, parts.get(id(parameter))) for parameter in parameters])
+    history = [state.get("d"), state.get("prev_flat_grad"), *state["old_dirs"], *state["old_stps"]]
+    if any(bool(flat[frozen].any()) for flat in history if flat is not None):
+        state.clear()
+
+
+def _flat_frozen(parameter: Tensor, part: FrozenPart | None) -> Tensor:
+    """Return which entries of the parameter are frozen, flattened as LBFGS flattens it: complex ones as two numbers."""
+    frozen = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device) if part is None else part.frozen
+    return frozen.flatten().repeat_interleave(2 if parameter.is_complex() else 1)

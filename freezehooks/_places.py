@@ -1,0 +1,188 @@
+"""Where in a tensor the frozen entries lie, in the cheapest form that is exact.
+
+A strided box is reached through a view, few scattered entries by their positions, many by their bits. Every form
+writes the frozen entries alone and never computes with them: inf, nan and -0.0 come and go unchanged.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+_FEW: Final = 0.05
+"""Up to this fraction of a tensor, writing by position beats a pass over all of its bits."""
+
+_INTEGERS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Return a view of the tensor as integers of the same width; a complex number counts as its two parts."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.view(_INTEGERS[real.element_size()])
+
+
+class Places(ABC):
+    """The frozen entries of one tensor shape: a box, positions or bits.
+
+    What `read` returns and `write_` takes is in the form's own shape and order; only `zeros` of a tensor and
+    `frozen` are in the tensor's.
+    """
+
+    @staticmethod
+    def of(frozen: Tensor) -> Places:
+        """Return the cheapest form of what is True in the bool tensor `frozen`."""
+        box = Box.around(frozen)
+        if box is not None:
+            return box
+        few = int(frozen.sum()) <= _FEW * frozen.numel()
+        return Scattered(frozen) if few else Dense(frozen)
+
+    @staticmethod
+    def from_state(state: dict[str, Any], shape: torch.Size) -> Places:
+        """Return what `state` wrote down, for a tensor of the given shape."""
+        frozen = torch.zeros(shape, dtype=torch.bool)
+        if "box" in state:
+            frozen[tuple(slice(*span) for span in state["box"])] = True
+        elif "positions" in state:
+            frozen.view(-1)[state["positions"].cpu()] = True
+        else:
+            frozen |= state["frozen"].cpu()
+        return Places.of(frozen)
+
+    @abstractmethod
+    def zero_(self, tensor: Tensor) -> None:
+        """Write +0.0 into the frozen entries."""
+
+    @abstractmethod
+    def fill_(self, tensor: Tensor, number: float) -> None:
+        """Write one number into the frozen entries."""
+
+    @abstractmethod
+    def write_(self, tensor: Tensor, values: Tensor) -> None:
+        """Write values, in this form's shape and the tensor's dtype, into the frozen entries."""
+
+    @abstractmethod
+    def read(self, tensor: Tensor) -> Tensor:
+        """Return a copy of the frozen entries, in this form's shape."""
+
+    def frozen(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """Return the bool tensor that is True at the frozen entries."""
+        number = torch.zeros(shape, dtype=torch.int8, device=device)
+        self.fill_(number, 1)
+        return number.view(torch.bool)
+
+    @abstractmethod
+    def state(self, shape: torch.Size) -> dict[str, Any]:
+        """Return plain tensors and builtins from which `from_state` makes the same places."""
+
+
+class Box(Places):
+    """Entries that form a strided box: reached through a view, at no memory."""
+
+    def __init__(self, spans: tuple[slice, ...], shape: torch.Size) -> None:
+        self._spans = spans
+        full = [span == slice(0, size, 1) for span, size in zip(spans, shape, strict=True)]
+        first, last = (full.index(False), len(full) - full[::-1].index(False)) if not all(full) else (0, 0)
+        self._key: tuple[Any, ...] = (..., *spans[first:]) if last == len(full) and first else spans[:last]
+
+    @staticmethod
+    def around(frozen: Tensor) -> Box | None:
+        """Return the box that holds exactly the entries that are True, or None where they form no box."""
+        spans: list[slice] = []
+        volume = 1
+        for dimension in range(frozen.ndim):
+            others = tuple(d for d in range(frozen.ndim) if d != dimension)
+            hits = (frozen.any(dim=others) if others else frozen).nonzero().flatten()
+            steps = hits.diff()
+            step = int(steps[0]) if len(steps) else 1
+            if not bool((steps == step).all()):
+                return None
+            volume *= len(hits)
+            spans.append(slice(int(hits[0]), int(hits[-1]) + 1, step))
+        return Box(tuple(spans), frozen.shape) if volume == int(frozen.sum()) else None
+
+    def zero_(self, tensor: Tensor) -> None:
+        tensor[self._key].zero_()
+
+    def fill_(self, tensor: Tensor, number: float) -> None:
+        tensor[self._key].fill_(number)
+
+    def write_(self, tensor: Tensor, values: Tensor) -> None:
+        tensor[self._key].copy_(values)
+
+    def read(self, tensor: Tensor) -> Tensor:
+        return tensor[self._key].clone(memory_format=torch.contiguous_format)
+
+    def state(self, shape: torch.Size) -> dict[str, Any]:
+        return {"box": [[span.start, span.stop, span.step] for span in self._spans]}
+
+
+class Scattered(Places):
+    """Few entries, by their positions in the flattened tensor."""
+
+    def __init__(self, frozen: Tensor) -> None:
+        self._positions = frozen.flatten().nonzero().flatten()
+
+    def _on(self, tensor: Tensor) -> Tensor:
+        if self._positions.device != tensor.device:
+            self._positions = self._positions.to(tensor.device)
+        return self._positions
+
+    def zero_(self, tensor: Tensor) -> None:
+        self.fill_(tensor, 0.0)
+
+    def fill_(self, tensor: Tensor, number: float) -> None:
+        positions = self._on(tensor)
+        if tensor.is_contiguous():
+            tensor.view(-1).index_fill_(0, positions, number)
+        else:
+            tensor.put_(positions, torch.full(positions.shape, number, dtype=tensor.dtype, device=tensor.device))
+
+    def write_(self, tensor: Tensor, values: Tensor) -> None:
+        tensor.put_(self._on(tensor), values)
+
+    def read(self, tensor: Tensor) -> Tensor:
+        return tensor.take(self._on(tensor))
+
+    def state(self, shape: torch.Size) -> dict[str, Any]:
+        return {"positions": self._positions}
+
+
+class Dense(Places):
+    """Many entries anywhere, as bits: 0 where frozen and all ones where free, one integer for every entry."""
+
+    def __init__(self, frozen: Tensor) -> None:
+        self._free = ~frozen
+
+    def _free_bits(self, tensor: Tensor) -> Tensor:
+        """Return the bits of the free entries, as wide as the tensor's numbers and broadcast to `bits(tensor)`."""
+        dtype, device = bits(tensor).dtype, tensor.device
+        if self._free.dtype != dtype or self._free.device != device:
+            self._free = (self._free != 0).to(device, dtype).neg_()
+        return self._free.unsqueeze(-1) if tensor.is_complex() else self._free
+
+    def zero_(self, tensor: Tensor) -> None:
+        bits(tensor).bitwise_and_(self._free_bits(tensor))
+
+    def fill_(self, tensor: Tensor, number: float) -> None:
+        if str(number) in ("0", "0.0"):
+            self.zero_(tensor)
+            return
+        pattern = bits(torch.full((), number, dtype=tensor.dtype, device=tensor.device))
+        # (t ^ p) & free ^ p is p where frozen and t where free, with no second tensor of the parameter's size
+        bits(tensor).bitwise_xor_(pattern).bitwise_and_(self._free_bits(tensor)).bitwise_xor_(pattern)
+
+    def write_(self, tensor: Tensor, values: Tensor) -> None:
+        self.zero_(tensor)
+        bits(tensor).bitwise_or_(bits(values))
+
+    def read(self, tensor: Tensor) -> Tensor:
+        values = tensor.clone()
+        bits(values).bitwise_and_(~self._free_bits(tensor))
+        return values
+
+    def state(self, shape: torch.Size) -> dict[str, Any]:
+        return {"frozen": self.frozen(shape, self._free.device)}

@@ -1,0 +1,99 @@
+"""A rule: target, region and value. Plain Python, no tensors."""
+
+from __future__ import annotations
+
+import enum
+import math
+import numbers
+import re
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ._errors import FrozenValueError, SpecError
+from ._expressions import WHOLE, Region
+
+TARGET: Final = re.compile(r"[^\s\[\]=#]+")
+"""What a target is made of: no spaces, no brackets, no ``=`` and no ``#``."""
+
+
+class Keep(enum.Enum):
+    """The value of a rule that holds what the entries contain at the moment of freezing."""
+
+    KEEP = "keep"
+
+    def __repr__(self) -> str:
+        return self.value
+
+    __str__ = __repr__
+
+
+keep: Final = Keep.KEEP
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rule:
+    """Say which entries of which parameters are held, and at what: ``Rule("conv.weight", center, 0)``.
+
+    Args:
+        target: A parameter's qualified name, in which ``*`` and ``?`` stand for any characters and any one character;
+            a module's name stands for its ``weight``.
+        region: Which entries: a region of this library, a bool tensor of the parameter's shape (True = frozen), or a
+            function from the parameter to one. Left out: the whole tensor.
+        value: A finite number, a tensor that fits the region or has the parameter's shape, or `keep` (what the entries
+            hold at the moment of freezing). Left out: `keep`.
+
+    Raises:
+        SpecError: The target is not a name.
+        FrozenValueError: The value is an infinite number or nan.
+
+    Example:
+        >>> from freezehooks import Rule, center
+        >>> str(Rule("features.*.weight", ~center, 0))
+        'features.*.weight[~center] = 0'
+    """
+
+    target: str
+    region: Any = WHOLE
+    value: Any = keep
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.target, str) or not TARGET.fullmatch(self.target):
+            raise SpecError(f"a target is a parameter's name, found {self.target!r}", 'write "conv.weight"')
+        if self.region is ...:
+            object.__setattr__(self, "region", WHOLE)
+        if isinstance(self.value, numbers.Real) and not isinstance(self.value, bool):
+            object.__setattr__(self, "value", float(self.value))
+            if not math.isfinite(self.value):
+                raise FrozenValueError(f"the value of `{self.target}` must be finite, found {self.value}")
+
+    def __eq__(self, other: object) -> bool:
+        return self._identity == other._identity if isinstance(other, Rule) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    @property
+    def _identity(self) -> tuple[Any, ...]:
+        """Regions, numbers and `keep` compare by what they say; tensors and functions by which object they are."""
+        region = self.region if isinstance(self.region, Region) else id(self.region)
+        value = self.value if isinstance(self.value, float | Keep) else (id(self.value),)
+        return self.target, region, value
+
+    def __str__(self) -> str:
+        region = "" if self.region == WHOLE else f"[{_foreign_text(self.region)}]"
+        return f"{self.target}{region} = {_foreign_text(self.value)}"
+
+
+def _foreign_text(part: Any) -> str:
+    """Return the text of a region or a value; one that text cannot say shows as ``<what it is>``."""
+    if isinstance(part, Region | Keep):
+        return str(part)
+    if isinstance(part, float):
+        return _number_text(part)
+    if hasattr(part, "shape"):
+        return f"<{type(part).__name__.lower()} of shape {tuple(part.shape)}>"
+    return f"<{getattr(part, '__name__', type(part).__name__)}>"
+
+
+def _number_text(number: float) -> str:
+    return repr(number).removesuffix(".0")

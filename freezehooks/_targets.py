@@ -1,0 +1,214 @@
+"""From the names in rules to the parameters of a model, and to every place that holds one of them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ._errors import ParameterChangedError, TargetError, UnsupportedParameterError
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One place that holds a parameter: a module and an attribute of it, or a mapping and a key of it."""
+
+    owner: nn.Module | Mapping[str, Tensor]
+    key: str
+
+    def tensor(self) -> Tensor:
+        """Return the tensor that stands here now.
+
+        Raises:
+            ParameterChangedError: None does.
+        """
+        found = self.find()
+        if found is None:
+            raise ParameterChangedError(
+                f"the frozen parameter `{self.key}` is gone from {type(self.owner).__name__}",
+                "remove the frozen entries before the parameter is deleted, renamed or parametrized",
+            )
+        return found
+
+    def find(self) -> Tensor | None:
+        """Return the tensor that stands here now, or None."""
+        return parameter_of(self.owner, self.key) if isinstance(self.owner, nn.Module) else self.owner.get(self.key)
+
+
+def parameter_of(module: nn.Module, key: str) -> Tensor | None:
+    """Return what the module computes its `key` from: that parameter itself, or the one torch's pruning renamed."""
+    found = module._parameters.get(key)
+    return found if found is not None else module._parameters.get(f"{key}_orig")
+
+
+class Targets:
+    """The names that rules may use for a model, each with the sites of the parameter it stands for.
+
+    Args:
+        model: A module, or a mapping from name to leaf tensor.
+    """
+
+    def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
+        self.sites: dict[str, Site] = dict(_sites(model))
+        self._computed = dict(_computed_tensors(model))
+        by_tensor: dict[int, list[str]] = {}
+        for name, site in self.sites.items():
+            by_tensor.setdefault(id(site.tensor()), []).append(name)
+        self._aliases = {name: names for names in by_tensor.values() for name in names}
+
+    def names_of(self, name: str) -> list[str]:
+        """Return every name of the parameter that `name` stands for; a tied parameter has several."""
+        return self._aliases[name]
+
+    def find(self, target: str) -> list[str]:
+        """Return the names of the parameters that a rule's target speaks of, each parameter once.
+
+        Raises:
+            TargetError: It speaks of none.
+            UnsupportedParameterError: It speaks of a tensor that is computed from other parameters.
+        """
+        names = matching(target, [*self.sites, *self._computed])
+        for name in names:
+            if name in self._computed:
+                raise UnsupportedParameterError(f"`{name}` is no parameter: {self._computed[name]}")
+        if not names:
+            raise self._unknown(target)
+        return list(dict.fromkeys(self._aliases[name][0] for name in names))
+
+    def _unknown(self, target: str) -> TargetError:
+        known = [*self.sites, *(name.removesuffix(".weight") for name in self.sites if name.endswith(".weight"))]
+        kind = "matches no parameter" if {"*", "?"} & set(target) else "is no parameter of the model"
+        close = difflib.get_close_matches(target, known, n=3) or known[:5]
+        listed = ", ".join(f"`{name}`" for name in close)
+        return TargetError(f"`{target}` {kind}", f"did you mean {listed}?" if close else "the model has no parameters")
+
+
+def matching(target: str, names: list[str]) -> list[str]:
+    """Return the names a target speaks of: those it matches, else the weights of the modules it matches."""
+    pattern = re.compile("".join(_WILDCARDS.get(letter) or re.escape(letter) for letter in target))
+    weights = [name for name in names if name.endswith(".weight")]
+    return [name for name in names if pattern.fullmatch(name)] or [
+        name for name in weights if pattern.fullmatch(name.removesuffix(".weight"))
+    ]
+
+
+_WILDCARDS: Final = {"*": ".*", "?": "."}
+
+
+def _sites(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, Site]]:
+    if not isinstance(model, nn.Module):
+        yield from ((name, Site(model, name)) for name in model)
+        return
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{prefix}.{key}".lstrip("."), Site(module, key)
+
+
+def _computed_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Name the tensors that look like parameters but are computed anew from others, with why and what to do."""
+    if not isinstance(model, nn.Module):
+        return
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for key in getattr(module, "parametrizations", {}) if parametrize.is_parametrized(module) else ():
+            yield (
+                f"{dot}{key}",
+                "it is parametrized, so computed anew at every access; remove the parametrization "
+                f"(torch.nn.utils.parametrize.remove_parametrizations), or freeze `{dot}parametrizations.{key}.*`",
+            )
+        for key, suffix in _RENAMED.findall("\n".join(module._parameters)):
+            if key not in module._parameters:
+                yield (
+                    f"{dot}{key}",
+                    f"a hook computes it from `{dot}{key}{suffix}`; remove that hook first "
+                    f"(torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm), "
+                    f"or freeze `{dot}{key}{suffix}`",
+                )
+
+
+_RENAMED: Final = re.compile(r"^(.+)(_orig|_v)$", re.MULTILINE)
+"""How torch's older hooks rename the parameter they compute from: pruning and spectral norm, weight norm."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Parameters that cannot be held
+
+
+def check_supported(parameter: Tensor) -> None:
+    """Refuse a parameter whose entries no mechanism here can hold.
+
+    Raises:
+        UnsupportedParameterError: With what was found and the way out.
+    """
+    for found, fact, advice in _REFUSALS:
+        if found(parameter):
+            raise UnsupportedParameterError(fact.format(parameter=parameter), advice)
+
+
+_REFUSALS: Final[tuple[tuple[Callable[[Any], bool], str, str], ...]] = (
+    (
+        lambda p: not isinstance(p, Tensor),
+        "expected a tensor, found something else",
+        "give a module, or a mapping from name to leaf tensor",
+    ),
+    (is_lazy, "the parameter is lazy and has no shape yet", "run one forward first, then freeze"),
+    (
+        lambda p: getattr(p, "_is_flat_param", False),
+        "the parameter is an FSDP1 flat parameter, which joins many tensors into one",
+        "freeze before wrapping with FSDP2's `fully_shard`, or train without FSDP1",
+    ),
+    (
+        lambda p: hasattr(p, "ds_id"),
+        "the parameter is partitioned by DeepSpeed ZeRO, which keeps its entries elsewhere",
+        "train without ZeRO stage 3, or with FSDP2",
+    ),
+    (
+        lambda p: is_traceable_wrapper_subclass(p),
+        "the parameter is a tensor subclass ({parameter.__class__.__name__}) whose memory is not one plain tensor",
+        "freeze before the model is quantised or sharded",
+    ),
+    (lambda p: p.is_meta, "the parameter is on the meta device and has no numbers yet", "materialise it, then freeze"),
+    (
+        lambda p: p.is_quantized or not (p.is_floating_point() or p.is_complex()),
+        "the parameter holds {parameter.dtype}, which no optimizer trains",
+        "name floating-point parameters alone",
+    ),
+    (
+        lambda p: p.layout != torch.strided,
+        "the parameter's layout is {parameter.layout}",
+        "only dense (strided) parameters can be held; convert it with `to_dense()`",
+    ),
+    (
+        lambda p: any(step == 0 and size > 1 for step, size in zip(p.stride(), p.shape, strict=True)),
+        "the parameter is expanded: several of its entries share one place in memory",
+        "make it contiguous first",
+    ),
+    (
+        lambda p: not p.is_leaf,
+        "the tensor is computed from others (it has a grad_fn), so no optimizer steps it",
+        "name the leaf tensors it is computed from",
+    ),
+)
+
+
+def check_no_fsdp1(model: nn.Module | Mapping[str, Tensor]) -> None:
+    """Refuse a model wrapped in FSDP1: also with `use_orig_params` its parameters are views of flat ones.
+
+    Raises:
+        UnsupportedParameterError: It is.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in modules):
+        raise UnsupportedParameterError(
+            "the model is wrapped in FSDP1 (FullyShardedDataParallel), which joins many parameters into a flat one",
+            "use FSDP2 (torch.distributed.fsdp.fully_shard) or DistributedDataParallel",
+        )
