@@ -276,7 +276,8 @@ class FrozenPart:
         if gradient.layout != torch.strided:
             self._zero_sparse(gradient)
         elif gradient.requires_grad:  # part of a graph (create_graph=True): what the graph remembers must stay
-            parameter.grad = torch.where(self.frozen.to(gradient.device), torch.zeros_like(gradient), gradient)
+            frozen = torch.empty_like(gradient, dtype=torch.bool, requires_grad=False).copy_(self.frozen)
+            parameter.grad = torch.where(frozen, torch.zeros_like(gradient), gradient)  # laid out like the gradient
         else:
             self.zero_(gradient)
 

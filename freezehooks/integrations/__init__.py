@@ -1,0 +1,1 @@
+"""Callbacks for training frameworks, a file each; importing freezehooks imports none of them."""

@@ -1,0 +1,150 @@
+"""Freeze entries inside Lightning's Trainer: one callback for `lightning.pytorch` and `pytorch_lightning`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from contextlib import suppress
+from typing import Any, Final
+
+from .._errors import OptimizerMismatchError, SpecError, StateMismatchError
+from .._grammar import rules_of
+from .._handle import FrozenEntries, freeze_entries
+
+_PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
+
+
+def _callback_bases() -> tuple[type, ...]:
+    """Return the `Callback` of each installed Lightning: a Trainer asks for its own package's."""
+    installed = [name for name in _PACKAGES if importlib.util.find_spec(name.split(".")[0]) is not None]
+    if not installed:
+        raise ModuleNotFoundError(
+            "freezehooks.integrations.lightning needs Lightning: pip install 'freezehooks[lightning]'"
+        )
+    return tuple(importlib.import_module(name).Callback for name in installed)
+
+
+_Callback: Any = type("_Callback", _callback_bases(), {})
+
+
+class FreezeEntries(_Callback):
+    """Hold some entries of the module's parameters through `Trainer.fit`.
+
+    At the start of fit the gradient hooks and forward hooks go onto the named layers, and every optimizer that steps
+    one of them is guarded through its own step hooks: it stays the object that `configure_optimizers` returned. At
+    the end of every training epoch each frozen entry is compared with its value, bit for bit. At the end of fit every
+    hook comes off again.
+
+    The rules, the regions they chose and the values go into the checkpoint. A run resumed from it takes them from
+    there.
+
+    Args:
+        spec: The rules, as for `freeze_entries`; names are those of the LightningModule's parameters.
+        until_epoch: The epoch, counted from 0, at whose start all entries are let go. Left out: never.
+
+    Attributes:
+        frozen: The handle, from the start of fit on; None before. After fit it is detached.
+
+    Raises:
+        FreezeError: Text that is no rule, when the callback is made; anything else, at the start of fit.
+        DriftError: At the end of an epoch, where a frozen entry does not hold its value.
+        StateMismatchError: On resuming from a checkpoint that was saved under other rules.
+
+    Example:
+        >>> from freezehooks.integrations.lightning import FreezeEntries
+        >>> callback = FreezeEntries("conv.weight[center] = 0", until_epoch=10)
+        >>> print(*callback.rules)
+        conv.weight[center] = 0
+    """
+
+    def __init__(self, spec: str | list[Any] | dict[str, Any] | Any, *, until_epoch: int | None = None) -> None:
+        if until_epoch is not None and (not isinstance(until_epoch, int) or until_epoch < 0):
+            raise SpecError(f"`until_epoch` must be an epoch counted from 0, or None, found {until_epoch!r}")
+        self.rules = rules_of(spec)
+        self.until_epoch = until_epoch
+        self.frozen: FrozenEntries | None = None
+        self._released = False
+        self._saved: dict[str, Any] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """The name of this callback's state in a checkpoint: it says the rules."""
+        return f"{type(self).__qualname__}{[str(rule) for rule in self.rules]}"
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Freeze the entries and guard the optimizers that step them."""
+        if self._released:
+            return
+        if self.frozen is None or self.frozen.model is not pl_module:
+            self.frozen = freeze_entries(pl_module, self.rules, state=self._saved)
+        self.frozen.attach()
+        for optimizer in trainer.optimizers:
+            with suppress(OptimizerMismatchError):  # the optimizer of another part of the module
+                self.frozen.guard(optimizer)
+        self._report(trainer, pl_module, self.frozen)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Let the entries go, where the epoch for it has come."""
+        if self.until_epoch is not None and trainer.current_epoch >= self.until_epoch and not self._released:
+            self._released = True
+            self._remove()
+            _log(trainer, f"FreezeEntries: all entries train from epoch {trainer.current_epoch} on")
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Check that every frozen entry holds its value."""
+        if self.frozen is not None and self.frozen.attached:
+            self.frozen.assert_frozen()
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Take the hooks off, after imposing once more: other callbacks may have written averages into the module."""
+        if self.frozen is not None and self.frozen.attached:
+            self.frozen.impose()
+            self._remove()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Take the hooks off."""
+        self._remove()
+
+    def _remove(self) -> None:
+        if self.frozen is not None:
+            self.frozen.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return rules, regions and values, and whether the entries were let go already."""
+        frozen = self._saved if self.frozen is None else self.frozen.state_dict()
+        return {"released": self._released, "frozen": frozen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take regions and values from a checkpoint, at once or at the start of fit."""
+        self._released, self._saved = state_dict["released"], state_dict["frozen"]
+        if self.frozen is None or self._saved is None:
+            return
+        if self._released:
+            self._remove()
+        else:
+            self.frozen.load_state_dict(self._saved)
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume training from a checkpoint that was saved under other rules."""
+        present = {callback.state_key for callback in trainer.callbacks}
+        saved = [key for key in checkpoint.get("callbacks", {}) if str(key).startswith(type(self).__qualname__)]
+        others = [key for key in saved if key not in present]
+        if trainer.state.fn == "fit" and self.state_key not in saved and others:
+            raise StateMismatchError(
+                f"the checkpoint was saved under other rules: {', '.join(others)}; this run has {self.state_key}",
+                "give the callback the rules of the checkpoint, or start a new fit from its weights alone",
+            )
+
+    @staticmethod
+    def _report(trainer: Any, pl_module: Any, frozen: FrozenEntries) -> None:
+        total = sum(parameter.numel() for parameter in pl_module.parameters())
+        _log(trainer, f"FreezeEntries: {frozen.frozen_count:,} of {total:,} entries are frozen\n{frozen}")
+
+
+def _log(trainer: Any, message: str) -> None:
+    """Say something once, in the log of the package that the trainer comes from."""
+    if trainer.is_global_zero:
+        modules = [cls.__module__ for cls in type(trainer).__mro__]
+        package = next(name for name in _PACKAGES if any(module.startswith(name) for module in modules))
+        logging.getLogger(package).info(message)
