@@ -60,7 +60,9 @@ class MaskedOptimizer(Optimizer):
         return getattr(self.inner, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if hasattr(type(self), name):  # schedulers replace `step`; the properties below pass their value on
+        # Schedulers replace `step`; the properties below pass their value on; LightningOptimizer takes this class
+        # over for an object with attributes of its own.
+        if name in vars(self) or hasattr(type(self), name):
             object.__setattr__(self, name, value)
         else:
             setattr(self.inner, name, value)
