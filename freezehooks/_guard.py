@@ -21,6 +21,10 @@ _COUNTERS: Final = frozenset({"step", "eta", "mu", "mu_product"})
 """State that counts steps: of the shape of a parameter without dimensions, yet none of its entries."""
 
 
+def _no_optimizer() -> None:
+    """Stand in for the weak reference of a guard that was removed."""
+
+
 class Holder(Protocol):
     """What a guard serves: anything that can say which parameters it holds entries of."""
 
@@ -39,12 +43,12 @@ class Guard:
 
     def __init__(self, holder: Holder, optimizer: Optimizer) -> None:
         self._holder = holder
-        self._optimizer = weakref.ref(optimizer)
+        self._optimizer: Callable[[], Optimizer | None] = weakref.ref(optimizer)
         self._handles: list[RemovableHandle] = []
 
     @property
     def optimizer(self) -> Optimizer | None:
-        """The guarded optimizer, or None where it is gone."""
+        """The guarded optimizer, or None where it or the guard is gone."""
         return self._optimizer()
 
     def install(self) -> None:
@@ -63,7 +67,12 @@ class Guard:
         self.settle(optimizer)
 
     def remove(self) -> None:
-        """Take the hooks off again; the frozen entries are then held by the model's own hooks alone."""
+        """Stop guarding the optimizer for good; the frozen entries are then held by the model's own hooks alone."""
+        self.suspend()
+        self._optimizer = _no_optimizer
+
+    def suspend(self) -> None:
+        """Take the hooks off, until `install` puts them on again."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -267,7 +267,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         for guard in self._guards:
             with suppress(ParameterChangedError):  # what is gone from the model has no state to settle
                 guard.settle_now()
-            guard.remove()
+            guard.suspend()
         for _, hooks in self._modules:
             hooks.remove()
         for part, site in self._sites:

@@ -22,7 +22,7 @@ from .zoo import Held
 pytest.importorskip("lightning")
 pytest.importorskip("pytorch_lightning")
 
-from freezehooks.integrations.lightning import FreezeEntries  # noqa: E402  # after the skips
+from freezehooks.integrations.lightning import FreezeEntries  # after the skips
 
 pytestmark = [
     # Lightning's own, on machines with more cores than the loaders use, and from its log-free Trainer
@@ -167,7 +167,7 @@ def test_free_entries_train(package: str, tmp_path: Path) -> None:
 
 
 def test_the_module_checks_can_fail(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="not \\+0.0"):
+    with pytest.raises(AssertionError, match=r"not \+0\.0"):
         _trainer(PACKAGES[0], tmp_path).fit(_module(PACKAGES[0]), _data(), _data())
 
 

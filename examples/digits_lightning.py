@@ -1,0 +1,99 @@
+"""Train digits with a dilated convolution whose kernel centre is always 0, through the Lightning callback.
+
+The last 3x3 convolution looks 5 pixels to every side and never at the pixel itself. AdamW with weight decay would
+move a centre that merely starts at 0; the callback holds it there, and the picture shows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset, random_split
+
+from freezehooks.integrations.lightning import FreezeEntries
+
+
+class Digits(pl.LightningModule):
+    """3x3 convolutions, a dilated one, a 1x1 to ten classes, averaged over the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cnn1 = nn.Conv2d(1, 16, kernel_size=3, padding=1)
+        self.cnn2 = nn.Conv2d(16, 16, kernel_size=3, padding=1)
+        self.cnn3 = nn.Conv2d(16, 8, kernel_size=3, padding=1)
+        self.cnn4_dilation = nn.Conv2d(8, 16, kernel_size=3, padding=5, dilation=5)
+        self.cnn5 = nn.Conv2d(16, 10, kernel_size=1)
+        self.largest_drift = 0.0
+
+    def forward(self, images: Tensor) -> Tensor:
+        for convolution in (self.cnn1, self.cnn2, self.cnn3, self.cnn4_dilation):
+            images = torch.relu(convolution(images))
+        return torch.mean(self.cnn5(images), dim=(2, 3))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        centre = self.cnn4_dilation.weight[:, :, 1, 1]
+        self.largest_drift = max(self.largest_drift, centre.abs().max().item())
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean(), prog_bar=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=5e-3, weight_decay=0.1)
+
+
+def draw(weight: Tensor, frozen: Tensor, path: Path) -> None:
+    """Draw the kernels, with a cross on every frozen tap."""
+    limit = weight.abs().max().item()
+    figure, axes = plt.subplots(*weight.shape[1::-1], figsize=(9, 5), layout="constrained")
+    for (row, column), axis in np.ndenumerate(axes):
+        image = axis.imshow(weight[column, row], cmap="RdBu", vmin=-limit, vmax=limit)
+        axis.plot(*frozen[column, row].nonzero().T.flip(0), "kx", markersize=6)
+        axis.set(xticks=[], yticks=[])
+    figure.suptitle("cnn4_dilation.weight after training: outputs across, inputs down, a cross on every frozen tap")
+    figure.colorbar(image, ax=axes, aspect=40)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train digits with a dilated convolution that never sees its centre.")
+    parser.add_argument("--rule", default="cnn4_dilation.weight[center] = 0", help="what to freeze (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=20, help="passes over the training digits (%(default)s)")
+    parser.add_argument("--picture", type=Path, default=Path("outputs/digits_kernels.png"), help="%(default)s")
+    options = parser.parse_args()
+
+    pl.seed_everything(0)
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    train, held_out = random_split(TensorDataset(images, torch.tensor(digits.target)), [0.8, 0.2])
+
+    model, freeze = Digits(), FreezeEntries(options.rule)
+    trainer = pl.Trainer(
+        max_epochs=options.epochs, callbacks=[freeze], accelerator="cpu", logger=False, enable_checkpointing=False
+    )
+    trainer.fit(model, DataLoader(train, batch_size=64, shuffle=True), DataLoader(held_out, batch_size=512))
+
+    weight = model.cnn4_dilation.weight.detach()
+    part = freeze.frozen.get("cnn4_dilation.weight") if freeze.frozen else None
+    draw(weight, part.frozen if part else torch.zeros_like(weight, dtype=torch.bool), options.picture)
+    print(freeze.frozen)
+    print(f"accuracy on {len(held_out)} held-out digits: {trainer.callback_metrics['accuracy']:.1%}")
+    print(f"largest drift of the centre after any step: {model.largest_drift}")
+    print(f"kernels drawn in {options.picture}")
+
+
+if __name__ == "__main__":
+    mpl.use("Agg")
+    main()

@@ -1,0 +1,74 @@
+"""A file imports from lower floors only, and importing the package loads torch and nothing optional."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "freezehooks"
+
+FLOORS = {
+    "_errors": 0,
+    "_expressions": 1,
+    "_rules": 1.1,
+    "_grammar": 1.2,
+    "_places": 2,
+    "_regions": 2,
+    "_targets": 2,
+    "_frozen": 3,
+    "_hooks": 4,
+    "_guard": 4.1,
+    "_handle": 5,
+    "_optimizer": 6,
+    "integrations": 7,
+    "__init__": 8,
+}
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def _floor(path: Path) -> float:
+    return FLOORS[path.relative_to(PACKAGE).parts[0].removesuffix(".py")]
+
+
+def _imports(path: Path) -> list[str]:
+    """Return the modules of the package that a file imports, by name, and others by their top level."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            found.append((node.module or "").split(".")[0] if node.level else f"/{(node.module or '').split('.')[0]}")
+        elif isinstance(node, ast.Import):
+            found.extend(f"/{alias.name.split('.')[0]}" for alias in node.names)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
+def test_a_file_imports_from_lower_floors_only(path: Path) -> None:
+    inside = [name for name in _imports(path) if not name.startswith("/")]
+    assert [name for name in inside if FLOORS[name] >= _floor(path)] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
+def test_rules_and_errors_import_no_torch(path: Path) -> None:
+    assert ("/torch" in _imports(path)) <= (_floor(path) >= 2)
+
+
+def test_importing_the_package_imports_nothing_optional() -> None:
+    optional = ["lightning", "pytorch_lightning", "transformers", "accelerate", "sklearn", "matplotlib", "yaml"]
+    script = (
+        "import sys, torch; before = set(sys.modules); import freezehooks; "
+        f"print(set({optional}) & (set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_the_public_names_are_all_there() -> None:
+    import freezehooks
+
+    assert sorted(freezehooks.__all__) == freezehooks.__all__
+    assert all(hasattr(freezehooks, name) for name in freezehooks.__all__)

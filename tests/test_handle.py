@@ -1,0 +1,365 @@
+"""The handle: a mapping, a table, coming and going, thawing, saving."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from freezehooks import (
+    DriftError,
+    FrozenEntries,
+    MaskedOptimizer,
+    OptimizerMismatchError,
+    Rule,
+    RuleConflictError,
+    SpecError,
+    StateMismatchError,
+    TargetError,
+    center,
+    entries,
+    freeze_entries,
+)
+
+from .claims import same_bits
+
+
+def _model() -> Any:
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(18, 4))
+
+
+SPEC = "0[center] = 0\n2.weight[:2]\n2.weight[2, ::3] = 1\n2.bias = -1"
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.randn(3, 1, 5, 5)).square().sum().backward()
+    optimizer.step()
+
+
+def test_it_is_a_mapping_from_parameter_name_to_part() -> None:
+    model = _model()
+    kept = model[2].weight[:2].detach().clone()
+    frozen = freeze_entries(model, SPEC)
+    assert list(frozen) == ["0.weight", "2.weight", "2.bias"]
+    assert len(frozen) == 3
+    part = frozen["2.weight"]
+    assert part.frozen.dtype == torch.bool
+    assert part.frozen_count == int(part.frozen.sum()) == 36 + 6
+    assert part.free_count == 72 - 42
+    assert same_bits(part.values, model[2].weight[part.frozen])
+    assert same_bits(part.values[:36].view(2, 18), kept)
+    assert part.rules == (Rule("2.weight", entries[:2]), Rule("2.weight", entries[2, ::3], 1))
+    assert "1.weight" not in frozen
+    assert frozen.frozen_count == 2 + 42 + 4
+
+
+def test_it_prints_as_a_table() -> None:
+    lines = repr(freeze_entries(_model(), SPEC)).splitlines()
+    assert lines[0].split() == ["parameter", "shape", "rules", "frozen", "free"]
+    assert lines[1].split() == ["0.weight", "(2,", "1,", "3,", "3)", "0[center]", "=", "0", "2", "16"]
+    assert len(lines) == 4
+    assert str(freeze_entries(_model(), "")) == "nothing is frozen"
+
+
+@pytest.mark.parametrize(
+    "spec", ["", "# nothing yet\n", [], {}, ()], ids=["text", "comment", "list", "mapping", "tuple"]
+)
+def test_an_empty_spec_freezes_nothing(spec: Any) -> None:
+    model = _model()
+    frozen = freeze_entries(model, spec)
+    assert len(frozen) == 0
+    _step(model, MaskedOptimizer(torch.optim.SGD(model.parameters()), frozen))
+
+
+def test_a_tied_parameter_stands_under_its_first_name_and_is_found_under_both() -> None:
+    model: Any = nn.ModuleDict({"embedding": nn.Embedding(4, 2), "head": nn.Linear(2, 4, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    frozen = freeze_entries(model, "head[0] = 1\nembedding[1] = 2")
+    assert list(frozen) == ["embedding.weight"]
+    assert frozen["head.weight"] is frozen["embedding.weight"]
+    assert frozen["head.weight"].names == ("embedding.weight", "head.weight")
+    assert model["head"].weight[:2].tolist() == [[1, 1], [2, 2]]
+
+
+def test_violations_name_the_worst_entry_and_count_them() -> None:
+    model = _model()
+    frozen = freeze_entries(model, SPEC)
+    assert frozen.violations() == ()
+    model[2].bias.data[1:3] = torch.tensor([-1.5, 4.0])
+    (violation,) = frozen.violations()
+    assert (violation.name, violation.count, violation.index) == ("2.bias", 2, (2,))
+    assert (violation.found, violation.expected) == (4.0, -1.0)
+    with pytest.raises(
+        DriftError, match=r"`2\.bias\[2\]` holds 4\.0 instead of -1\.0 \(2 entries drifted\); guard every"
+    ):
+        frozen.assert_frozen()
+    frozen.impose()
+    frozen.assert_frozen()
+
+
+def test_minus_zero_and_nan_count_as_drift() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    frozen = freeze_entries({"weight": weight}, "weight = 0")
+    weight.data[0] = -0.0
+    assert frozen.violations()[0].count == 1
+    weight.data[0] = torch.nan
+    assert frozen.violations()[0].count == 1
+
+
+def test_removed_entries_train_and_attached_ones_return_to_their_values() -> None:
+    model = _model()
+    frozen = freeze_entries(model, SPEC)
+    kept = model[2].weight[:2].detach().clone()
+    optimizer = MaskedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1), frozen)
+    frozen.remove()
+    assert not frozen.attached
+    _step(model, optimizer)
+    assert not bool((model[0].weight[:, :, 1, 1] == 0).any())
+    assert frozen.attach() is frozen
+    frozen.assert_frozen()
+    assert same_bits(model[2].weight[:2], kept)
+    _step(model, optimizer)
+    frozen.assert_frozen()
+
+
+def test_a_with_block_holds_inside_and_lets_go_behind() -> None:
+    model = _model()
+    with freeze_entries(model, SPEC) as frozen:
+        assert frozen.attached
+    assert not frozen.attached
+    assert FrozenEntries.of(model) == ()
+    with frozen:
+        assert frozen.attached
+
+
+def test_thawing_lets_one_parameter_go_and_holds_the_others() -> None:
+    model = _model()
+    frozen = freeze_entries(model, SPEC)
+    optimizer = MaskedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1), frozen)
+    _step(model, optimizer)
+    frozen.thaw("2")
+    assert list(frozen) == ["0.weight", "2.bias"]
+    before = model[2].weight.detach().clone()
+    _step(model, optimizer)
+    assert bool((model[2].weight != before).all())
+    assert model[0].weight[:, :, 1, 1].tolist() == [[0], [0]]
+    frozen.thaw("*")
+    assert len(frozen) == 0
+    with pytest.raises(TargetError, match=r"nothing of `2\.weight` is frozen"):
+        frozen.thaw("2.weight")
+
+
+def test_thawing_a_removed_handle_does_not_attach_it() -> None:
+    model = _model()
+    frozen = freeze_entries(model, SPEC)
+    frozen.remove()
+    frozen.thaw("0")
+    assert not frozen.attached
+    assert "0.weight" not in frozen
+
+
+def test_a_thawed_entry_trains_as_one_that_never_moved() -> None:
+    """Decayed weights leave momentum behind at frozen entries; thawing forgets it."""
+    weight = nn.Parameter(torch.ones(4))
+    frozen = freeze_entries({"weight": weight}, "weight[:2] = 1")
+    optimizer = MaskedOptimizer(torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=0.5), frozen)
+    for _ in range(5):
+        weight.grad = torch.zeros(4)
+        optimizer.step()
+    assert bool((optimizer.state[weight]["momentum_buffer"][:2] != 0).all())
+    frozen.thaw("weight")
+    assert not bool(optimizer.state[weight]["momentum_buffer"][:2].any())
+    assert bool((optimizer.state[weight]["momentum_buffer"][2:] != 0).all())
+
+
+def test_two_handles_hold_side_by_side_and_go_in_either_order() -> None:
+    for first_leaves in (True, False):
+        model = _model()
+        handles = [freeze_entries(model, "2.weight[0] = 1"), freeze_entries(model, "2.weight[1] = 2")]
+        optimizer = MaskedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1), handles)
+        _step(model, optimizer)
+        assert model[2].weight[0, 0] == 1
+        assert model[2].weight[1, 0] == 2
+        leaving, staying = handles if first_leaves else reversed(handles)
+        leaving.remove()
+        _step(model, optimizer)
+        staying.assert_frozen()
+        assert leaving.violations()
+        staying.remove()
+        assert FrozenEntries.of(model) == ()
+
+
+def test_a_second_handle_that_disagrees_is_refused() -> None:
+    model = _model()
+    freeze_entries(model, "2.weight[0] = 1")
+    with pytest.raises(
+        RuleConflictError, match=r"`2\.weight\[0\] = 1` and `2\.weight\[:, 3\] = 0` disagree about entry \[0, 3\]"
+    ):
+        freeze_entries(model, "2.weight[:, 3] = 0")
+    assert len(FrozenEntries.of(model)) == 1
+
+
+def test_handles_of_a_copy_are_its_own() -> None:
+    model = _model()
+    freeze_entries(model, SPEC)
+    twin = copy.deepcopy(model)
+    (handle,) = FrozenEntries.of(twin)
+    handle.remove()
+    assert FrozenEntries.of(twin) == ()
+    assert len(FrozenEntries.of(model)) == 1
+
+
+def test_a_handle_pickles_with_its_model() -> None:
+    frozen = pickle.loads(pickle.dumps(freeze_entries(_model(), SPEC)))
+    frozen.assert_frozen()
+    model = frozen.model
+    model[2].bias.data.zero_()
+    model(torch.ones(1, 1, 5, 5))
+    frozen.assert_frozen()
+    frozen.remove()
+    assert FrozenEntries.of(model) == ()
+
+
+def test_dropping_the_handle_leaves_the_entries_frozen_and_nothing_leaks() -> None:
+    model = _model()
+    handle = weakref.ref(freeze_entries(model, SPEC))
+    gc.collect()
+    assert handle() is None
+    model[2].bias.data.zero_()
+    model(torch.ones(1, 1, 5, 5))
+    assert model[2].bias.tolist() == [-1] * 4
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_guarded_optimizer_is_not_kept_alive_by_the_handle() -> None:
+    model = _model()
+    frozen = freeze_entries(model, SPEC)
+    optimizer = MaskedOptimizer(torch.optim.SGD(model.parameters()), frozen)
+    inner = weakref.ref(optimizer.inner)
+    del optimizer
+    gc.collect()
+    assert inner() is None
+
+
+def test_bare_tensors_are_held_through_gradients_and_steps() -> None:
+    tensors = {"a": torch.randn(3, 3, requires_grad=True), "b": torch.randn(2, requires_grad=True)}
+    frozen = freeze_entries(tensors, {"a": (entries[0], 0.5), "b": entries[1]})
+    optimizer = MaskedOptimizer(torch.optim.AdamW(tensors.values(), lr=0.1, weight_decay=0.1), frozen)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (tensors["a"].square().sum() + tensors["b"].sum()).backward()
+        assert tensors["a"].grad is not None
+        assert not bool(tensors["a"].grad[0].any())
+        optimizer.step()
+        frozen.assert_frozen()
+    assert tensors["a"][0].tolist() == [0.5] * 3
+
+
+def test_state_survives_weights_only_loading_and_carries_regions_and_kept_values() -> None:
+    first, second = _model(), _model()
+    spec = "2.weight[smallest(0.5)]\n0[center] = 0"
+    saved = freeze_entries(first, spec)
+    stream = io.BytesIO()
+    torch.save(saved.state_dict(), stream)
+    stream.seek(0)
+    state = torch.load(stream, weights_only=True)
+    frozen = freeze_entries(second, spec, state=state)
+    assert frozen["2.weight"].frozen.equal(saved["2.weight"].frozen)
+    assert same_bits(frozen["2.weight"].values, saved["2.weight"].values)
+    assert same_bits(second[2].weight[frozen["2.weight"].frozen], saved["2.weight"].values)
+
+    third = _model()
+    loaded = freeze_entries(third, spec)
+    loaded.load_state_dict(state)
+    assert same_bits(loaded["2.weight"].values, saved["2.weight"].values)
+    loaded.assert_frozen()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("0[center] = 1", r"for `0\.weight` it says `0\[center\] = 0` .* the present rules say `0\[center\] = 1`"),
+        ("0[center] = 0\n2.bias", r"for `2\.bias` it says nothing, the present rules say `2\.bias = keep`"),
+    ],
+    ids=["other_value", "other_parameter"],
+)
+def test_a_state_saved_under_other_rules_is_refused_and_changes_nothing(spec: str, message: str) -> None:
+    state = freeze_entries(_model(), "0[center] = 0").state_dict()
+    model = _model()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(StateMismatchError, match=message):
+        freeze_entries(model, spec, state=state)
+    assert FrozenEntries.of(model) == ()
+    assert all(same_bits(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_state_saved_with_another_mask_or_tensor_is_refused() -> None:
+    mask = torch.eye(4, 18).bool()
+    state = freeze_entries(_model(), {"2.weight": mask}).state_dict()
+    with pytest.raises(StateMismatchError, match="saved with another mask"):
+        freeze_entries(_model(), {"2.weight": ~mask}, state=state)
+    state = freeze_entries(_model(), {"2.bias": (entries[:], torch.arange(4.0))}).state_dict()
+    with pytest.raises(StateMismatchError, match=r"or other values for `2\.bias`"):
+        freeze_entries(_model(), {"2.bias": (entries[:], torch.ones(4))}, state=state)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: state.pop("parameters"),
+        lambda state: state["parameters"]["2.weight"]["pieces"][0].pop("places"),
+        lambda state: state["parameters"]["2.weight"]["pieces"].pop(),
+        lambda state: state["parameters"]["2.weight"]["pieces"][0].update(value=torch.ones(3)),
+        lambda state: state.update(format=99),
+        lambda state: state["parameters"]["2.weight"].update(shape=[4, 17]),
+    ],
+    ids=["no_parameters", "no_places", "too_few_pieces", "wrong_values", "other_format", "other_shape"],
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(damage: Any) -> None:
+    frozen = freeze_entries(_model(), SPEC)
+    values = frozen["2.weight"].values
+    state = frozen.state_dict()
+    damage(state)
+    with pytest.raises(StateMismatchError):
+        frozen.load_state_dict(state)
+    assert same_bits(frozen["2.weight"].values, values)
+    frozen.assert_frozen()
+
+
+def test_a_model_of_another_kind_is_refused() -> None:
+    with pytest.raises(SpecError, match="`model` must be a module or a mapping from name to tensor, found list"):
+        freeze_entries([torch.ones(1)], "a")  # type: ignore[arg-type]  # on purpose
+
+
+def test_guarding_twice_is_guarding_once_and_a_guard_can_be_removed() -> None:
+    model = _model()
+    frozen = freeze_entries(model, Rule("0", center, 0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    guard = frozen.guard(optimizer)
+    assert frozen.guard(optimizer) is guard
+    assert len(optimizer._optimizer_step_post_hooks) == 1  # type: ignore[attr-defined]  # undeclared
+    guard.remove()
+    assert not optimizer._optimizer_step_post_hooks  # type: ignore[attr-defined]  # undeclared
+    frozen.guard(optimizer)
+    assert len(optimizer._optimizer_step_post_hooks) == 1  # type: ignore[attr-defined]  # undeclared
+
+
+def test_an_optimizer_of_other_parameters_is_refused() -> None:
+    frozen = freeze_entries(_model(), SPEC)
+    with pytest.raises(
+        OptimizerMismatchError, match=r"`SGD` steps none of the frozen parameters \(0\.weight, 2\.weight"
+    ):
+        frozen.guard(torch.optim.SGD(_model().parameters()))
+    with pytest.raises(SpecError, match=r"`optimizer` must be a torch\.optim\.Optimizer, found str"):
+        frozen.guard("adam")  # type: ignore[arg-type]  # on purpose
