@@ -110,6 +110,16 @@ class Or(Region):
         return f"{self.left.as_operand(1)} | {self.right.as_operand(2)}"
 
 
+@dataclass(frozen=True, slots=True)
+class Described(Region):
+    """What is left of a region that a function chose, once its rule was copied or pickled: a name to show."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class _Argument(NamedTuple):
     """What one argument of a pattern may be; without a default it must be given."""
 

@@ -79,18 +79,12 @@ class Piece:
         return piece
 
     def agrees(self, other: Piece, parameter: Tensor) -> bool:
-        """Return whether another piece of the same rule lies where, and holds what, the rule's own tensors say.
-
-        Where the region was chosen by numbers, or the value is `keep`, the other piece may differ.
-        """
+        """Return whether another piece of the same rule has the same places, and, unless it keeps, the same values."""
         mine, its = (piece.places.frozen(parameter.shape, parameter.device) for piece in (self, other))
-        if not bool((mine == its).all()):
-            return not isinstance(self.rule.region, Tensor | Index)
-        blank = torch.zeros_like(parameter.detach())
-        self.impose_(blank)
-        other_blank = torch.zeros_like(blank)
-        other.impose_(other_blank)
-        return self.keeps or not bool(_differ(blank, other_blank).any())
+        held, its_held = torch.zeros_like(parameter.detach()), torch.zeros_like(parameter.detach())
+        self.impose_(held)
+        other.impose_(its_held)
+        return bool((mine == its).all()) and (self.keeps or not bool(_differ(held, its_held).any()))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"rule": self.rule, "places": self.places, "_source": self._source, "_cast": None}
@@ -104,21 +98,30 @@ def _source(rule: Rule, places: Places, parameter: Tensor) -> float | Tensor:
     if isinstance(value, float):
         _check_finite(torch.tensor(value, dtype=torch.float64), parameter)
         return value
+    if isinstance(value, complex):
+        value = torch.tensor(value, dtype=torch.complex128)
     if not isinstance(value, Tensor):
-        raise SpecError(f"a value is a number, `keep` or a tensor, found {type(value).__name__}")
-    value = value.detach().to(parameter.device)
+        raise SpecError(
+            f"a value is a number, `keep` or a tensor, found {type(value).__name__}",
+            "give a number, or convert it with torch.as_tensor",
+        )
+    if value.is_meta or value.layout != torch.strided:
+        raise FrozenValueError(
+            f"a value must be a dense tensor with numbers, found {value.layout} on {value.device}",
+            "convert it with `to_dense()`, or make it on a real device",
+        )
     if value.is_complex() and not parameter.is_complex():
         raise FrozenValueError(f"a complex value for a parameter of {parameter.dtype}", "give its real part")
-    _check_finite(value, parameter)
-    return places.read(_spread(value, rule.region, parameter))
+    source = places.read(_spread(value.detach().to(parameter.device), rule.region, parameter))
+    _check_finite(source, parameter)
+    return source
 
 
 def _check_finite(value: Tensor, parameter: Tensor) -> None:
-    cast = value.to(parameter.dtype)
-    if not bool(cast.isfinite().all()):
-        worst = value.flatten()[(~cast.isfinite()).flatten().nonzero()[0, 0]].item()
+    finite = value.to(parameter.dtype).isfinite()
+    if not bool(finite.all()):
         raise FrozenValueError(
-            f"the value {worst:g} is not finite as {parameter.dtype}",
+            f"the value {value[~finite][0].item():g} is not finite as {parameter.dtype}",
             "give a value that the parameter's dtype can hold",
         )
 
@@ -133,6 +136,7 @@ def _spread(value: Tensor, region: Any, parameter: Tensor) -> Tensor:
         where = select(region, parameter).flatten().nonzero().flatten()
     if _fits(value.shape, where.shape):
         spread.view(-1)[where] = value.expand(where.shape)
+        _check_one_value_each(spread.view(-1)[where], value)
     elif value.shape == parameter.shape:
         spread.copy_(value)
     else:
@@ -141,6 +145,12 @@ def _spread(value: Tensor, region: Any, parameter: Tensor) -> Tensor:
             f"give a number, a tensor that broadcasts to the region's shape, or one of shape {tuple(parameter.shape)}",
         )
     return spread
+
+
+def _check_one_value_each(written: Tensor, value: Tensor) -> None:
+    """Refuse an index that names an entry twice, with another value each time."""
+    if bool(((written != value) & (value == value)).any()):
+        raise FrozenValueError("the region names an entry twice, with two values", "name every entry once")
 
 
 def _fits(shape: torch.Size, target: torch.Size) -> bool:
@@ -197,25 +207,40 @@ class FrozenPart:
         self.frozen_count = int(self.frozen.sum())
 
     def _check_agreement(self) -> None:
-        imposed = self._blank()
-        seen = torch.zeros(self.shape, dtype=torch.bool, device=imposed.device)
-        for n, piece in enumerate(self.pieces if len(self.pieces) > 1 else ()):
-            before = imposed.clone()
-            piece.impose_(imposed)
-            disagreed = _differ(before, imposed) & seen
-            if bool(disagreed.any()):
-                raise self._conflict(n, disagreed)
-            seen |= piece.places.frozen(self.shape, imposed.device)
+        for n, piece in enumerate(self.pieces):
+            for earlier in self.pieces[:n]:
+                self._check_pair(earlier, piece)
 
-    def _conflict(self, n: int, disagreed: Tensor) -> RuleConflictError:
-        index = disagreed.nonzero()[0].tolist()
-        earlier = next(
-            piece for piece in self.pieces[:n] if bool(piece.places.frozen(self.shape, disagreed.device)[tuple(index)])
+    def check_beside(self, other: FrozenPart) -> None:
+        """Refuse what another handle freezes of the same parameter, where the two disagree about an entry.
+
+        A kept entry that the other holds at a number is refused even where both are equal now: the kept one follows
+        the next load, and the other does not.
+
+        Raises:
+            RuleConflictError: They disagree; the message names both rules.
+        """
+        for theirs in other.pieces:
+            for ours in self.pieces:
+                self._check_pair(theirs, ours, must_follow_alike=True)
+
+    def _check_pair(self, first: Piece, second: Piece, must_follow_alike: bool = False) -> None:
+        shared = first.places.frozen(self.shape, self._like.device) & second.places.frozen(
+            self.shape, self._like.device
         )
-        return RuleConflictError(
-            f"rules `{earlier.rule}` and `{self.pieces[n].rule}` disagree about entry {index} of `{self.name}`",
-            "make their regions disjoint, or their values equal",
-        )
+        if not bool(shared.any()):
+            return
+        held = self._blank()
+        first.impose_(held)
+        changed = held.clone()
+        second.impose_(changed)
+        disagreed = shared if must_follow_alike and first.keeps != second.keeps else _differ(held, changed) & shared
+        if bool(disagreed.any()):
+            raise RuleConflictError(
+                f"rules `{first.rule}` and `{second.rule}` disagree about entry {disagreed.nonzero()[0].tolist()} "
+                f"of `{self.name}`",
+                "make their regions disjoint, or their values equal",
+            )
 
     def _blank(self) -> Tensor:
         return torch.zeros(self.shape, dtype=self._like.dtype, device=self._like.device)
@@ -259,19 +284,29 @@ class FrozenPart:
         Raises:
             ParameterChangedError: The parameter now has another shape.
         """
+        self.check_shape(parameter)
+        if parameter.is_meta:
+            return  # on its way through `to_empty`: there are no numbers to write
+        if parameter.dtype != self._like.dtype or parameter.device != self._like.device:
+            self._like = self._like.to(parameter.device, parameter.dtype)
+        self.impose_(parameter.data)
+
+    def check_shape(self, parameter: Tensor) -> None:
+        """Refuse a parameter that was put in the place of the frozen one and does not have its shape.
+
+        Raises:
+            ParameterChangedError: It has another.
+        """
         if parameter.shape != self.shape:
             raise ParameterChangedError(
                 f"`{self.name}` had shape {tuple(self.shape)} when it was frozen and has {tuple(parameter.shape)} now",
                 "remove the frozen entries before the parameter is replaced, and freeze anew after",
             )
-        if parameter.dtype != self._like.dtype or parameter.device != self._like.device:
-            self._like = self._like.to(parameter.device, parameter.dtype)
-        self.impose_(parameter.data)
 
     def zero_gradient(self, parameter: Tensor) -> None:
         """Make the parameter's gradient exactly +0.0 at the frozen entries, whatever stands there (inf and nan too)."""
         gradient = parameter.grad
-        if gradient is None:
+        if gradient is None or gradient.is_meta:
             return
         if gradient.layout != torch.strided:
             self._zero_sparse(gradient)
@@ -279,6 +314,10 @@ class FrozenPart:
             frozen = torch.empty_like(gradient, dtype=torch.bool, requires_grad=False).copy_(self.frozen)
             parameter.grad = torch.where(frozen, torch.zeros_like(gradient), gradient)  # laid out like the gradient
         else:
+            if not _owns_its_entries(gradient):
+                parameter.grad = gradient = (
+                    gradient.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+                )
             self.zero_(gradient)
 
     def zero_(self, tensor: Tensor) -> None:
@@ -320,6 +359,11 @@ class FrozenPart:
         gap = (held - parameter.detach()).abs().nan_to_num(nan=torch.inf).where(drifted, -1)
         index = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
         return Violation(self.name, int(drifted.sum()), index, parameter.detach()[index].item(), held[index].item())
+
+
+def _owns_its_entries(tensor: Tensor) -> bool:
+    """Return whether each entry has memory of its own, which holds just that entry: no lazy conjugate, no expansion."""
+    return not (tensor.is_conj() or tensor.is_neg() or 0 in tensor.stride())
 
 
 def _differ(first: Tensor, second: Tensor) -> Tensor:

@@ -34,6 +34,9 @@ _TOKEN: Final = re.compile(
 
 
 _MOST_OPERATORS: Final = 64
+_MOST_DIGITS: Final = 1000  # of an integer; Python itself refuses to read a few thousand
+
+_EXAMPLE: Final = "write for instance `conv.weight[:, :, 1, 1] = 0`"
 
 
 class _Token(NamedTuple):
@@ -46,14 +49,16 @@ class _Parser:
     """Read one rule by recursive descent, a method for each line of the grammar."""
 
     def __init__(self, text: str) -> None:
-        self.text = text
+        if not isinstance(text, str):
+            raise SpecError(f"a rule must be text, found {type(text).__name__}", 'write "conv.weight[center] = 0"')
+        self.text = text.strip()
         self.tokens: list[_Token] = []
         self.next = 0
 
     def rule(self) -> Rule:
-        found = TARGET.match(self.text, len(self.text) - len(self.text.lstrip()))
+        found = TARGET.match(self.text)
         if found is None:
-            raise self._error(len(self.text) - len(self.text.lstrip()), "expected a parameter's name")
+            raise self._error(0, "expected a parameter's name", _EXAMPLE)
         self._tokenize(found.end())
         region: Region = WHOLE
         if self._take("["):
@@ -172,8 +177,8 @@ class _Parser:
 
     def _to_integer(self, sign: int) -> int:
         token = self._advance()
-        if len(token.text) > 18:
-            raise self._error(token.column, "an integer of more than 18 digits is no position in a tensor")
+        if len(token.text) > _MOST_DIGITS:
+            raise self._error(token.column, f"an integer of more than {_MOST_DIGITS} digits is no position in a tensor")
         return sign * int(token.text)
 
     def _number(self) -> float:
@@ -209,7 +214,7 @@ class _Parser:
         while position < len(self.text):
             found = _TOKEN.match(self.text, position)
             if found is None:
-                raise self._error(position, f"{self.text[position]!r} has no meaning here")
+                raise self._error(position, f"{self.text[position]!r} has no meaning here", _EXAMPLE)
             if found.lastgroup != "space":
                 self.tokens.append(_Token(str(found.lastgroup), found.group(), position))
             position = found.end()
@@ -257,10 +262,10 @@ class _Parser:
     def _unexpected(self, expected: str) -> RuleSyntaxError:
         token = self._peek()
         found = f"`{token.text}`" if token.text else "the end"
-        return self._error(token.column, f"expected {expected}, found {found}")
+        return self._error(token.column, f"expected {expected}, found {found}", _EXAMPLE)
 
     def _error(self, column: int, fact: str, advice: str = "") -> RuleSyntaxError:
-        return RuleSyntaxError(f"rule `{self.text.strip()}`: column {column + 1}: {fact}", advice)
+        return RuleSyntaxError(f"rule `{self.text}`: column {column + 1}: {fact}", advice)
 
 
 def parse_rule(text: str) -> Rule:

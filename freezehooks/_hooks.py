@@ -6,12 +6,12 @@ pickle take hooks along, and a copy must not write into the original.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils.hooks import RemovableHandle
 
 from ._errors import ParameterChangedError
@@ -35,21 +35,30 @@ def watch_gradient(parameter: Tensor, part: FrozenPart) -> None:
     A tensor's hooks are lost on deepcopy, pickle, `load_state_dict(assign=True)` and swapped parameters, so this is
     asked again at every forward and every step.
     """
-    if not parameter.requires_grad or _gradient_hook_ids(parameter, part):
+    if not parameter.requires_grad:
         return
-    handle = parameter.register_post_accumulate_grad_hook(ZeroFrozenGradient(part))
-    hooks: OrderedDict[int, Any] = parameter._post_accumulate_grad_hooks  # type: ignore[assignment]  # undeclared
-    hooks.move_to_end(handle.id, last=False)
+    if not _gradient_hook_ids(parameter, part):
+        handle = parameter.register_post_accumulate_grad_hook(ZeroFrozenGradient(part))
+        parameter._post_accumulate_grad_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+    # A swapped tensor (torch.utils.swap_tensors) keeps the list of hooks and loses the node that calls them; to set
+    # the list anew makes one.
+    parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
 
 
 def unwatch_gradient(parameter: Tensor, part: FrozenPart) -> None:
     """Take the hook of `watch_gradient` off again."""
     for hook_id in _gradient_hook_ids(parameter, part):
-        del parameter._post_accumulate_grad_hooks[hook_id]  # type: ignore[attr-defined]  # undeclared
+        del parameter._post_accumulate_grad_hooks[hook_id]  # type: ignore[attr-defined]
+
+
+def parts_watching(parameter: Tensor) -> list[FrozenPart]:
+    """Return what every handle freezes of a parameter that requires a gradient."""
+    hooks = parameter._post_accumulate_grad_hooks or {}  # type: ignore[attr-defined]
+    return [hook.part for hook in hooks.values() if isinstance(hook, ZeroFrozenGradient)]
 
 
 def _gradient_hook_ids(parameter: Tensor, part: FrozenPart) -> list[int]:
-    hooks = parameter._post_accumulate_grad_hooks or {}  # type: ignore[attr-defined]  # undeclared
+    hooks = parameter._post_accumulate_grad_hooks or {}  # type: ignore[attr-defined]
     return [n for n, hook in hooks.items() if isinstance(hook, ZeroFrozenGradient) and hook.part is part]
 
 
@@ -66,16 +75,28 @@ class ModuleHooks:
         self.family = family
         self._handles: list[RemovableHandle] = []
 
-    def install(self, module: nn.Module, attention: nn.MultiheadAttention | None = None) -> None:
-        """Register every hook on the module; `attention` computes with the module's parameters without calling it."""
+    @property
+    def installed(self) -> bool:
+        """Whether the hooks are on the module."""
+        return bool(self._handles)
+
+    def install(self, module: nn.Module, callers: list[tuple[nn.Module, str]]) -> None:
+        """Register every hook on the module.
+
+        Args:
+            module: The module that owns the parameters.
+            callers: Modules that compute with these parameters without calling the owner, each with the owner's name
+                below it: their forward is hooked too.
+        """
+        # first of all forward-pre-hooks: pruning and weight norm compute from the parameter in theirs
         self._handles = [
-            module.register_forward_pre_hook(ImposeBeforeForward(self)),
+            module.register_forward_pre_hook(ImposeBeforeForward(self), prepend=True),
             module.register_state_dict_pre_hook(ImposeBeforeSaving(self)),
             module.register_load_state_dict_pre_hook(ImposeBeforeLoading(self)),
             module.register_load_state_dict_post_hook(FollowLoading(self)),
         ]
-        if attention is not None:
-            self._handles.append(attention.register_forward_pre_hook(ImposeOnOutProjection(self)))
+        for caller, path in callers:
+            self._handles.append(caller.register_forward_pre_hook(ImposeBeforeCaller(self, path), prepend=True))
 
     def remove(self) -> None:
         """Take every hook off again."""
@@ -83,12 +104,28 @@ class ModuleHooks:
             handle.remove()
         self._handles = []
 
+    def drop(self, key: str) -> None:
+        """Let one parameter go; with the last one the hooks come off."""
+        self.parts.pop(key, None)
+        if not self.parts:
+            self.remove()
+
     def hold(self, module: nn.Module) -> None:
         """Impose the module's frozen entries, and renew gradient hooks that were lost."""
-        for part, parameter in self.bound(module):
-            if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self._impose(module)
+        elif torch._C._functorch.maybe_current_level() is not None:
+            with temporarily_clear_interpreter_stack():  # torch.func forbids writes to what a function captured
+                self._impose(module)
+        else:
+            for part, parameter in self.bound(module):
                 watch_gradient(parameter, part)
-            part.impose(parameter)
+                part.impose(parameter)
+
+    def _impose(self, module: nn.Module) -> None:
+        if not _is_exporting():  # an exported program holds the weights as constants: nobody writes into them
+            for part, parameter in self.bound(module):
+                part.impose(parameter)
 
     def bound(self, module: nn.Module) -> Iterator[tuple[FrozenPart, nn.Parameter]]:
         """Pair each part with the parameter it holds now.
@@ -119,11 +156,15 @@ class ImposeBeforeForward(_ModuleHook):
         self.hooks.hold(module)
 
 
-class ImposeOnOutProjection(_ModuleHook):
-    """Before the forward of nn.MultiheadAttention, which uses `out_proj` without calling it: impose there."""
+class ImposeBeforeCaller(_ModuleHook):
+    """Before the forward of a module that computes with another's parameters without calling it: impose there."""
+
+    def __init__(self, hooks: ModuleHooks, path: str) -> None:
+        super().__init__(hooks)
+        self.path = path
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        self.hooks.hold(module.get_submodule("out_proj"))
+        self.hooks.hold(module.get_submodule(self.path))
 
 
 class ImposeBeforeSaving(_ModuleHook):
@@ -152,3 +193,33 @@ class FollowLoading(_ModuleHook):
 def hooks_on(module: nn.Module) -> list[ModuleHooks]:
     """Return the module hooks that handles have installed on a module, or that it brought along as a copy."""
     return [hook.hooks for hook in module._forward_pre_hooks.values() if isinstance(hook, ImposeBeforeForward)]
+
+
+def silent_callers(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """Map each module that is used without being called to the modules that use it, each with its name below them.
+
+    These are the output projection of nn.MultiheadAttention, and containers of parameters, which have no forward.
+    """
+    callers: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for caller in model.modules():
+        if isinstance(caller, nn.MultiheadAttention):
+            callers.setdefault(caller.out_proj, []).append((caller, "out_proj"))
+        if _has_forward(caller):
+            for path, container in _containers_below(caller):
+                callers.setdefault(container, []).append((caller, path))
+    return callers
+
+
+def _containers_below(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        if not _has_forward(child):
+            yield f"{prefix}{name}", child
+            yield from _containers_below(child, f"{prefix}{name}.")
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
+
+
+def _is_exporting() -> bool:
+    return bool(getattr(torch.compiler, "is_exporting", bool)())  # torch 2.7

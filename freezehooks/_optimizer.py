@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
 
 from ._errors import SpecError
+from ._guard import check_optimizer
 from ._handle import FrozenEntries
 
 
@@ -45,9 +46,10 @@ class MaskedOptimizer(Optimizer):
     def __init__(self, optimizer: Optimizer, frozen: FrozenEntries | Iterable[FrozenEntries]) -> None:
         # Not super().__init__(): it would give this face groups, state and hooks of its own, and the first
         # load_state_dict would part them from the inner optimizer's. Every attribute comes from there instead.
-        if not isinstance(optimizer, Optimizer):
-            raise SpecError(f"`optimizer` must be a torch.optim.Optimizer, found {type(optimizer).__name__}")
+        check_optimizer(optimizer)
         handles = _handles(frozen)
+        for handle in handles:  # all of them before the first change
+            handle.check_optimizer(optimizer)
         vars(self).update(inner=optimizer, frozen=handles)
         for handle in handles:
             handle.guard(optimizer)
@@ -108,17 +110,17 @@ class MaskedOptimizer(Optimizer):
 
     step.hooked = True  # type: ignore[attr-defined]  # the inner step runs the step hooks; twice would be once too often
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Reset the gradients, as the inner optimizer does."""
-        self.inner.zero_grad(set_to_none)
+        self.inner.zero_grad(*args, **kwargs)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the inner optimizer's state dict: a plain optimizer loads it, and this one loads a plain one's."""
-        return self.inner.state_dict()
+        return self.inner.state_dict(*args, **kwargs)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Load a state dict into the inner optimizer; moments at frozen entries become 0."""
-        self.inner.load_state_dict(state_dict)
+        self.inner.load_state_dict(*args, **kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the inner optimizer; frozen entries of its parameters are held from the next step on."""
@@ -133,11 +135,13 @@ class MaskedOptimizer(Optimizer):
 
 def _handles(frozen: Any) -> tuple[FrozenEntries, ...]:
     """Return one handle or a sequence of them as a tuple."""
-    handles = (frozen,) if isinstance(frozen, FrozenEntries) or not isinstance(frozen, Iterable) else tuple(frozen)
+    if isinstance(frozen, FrozenEntries):
+        return (frozen,)
+    handles = tuple(frozen) if isinstance(frozen, Iterable) and not isinstance(frozen, str | Mapping) else (frozen,)
     for handle in handles:
         if not isinstance(handle, FrozenEntries):
             raise SpecError(
-                f"`frozen` must be a handle or a sequence of them, found {type(frozen).__name__}",
+                f"`frozen` must be a handle or a sequence of them, found {type(handle).__name__}",
                 "pass what freeze_entries(model, spec) returned",
             )
     return handles

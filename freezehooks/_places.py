@@ -135,20 +135,23 @@ class Scattered(Places):
         self.fill_(tensor, 0.0)
 
     def fill_(self, tensor: Tensor, number: float) -> None:
-        positions = self._on(tensor)
         if tensor.is_contiguous():
-            tensor.view(-1).index_fill_(0, positions, number)
+            tensor.view(-1).index_fill_(0, self._on(tensor), number)
         else:
-            tensor.put_(positions, torch.full(positions.shape, number, dtype=tensor.dtype, device=tensor.device))
+            self.write_(tensor, torch.full((), number, dtype=tensor.dtype, device=tensor.device))
 
     def write_(self, tensor: Tensor, values: Tensor) -> None:
-        tensor.put_(self._on(tensor), values)
+        # not `put_`, which refuses to run under torch.use_deterministic_algorithms
+        if tensor.is_contiguous():
+            tensor.view(-1).index_copy_(0, self._on(tensor), values.expand(self._positions.shape))
+        else:
+            tensor[torch.unravel_index(self._on(tensor), tensor.shape)] = values
 
     def read(self, tensor: Tensor) -> Tensor:
         return tensor.take(self._on(tensor))
 
     def state(self, shape: torch.Size) -> dict[str, Any]:
-        return {"positions": self._positions}
+        return {"positions": self._positions.clone()}
 
 
 class Dense(Places):

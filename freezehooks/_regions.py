@@ -49,7 +49,7 @@ def _select(region: Any, parameter: Tensor) -> Tensor:
             return _checked_mask(region(parameter), parameter)
     raise SpecError(
         f"a region is an index, a pattern, a bool tensor or a function, found {type(region).__name__}",
-        "write `freezehooks.entries[...]` for an index, as in entries[:, :, 1, 1]",
+        "write `freezehooks.entries[...]` for an index, or convert an array with torch.as_tensor",
     )
 
 
@@ -60,7 +60,15 @@ def _checked_mask(mask: Any, parameter: Tensor) -> Tensor:
             f"a mask must be a bool tensor, found {found}", "give True where an entry is frozen, as in `mask == 0`"
         )
     if mask.shape != parameter.shape:
-        raise RegionError(f"a mask must have the parameter's shape {_show(parameter)}, found {_show(mask)}")
+        raise RegionError(
+            f"a mask must have the parameter's shape {_show(parameter)}, found {_show(mask)}",
+            "give a bool for each entry of the parameter, or expand the mask to its shape",
+        )
+    if mask.is_meta or mask.layout != torch.strided:
+        raise RegionError(
+            f"a mask must be a dense tensor with numbers, found {mask.layout} on {mask.device}",
+            "convert it with `to_dense()`, or make it on a real device",
+        )
     return mask.detach().to(parameter.device, copy=True)
 
 
@@ -110,7 +118,10 @@ def _by_dimension(index: Index, shape: torch.Size) -> list[tuple[int, int | Slic
     split = items.index(...) if ... in items else len(items)
     before, after = _without_ellipsis(items[:split]), _without_ellipsis(items[split + 1 :])
     if len(before) + len(after) > len(shape):
-        raise RegionError(f"an index of {len(before) + len(after)} dimensions on a tensor of {len(shape)}")
+        raise RegionError(
+            f"an index of {len(before) + len(after)} dimensions on a tensor of {len(shape)}",
+            f"give {len(shape)} at most",
+        )
     skipped = len(shape) - len(before) - len(after) if split < len(items) else 0
     filled = [*before, *[Slice(None, None, None)] * skipped, *after]
     return list(enumerate(filled))
@@ -213,10 +224,13 @@ def _smallest(parameter: Tensor, fraction: float) -> Tensor:
 
 def _nm(parameter: Tensor, n: int, m: int) -> Tensor:
     if parameter.ndim < 2:
-        raise RegionError(f"pattern `nm` needs a tensor of 2 or more dimensions, found {parameter.ndim}")
+        raise _needs_a_matrix("nm", parameter)
     width = parameter.shape[1]
     if width % m:
-        raise RegionError(f"pattern `nm({n}, {m})` needs dimension 1 to be a multiple of {m}, found {width}")
+        raise RegionError(
+            f"pattern `nm({n}, {m})` needs dimension 1 to be a multiple of {m}, found {width}",
+            "choose a group size that divides it",
+        )
     groups = parameter.abs().movedim(1, -1).unflatten(-1, (width // m, m))
     rank = groups.argsort(dim=-1, stable=True).argsort(dim=-1)
     frozen: Tensor = rank < m - n
@@ -263,8 +277,15 @@ def _grids(parameter: Tensor, dims: int) -> tuple[Tensor, ...]:
 
 def _matrix_grids(parameter: Tensor, pattern: str) -> tuple[Tensor, ...]:
     if parameter.ndim < 2:
-        raise RegionError(f"pattern `{pattern}` needs a tensor of 2 or more dimensions, found {parameter.ndim}")
+        raise _needs_a_matrix(pattern, parameter)
     return _grids(parameter, 2)
+
+
+def _needs_a_matrix(pattern: str, parameter: Tensor) -> RegionError:
+    return RegionError(
+        f"pattern `{pattern}` needs a tensor of 2 or more dimensions, found {parameter.ndim}",
+        "name the matrices alone, or write an index",
+    )
 
 
 def _everywhere(frozen: Tensor, parameter: Tensor) -> Tensor:

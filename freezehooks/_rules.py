@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ._errors import FrozenValueError, SpecError
-from ._expressions import WHOLE, Region
+from ._expressions import WHOLE, Described, Region
 
 TARGET: Final = re.compile(r"[^\s\[\]=#]+")
 """What a target is made of: no spaces, no brackets, no ``=`` and no ``#``."""
@@ -62,9 +62,7 @@ class Rule:
         if self.region is ...:
             object.__setattr__(self, "region", WHOLE)
         if isinstance(self.value, numbers.Real) and not isinstance(self.value, bool):
-            object.__setattr__(self, "value", float(self.value))
-            if not math.isfinite(self.value):
-                raise FrozenValueError(f"the value of `{self.target}` must be finite, found {self.value}")
+            object.__setattr__(self, "value", _finite(self.target, self.value))
 
     def __eq__(self, other: object) -> bool:
         return self._identity == other._identity if isinstance(other, Rule) else NotImplemented
@@ -76,12 +74,28 @@ class Rule:
     def _identity(self) -> tuple[Any, ...]:
         """Regions, numbers and `keep` compare by what they say; tensors and functions by which object they are."""
         region = self.region if isinstance(self.region, Region) else id(self.region)
-        value = self.value if isinstance(self.value, float | Keep) else (id(self.value),)
+        value = str(self.value) if isinstance(self.value, float | Keep) else id(self.value)  # -0.0 is not 0.0
         return self.target, region, value
 
+    def __reduce__(self) -> Any:
+        region = self.region
+        if callable(region) and not isinstance(region, Region):  # a model must pickle, and few functions do
+            region = Described(_foreign_text(region))
+        return Rule, (self.target, region, self.value)
+
     def __str__(self) -> str:
-        region = "" if self.region == WHOLE else f"[{_foreign_text(self.region)}]"
+        region = "" if isinstance(self.region, Region) and self.region == WHOLE else f"[{_foreign_text(self.region)}]"
         return f"{self.target}{region} = {_foreign_text(self.value)}"
+
+
+def _finite(target: str, value: numbers.Real) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise FrozenValueError(f"the value of `{target}` must be finite, found {value}", "give a finite number")
+    return number
 
 
 def _foreign_text(part: Any) -> str:
@@ -90,6 +104,8 @@ def _foreign_text(part: Any) -> str:
         return str(part)
     if isinstance(part, float):
         return _number_text(part)
+    if isinstance(part, complex):
+        return str(part)
     if hasattr(part, "shape"):
         return f"<{type(part).__name__.lower()} of shape {tuple(part.shape)}>"
     return f"<{getattr(part, '__name__', type(part).__name__)}>"

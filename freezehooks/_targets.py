@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ._errors import ParameterChangedError, TargetError, UnsupportedParameterError
+from ._errors import ParameterChangedError, SpecError, TargetError, UnsupportedParameterError
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Targets:
         self._computed = dict(_computed_tensors(model))
         by_tensor: dict[int, list[str]] = {}
         for name, site in self.sites.items():
-            by_tensor.setdefault(id(site.tensor()), []).append(name)
+            by_tensor.setdefault(id(site.find()), []).append(name)
         self._aliases = {name: names for names in by_tensor.values() for name in names}
 
     def names_of(self, name: str) -> list[str]:
@@ -93,19 +94,23 @@ class Targets:
 
 def matching(target: str, names: list[str]) -> list[str]:
     """Return the names a target speaks of: those it matches, else the weights of the modules it matches."""
-    pattern = re.compile("".join(_WILDCARDS.get(letter) or re.escape(letter) for letter in target))
+    pattern = re.compile(fnmatch.translate(target))
     weights = [name for name in names if name.endswith(".weight")]
     return [name for name in names if pattern.fullmatch(name)] or [
         name for name in weights if pattern.fullmatch(name.removesuffix(".weight"))
     ]
 
 
-_WILDCARDS: Final = {"*": ".*", "?": "."}
-
-
 def _sites(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, Site]]:
     if not isinstance(model, nn.Module):
-        yield from ((name, Site(model, name)) for name in model)
+        for name, tensor in model.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise SpecError(
+                    f"`model` must be a module or a mapping from name to tensor, found the item {name!r}: "
+                    f"{type(tensor).__name__}",
+                    "give leaf tensors by name",
+                )
+            yield name, Site(model, name)
         return
     for prefix, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module._parameters.items():
@@ -126,7 +131,7 @@ def _computed_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple
                 f"(torch.nn.utils.parametrize.remove_parametrizations), or freeze `{dot}parametrizations.{key}.*`",
             )
         for key, suffix in _RENAMED.findall("\n".join(module._parameters)):
-            if key not in module._parameters:
+            if isinstance(vars(module).get(key), Tensor):
                 yield (
                     f"{dot}{key}",
                     f"a hook computes it from `{dot}{key}{suffix}`; remove that hook first "
@@ -155,11 +160,6 @@ def check_supported(parameter: Tensor) -> None:
 
 
 _REFUSALS: Final[tuple[tuple[Callable[[Any], bool], str, str], ...]] = (
-    (
-        lambda p: not isinstance(p, Tensor),
-        "expected a tensor, found something else",
-        "give a module, or a mapping from name to leaf tensor",
-    ),
     (is_lazy, "the parameter is lazy and has no shape yet", "run one forward first, then freeze"),
     (
         lambda p: getattr(p, "_is_flat_param", False),
@@ -178,7 +178,7 @@ _REFUSALS: Final[tuple[tuple[Callable[[Any], bool], str, str], ...]] = (
     ),
     (lambda p: p.is_meta, "the parameter is on the meta device and has no numbers yet", "materialise it, then freeze"),
     (
-        lambda p: p.is_quantized or not (p.is_floating_point() or p.is_complex()),
+        lambda p: p.is_quantized or not (p.is_floating_point() or p.is_complex()) or p.element_size() == 1,
         "the parameter holds {parameter.dtype}, which no optimizer trains",
         "name floating-point parameters alone",
     ),
@@ -191,6 +191,16 @@ _REFUSALS: Final[tuple[tuple[Callable[[Any], bool], str, str], ...]] = (
         lambda p: any(step == 0 and size > 1 for step, size in zip(p.stride(), p.shape, strict=True)),
         "the parameter is expanded: several of its entries share one place in memory",
         "make it contiguous first",
+    ),
+    (
+        lambda p: p.is_conj() or p.is_neg(),
+        "the parameter is a lazy conjugate or negative: its entries are not what is in memory",
+        "call `resolve_conj().resolve_neg()` on it first",
+    ),
+    (
+        lambda p: p.is_inference(),
+        "the parameter was made under torch.inference_mode, so nothing may write into it",
+        "make the model outside inference mode",
     ),
     (
         lambda p: not p.is_leaf,

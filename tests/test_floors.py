@@ -20,6 +20,7 @@ FLOORS = {
     "_regions": 2,
     "_targets": 2,
     "_frozen": 3,
+    "_parts": 3.1,
     "_hooks": 4,
     "_guard": 4.1,
     "_handle": 5,

@@ -363,3 +363,151 @@ def test_an_optimizer_of_other_parameters_is_refused() -> None:
         frozen.guard(torch.optim.SGD(_model().parameters()))
     with pytest.raises(SpecError, match=r"`optimizer` must be a torch\.optim\.Optimizer, found str"):
         frozen.guard("adam")  # type: ignore[arg-type]  # on purpose
+
+
+def test_zeros_are_taken_from_the_state_where_a_fresh_model_has_none() -> None:
+    pruned = nn.Linear(4, 4)
+    pruned.weight.data[0] = 0
+    state = freeze_entries(pruned, "weight[zeros]").state_dict()
+    fresh = nn.Linear(4, 4)
+    freeze_entries(fresh, "weight[zeros]", state=state)
+    assert fresh.weight[0].tolist() == [0] * 4
+
+
+def test_a_state_loaded_into_a_handle_cleans_gradients_and_moments() -> None:
+    model, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    state = freeze_entries(other, "weight[smallest(0.5)] = 0").state_dict()
+    frozen = freeze_entries(model, "weight[smallest(0.5)] = 0")
+    optimizer = MaskedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), frozen)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    frozen.load_state_dict(state)
+    held = frozen["weight"].frozen
+    assert model.weight.grad is not None
+    assert not bool(model.weight.grad[held].any())
+    assert not bool(optimizer.state[model.weight]["momentum_buffer"][held].any())
+
+
+def test_a_copy_inside_another_module_loads_its_own_state() -> None:
+    model = nn.Linear(4, 4)
+    freeze_entries(model, "weight[0]")
+    (handle,) = FrozenEntries.of(torch.optim.swa_utils.AveragedModel(model))
+    handle.load_state_dict(handle.state_dict())
+    handle.assert_frozen()
+
+
+def test_a_second_handle_that_disagrees_is_refused_on_bare_tensors_and_when_attached_again() -> None:
+    weight = nn.Parameter(torch.zeros(3))
+    first = freeze_entries({"weight": weight}, "weight[0] = 1")
+    with pytest.raises(RuleConflictError, match="disagree"):
+        freeze_entries({"w": weight}, "w[0] = 2")
+    first.remove()
+    freeze_entries({"w": weight}, "w[0] = 2")
+    with pytest.raises(RuleConflictError, match=r"`w\[0\] = 2` and `weight\[0\] = 1` disagree about entry \[0\]"):
+        first.attach()
+    assert not first.attached
+    assert weight.tolist() == [2, 0, 0]
+
+
+def test_a_kept_entry_may_not_be_another_handles_number_even_where_they_are_equal_now() -> None:
+    model = nn.Linear(2, 2)
+    model.weight.data.zero_()
+    freeze_entries(model, "weight[zeros]")
+    with pytest.raises(RuleConflictError, match="disagree"):
+        freeze_entries(model, "weight[0] = 0")
+
+
+def test_within_one_handle_a_load_gives_the_kept_entry_the_number() -> None:
+    model = nn.Linear(2, 2)
+    model.weight.data.zero_()
+    frozen = freeze_entries(model, "weight[zeros]\nweight[0] = 0")
+    model.load_state_dict({"weight": torch.full((2, 2), 3.0), "bias": torch.zeros(2)})
+    assert model.weight.tolist() == [[0, 0], [3, 3]]
+    frozen.assert_frozen()
+
+
+def test_parameters_tied_after_freezing_hold_both_parts() -> None:
+    model: Any = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    frozen = freeze_entries(model, "a[0] = 0\nb[1] = 1")
+    model["b"].weight = model["a"].weight
+    optimizer = MaskedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1), frozen)
+    model["a"].weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert model["a"].weight.tolist() == [[0, 0], [1, 1]]
+
+
+def test_zero_and_minus_zero_are_two_values() -> None:
+    with pytest.raises(RuleConflictError, match=r"`weight = 0` and `weight = -0` disagree"):
+        freeze_entries(nn.Linear(2, 2), "weight = 0\nweight = -0")
+
+
+def test_a_handle_knows_when_another_of_the_same_entries_removed_the_hooks() -> None:
+    model = nn.Linear(2, 2)
+    frozen = freeze_entries(model, "weight[0] = 1")
+    (found,) = FrozenEntries.of(model)
+    found.remove()
+    assert not frozen.attached
+    frozen.attach()
+    model.weight.data.zero_()
+    model(torch.ones(1, 2))
+    assert model.weight[0].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("names", [("w_q", "w_v"), ("x", "x_orig"), ("k_g", "k_v")], ids=["v", "orig", "g_and_v"])
+def test_ordinary_names_that_end_like_renamed_ones_freeze(names: tuple[str, str]) -> None:
+    model = nn.Module()
+    for name in names:
+        model.register_parameter(name, nn.Parameter(torch.ones(2)))
+    assert list(freeze_entries(model, "*[0] = 0")) == list(names)
+
+
+def test_an_optimizer_without_hooks_is_refused_each_time() -> None:
+    class Bare(torch.optim.Optimizer):
+        def __init__(self, parameters: list[torch.Tensor]) -> None:
+            self.param_groups = [{"params": parameters}]
+            self.state = {}  # type: ignore[assignment]  # as such classes do
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            """Do nothing."""
+
+    model = nn.Linear(2, 2)
+    frozen = freeze_entries(model, "weight[0]")
+    for _ in range(2):
+        with pytest.raises(SpecError, match=r"`Bare` has no step hooks: .*; call super\(\).__init__"):
+            frozen.guard(Bare(list(model.parameters())))
+
+
+def test_a_sequence_of_handles_is_taken_whole_or_not_at_all() -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    handles = [freeze_entries(each, "weight[0]") for each in (model, other)]
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(OptimizerMismatchError):
+        MaskedOptimizer(optimizer, handles)
+    assert not optimizer._optimizer_step_post_hooks  # type: ignore[attr-defined]  # undeclared
+
+
+def test_state_that_only_shares_a_name_with_weights_is_left_alone() -> None:
+    class Follow(torch.optim.SGD):
+        """An optimizer whose state has a number under the name of schedule-free's weights."""
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            """Count steps under that name."""
+            for parameter in self.param_groups[0]["params"]:
+                self.state[parameter]["z"] = self.state[parameter].get("z", 0) + 1
+                self.state[parameter]["ax"] = None
+
+    model = nn.Linear(2, 2)
+    optimizer = MaskedOptimizer(Follow(model.parameters()), freeze_entries(model, "weight[0]"))
+    optimizer.step()
+    optimizer.step()
+    assert optimizer.state[model.weight]["z"] == 2
+
+
+def test_thawing_one_parameter_works_where_another_is_broken() -> None:
+    model: Any = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    frozen = freeze_entries(model, "*.weight[0] = 0")
+    del model["a"].weight
+    frozen.thaw("b")
+    assert list(frozen) == ["a.weight"]
+    model["b"](torch.ones(1, 2)).sum().backward()
+    assert bool((model["b"].weight.grad != 0).all())

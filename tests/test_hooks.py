@@ -338,3 +338,151 @@ def test_saving_and_loading_by_buffer_keeps_plain_keys() -> None:
     loaded: dict[str, Tensor] = torch.load(stream, weights_only=True)
     assert list(loaded) == plain_keys
     nn.Linear(2, 2).load_state_dict(loaded)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_deterministic_algorithms_are_enough_for_scattered_entries(layout: torch.memory_format) -> None:
+    few = torch.zeros(8, 8, 3, 3, dtype=torch.bool)
+    few[0, 0, 0, 0] = few[5, 2, 1, 2] = True
+    model = nn.Conv2d(8, 8, 3).to(memory_format=layout)  # type: ignore[call-overload]  # torch's stubs
+    kept = model.weight[few].detach().clone()
+    torch.use_deterministic_algorithms(True)
+    try:
+        freeze_entries(model, {"weight": few})
+        _spoil(model)
+        model(torch.ones(1, 8, 3, 3)).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same_bits(model.weight[few], kept)
+    assert model.weight.grad is not None
+    assert not bool(model.weight.grad[few].any())
+
+
+class _Experts(nn.Module):
+    """Computes with parameters in containers that nobody calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ParameterList([torch.randn(3, 3), torch.randn(3, 3)])
+        self.blocks = nn.ModuleDict({"gates": nn.ParameterDict({"open": torch.ones(3)})})
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = self.blocks["gates"]
+        assert isinstance(gates, nn.ParameterDict)
+        return torch.mul(x @ self.experts[0] @ self.experts[1], gates["open"])
+
+
+def test_parameters_in_containers_are_held_in_the_forward_and_in_copies() -> None:
+    model = _Experts()
+    freeze_entries(model, "experts.1[0] = 0.5\nblocks.gates.open[2] = 2")
+    for each in (model, copy.deepcopy(model)):
+        _spoil(each)
+        each(torch.ones(1, 3)).sum().backward()
+        assert each.experts[1][0].tolist() == [0.5] * 3
+        gate = each.get_parameter("blocks.gates.open")
+        assert gate.tolist() == [7, 7, 2]
+        assert each.experts[1].grad is not None
+        assert gate.grad is not None
+        assert not bool(each.experts[1].grad[0].any())
+        assert gate.grad[2] == 0
+
+
+def test_an_output_projection_shared_by_two_attentions_is_held_under_both() -> None:
+    first, second = nn.MultiheadAttention(4, 2), nn.MultiheadAttention(4, 2)
+    second.out_proj = first.out_proj
+    freeze_entries(nn.ModuleList([first, second]), "0.out_proj[0] = 0.5")
+    for attention in (first, second):
+        _spoil(attention)
+        attention(*torch.ones(3, 2, 1, 4))
+        assert attention.out_proj.weight[0].tolist() == [0.5] * 4
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, inside jacfwd
+@pytest.mark.parametrize("transform", ["grad", "jacrev", "jacfwd", "hessian", "vmap"])
+def test_function_transforms_run_over_a_frozen_module(transform: str) -> None:
+    model = nn.Linear(3, 1)
+    freeze_entries(model, "weight[0, 1] = 0.5")
+    _spoil(model)
+    rows = (2, 3) if transform == "vmap" else (3,)
+    output = getattr(torch.func, transform)(lambda x: torch.tanh(model(x)).sum())(torch.full(rows, 0.01))
+    assert bool(output.isfinite().all())
+    assert model.weight.tolist() == [[7, 0.5, 7]]
+
+
+def test_a_frozen_model_exports() -> None:
+    model = nn.Linear(3, 2)
+    freeze_entries(model, "weight[0] = 0.5")
+    program = torch.export.export(model, (torch.ones(1, 3),))
+    assert torch.equal(program.module()(torch.ones(1, 3)), model(torch.ones(1, 3)))
+
+
+def test_gradients_stay_clean_when_conversion_swaps_the_parameters() -> None:
+    model = nn.Linear(3, 2)
+    freeze_entries(model, "weight[0] = 0.5")
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    model(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
+    assert model.weight.grad is not None
+    assert model.weight.grad.tolist() == [[0, 0, 0], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("region", ["[0]", "[smallest(0.5)]"], ids=["box", "dense"])
+def test_a_lazily_conjugated_gradient_is_cleaned(region: str) -> None:
+    weight = nn.Parameter(torch.randn(4, 4, dtype=torch.complex64))
+    frozen = freeze_entries({"weight": weight}, f"weight{region} = 0")
+    torch.view_as_real(weight.conj() + 1).pow(2).sum().backward()
+    held = frozen["weight"].frozen
+    assert weight.grad is not None
+    assert same_bits(weight.grad[held], torch.zeros_like(weight.grad[held]))
+    assert bool((weight.grad[~held] != 0).all())
+
+
+def test_an_expanded_gradient_set_by_hand_is_cleaned_where_frozen_alone() -> None:
+    weight = nn.Parameter(torch.ones(3, 3))
+    frozen = freeze_entries({"weight": weight}, "weight[0] = 1")
+    optimizer = MaskedOptimizer(torch.optim.SGD([weight], lr=0.5), frozen)
+    weight.grad = torch.ones(1, 1).expand(3, 3)
+    optimizer.step()
+    assert weight.tolist() == [[1] * 3, [0.5] * 3, [0.5] * 3]
+
+
+def test_a_model_frozen_by_a_function_pickles() -> None:
+    model = nn.Linear(3, 2)
+    frozen = freeze_entries(model, {"weight": (lambda parameter: parameter > -9, 0.5)})
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    (again,) = FrozenEntries.of(torch.load(stream, weights_only=False))
+    again.assert_frozen()
+    assert str(again.rules[0]) == str(frozen.rules[0]) == "weight[<<lambda>>] = 0.5"
+
+
+@pytest.mark.parametrize("target", ["weight_orig", "weight"], ids=["after_pruning", "before_pruning"])
+def test_a_pruned_module_computes_with_the_values(target: str) -> None:
+    from torch.nn.utils import prune
+
+    model = nn.Linear(4, 2)
+    if target == "weight":
+        freeze_entries(model, "weight[0] = 1")
+    mask = torch.ones(2, 4)
+    mask[1, 0] = 0
+    prune.custom_from_mask(model, "weight", mask)
+    if target == "weight_orig":
+        freeze_entries(model, "weight_orig[0] = 1")
+    _spoil(model)
+    model(torch.ones(1, 4))
+    assert model.weight.tolist() == [[1, 1, 1, 1], [0, 7, 7, 7]]
+
+
+@pytest.mark.parametrize("region", ["[0]", "[[0, 3], [1, 2]]", "[smallest(0.5)]"], ids=["box", "scattered", "dense"])
+def test_a_model_that_passes_through_the_meta_device_is_held_again(region: str) -> None:
+    model = nn.Linear(8, 8)
+    frozen = freeze_entries(model, f"weight{region} = 0.5")
+    model.to("meta")
+    model.state_dict()
+    model.to_empty(device="cpu")
+    model(torch.ones(1, 8))
+    frozen.assert_frozen()

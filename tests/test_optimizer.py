@@ -249,10 +249,12 @@ def test_a_removed_handle_lets_the_wrapped_optimizer_move_the_entries() -> None:
     [
         (None, "weight[0] = 1", "`frozen` must be a handle or a sequence of them, found str; pass what freeze_entries"),
         (None, {"weight": 0}, "found dict"),
+        (None, "", "found str"),
+        (None, ["weight = 0"], "found str"),
         (None, None, "found NoneType"),
         ("adam", (), r"`optimizer` must be a torch\.optim\.Optimizer, found str"),
     ],
-    ids=["text", "mapping", "none", "no_optimizer"],
+    ids=["text", "mapping", "empty_text", "list_of_text", "none", "no_optimizer"],
 )
 def test_what_is_no_handle_or_no_optimizer_is_refused(optimizer: Any, frozen: Any, message: str) -> None:
     with pytest.raises(SpecError, match=message):

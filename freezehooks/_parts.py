@@ -1,0 +1,147 @@
+"""From rules, and perhaps a saved state, to the frozen parts of a model; nothing of the model is changed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, TypeAlias
+
+from torch import Tensor, nn
+
+from ._errors import FreezeError, StateMismatchError
+from ._expressions import Index
+from ._frozen import FrozenPart, Piece
+from ._rules import Rule
+from ._targets import Site, Targets, check_no_fsdp1, check_supported
+
+Model: TypeAlias = "nn.Module | Mapping[str, Tensor]"
+
+Asked: TypeAlias = "Mapping[str, tuple[Tensor, Sequence[Rule]]]"
+"""What is to be frozen: for each parameter's name the parameter and the rules that speak of it."""
+
+_FORMAT: Final = 1
+
+
+def resolve(model: Model, rules: Iterable[Rule], state: Any = None) -> list[tuple[FrozenPart, list[Site]]]:
+    """Work out what the rules freeze of a model: a part for each parameter, with every place that holds it.
+
+    Args:
+        model: A module, or a mapping from name to leaf tensor.
+        rules: The rules.
+        state: What `state_of` wrote down under the same rules, or None to choose regions and kept values now.
+
+    Raises:
+        FreezeError: A rule, or the state, that does not fit the model.
+    """
+    check_no_fsdp1(model)
+    targets = Targets(model)
+    asked = _asked(targets, rules)
+    pieces = _chosen_pieces(asked) if state is None else saved_pieces(asked, state)
+    parts = [FrozenPart(targets.names_of(name), parameter, pieces[name]) for name, (parameter, _) in asked.items()]
+    return [(part, [targets.sites[name] for name in part.names]) for part in parts]
+
+
+def _asked(targets: Targets, rules: Iterable[Rule]) -> Asked:
+    asked: dict[str, tuple[Tensor, list[Rule]]] = {}
+    for rule in dict.fromkeys(rules):
+        with _context(f"rule `{rule}`"):
+            names = targets.find(rule.target)
+        for name in names:
+            parameter = targets.sites[name].tensor()
+            with _context(f"rule `{rule}`", f"parameter `{name}`"):
+                check_supported(parameter)
+            asked.setdefault(name, (parameter, []))[1].append(rule)
+    return asked
+
+
+def _chosen_pieces(asked: Asked) -> dict[str, list[Piece]]:
+    return {name: [_piece(rule, name, parameter) for rule in rules] for name, (parameter, rules) in asked.items()}
+
+
+def _piece(rule: Rule, name: str, parameter: Tensor) -> Piece:
+    with _context(f"rule `{rule}`", f"parameter `{name}` of shape {tuple(parameter.shape)}"):
+        return Piece.resolve(rule, parameter)
+
+
+@contextmanager
+def _context(context: str, detail: str = "") -> Iterator[None]:
+    """Say of which rule an error inside the block speaks, and of which parameter."""
+    try:
+        yield
+    except FreezeError as error:
+        raise error.within(context, detail) from error.__cause__
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Saved states
+
+
+def state_of(parts: Iterable[FrozenPart]) -> dict[str, Any]:
+    """Return rules, regions and values as plain tensors and builtins."""
+    parts = list(parts)
+    rules = dict.fromkeys(str(rule) for part in parts for rule in part.rules)
+    return {"format": _FORMAT, "rules": list(rules), "parameters": {part.name: _part_state(part) for part in parts}}
+
+
+def _part_state(part: FrozenPart) -> dict[str, Any]:
+    pieces = [{"rule": str(piece.rule), **piece.state(part.shape)} for piece in part.pieces]
+    return {"shape": list(part.shape), "pieces": pieces}
+
+
+def saved_pieces(asked: Asked, state: Any) -> dict[str, list[Piece]]:
+    """Return the pieces that a state wrote down.
+
+    Raises:
+        StateMismatchError: The state was made under other rules or for another model, or cannot be read.
+    """
+    with _readable():
+        if state["format"] != _FORMAT:
+            raise StateMismatchError(f"the state has format {state['format']!r}, expected {_FORMAT}")
+        _check_same_rules(asked, state["parameters"])
+        return {
+            name: [
+                _saved_piece(rule, name, parameter, item)
+                for rule, item in zip(rules, state["parameters"][name]["pieces"], strict=True)
+            ]
+            for name, (parameter, rules) in asked.items()
+        }
+
+
+def _saved_piece(rule: Rule, name: str, parameter: Tensor, item: dict[str, Any]) -> Piece:
+    piece = Piece.from_state(rule, item, parameter)
+    given = isinstance(rule.region, Tensor | Index)
+    if given and not _piece(rule, name, parameter).agrees(piece, parameter):
+        raise StateMismatchError(
+            f"rule `{rule}` was saved with another mask or other values for `{name}`",
+            "use the tensors of the saved run, or start from its weights alone",
+        )
+    return piece
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except FreezeError:
+        raise
+    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, ValueError) as error:
+        raise StateMismatchError(
+            f"the state cannot be read ({type(error).__name__}: {error})",
+            "pass what FrozenEntries.state_dict() returned",
+        ) from error
+
+
+def _check_same_rules(asked: Asked, saved: dict[str, Any]) -> None:
+    now = {name: (list(parameter.shape), list(map(str, rules))) for name, (parameter, rules) in asked.items()}
+    then = {name: (item["shape"], [piece["rule"] for piece in item["pieces"]]) for name, item in saved.items()}
+    for name in dict.fromkeys([*then, *now]):
+        if now.get(name) != then.get(name):
+            raise StateMismatchError(
+                f"the state was saved under other rules: for `{name}` it says {_said(then.get(name))}, "
+                f"the present rules say {_said(now.get(name))}",
+                "use the rules of the saved run, or start from its weights alone",
+            )
+
+
+def _said(item: tuple[list[int], list[str]] | None) -> str:
+    return f"{', '.join(f'`{rule}`' for rule in item[1])} on shape {tuple(item[0])}" if item else "nothing"
