@@ -116,8 +116,7 @@ class Guard:
 
     def _zero_gradients(self, optimizer: Optimizer) -> None:
         for part, parameter, _ in self._held_by(optimizer):
-            if not torch.compiler.is_compiling():
-                watch_gradient(parameter, part)
+            watch_gradient(parameter, part)
             part.zero_gradient(parameter)
 
     def _impose(self, optimizer: Optimizer) -> None:

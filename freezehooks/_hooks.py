@@ -35,8 +35,8 @@ def watch_gradient(parameter: Tensor, part: FrozenPart) -> None:
     A tensor's hooks are lost on deepcopy, pickle, `load_state_dict(assign=True)` and swapped parameters, so this is
     asked again at every forward and every step.
     """
-    if not parameter.requires_grad:
-        return
+    if torch.compiler.is_compiling() or not parameter.requires_grad:
+        return  # a compiled frame cannot register hooks; the next eager forward or step does
     if not _gradient_hook_ids(parameter, part):
         handle = parameter.register_post_accumulate_grad_hook(ZeroFrozenGradient(part))
         parameter._post_accumulate_grad_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
@@ -112,20 +112,18 @@ class ModuleHooks:
 
     def hold(self, module: nn.Module) -> None:
         """Impose the module's frozen entries, and renew gradient hooks that were lost."""
-        if torch.compiler.is_compiling():
-            self._impose(module)
-        elif torch._C._functorch.maybe_current_level() is not None:
+        if _is_exporting():
+            return  # an exported program holds the weights as constants: nobody writes into them
+        if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
             with temporarily_clear_interpreter_stack():  # torch.func forbids writes to what a function captured
-                self._impose(module)
+                self._hold(module)
         else:
-            for part, parameter in self.bound(module):
-                watch_gradient(parameter, part)
-                part.impose(parameter)
+            self._hold(module)
 
-    def _impose(self, module: nn.Module) -> None:
-        if not _is_exporting():  # an exported program holds the weights as constants: nobody writes into them
-            for part, parameter in self.bound(module):
-                part.impose(parameter)
+    def _hold(self, module: nn.Module) -> None:
+        for part, parameter in self.bound(module):
+            watch_gradient(parameter, part)
+            part.impose(parameter)
 
     def bound(self, module: nn.Module) -> Iterator[tuple[FrozenPart, nn.Parameter]]:
         """Pair each part with the parameter it holds now.

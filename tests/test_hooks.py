@@ -409,6 +409,7 @@ def test_function_transforms_run_over_a_frozen_module(transform: str) -> None:
     assert model.weight.tolist() == [[7, 0.5, 7]]
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch says when it exports since 2.7")
 def test_a_frozen_model_exports() -> None:
     model = nn.Linear(3, 2)
     freeze_entries(model, "weight[0] = 0.5")

@@ -192,6 +192,13 @@ ZOO = [
         {"weight": [(0, 0.25), ((slice(1, 3), slice(None, None, 2)), None), (([3, 4], 1), -2.0)]},
     ),
     Animal(
+        "matrix_alone",
+        lambda: nn.Linear(12, 16, bias=False),
+        lambda: (torch.randn(3, 12),),
+        {"weight": (_DENSE, 0.5)},
+        {"weight": [(_DENSE, 0.5)]},
+    ),
+    Animal(
         "embedding_old_rows",
         lambda: nn.Sequential(nn.Embedding(10, 3), nn.Linear(3, 2)),
         lambda: (torch.randint(10, (4, 5)),),
