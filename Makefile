@@ -9,7 +9,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/
 INSTALL := $(RUN)python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types check build clean
+.PHONY: demo test coverage lint types check clean
 
 demo: $(VENV)/.examples
 	$(RUN)python examples/digits_lightning.py
@@ -26,17 +26,16 @@ types: $(VENV)/.test
 
 check: lint types test
 
-build: $(VENV)/.test
-	$(RUN)python -m build
+coverage: $(VENV)/.test
+	$(RUN)python -m pytest --cov
 
-# A stamp a set of dependencies, renewed when what it is made from changes.
+# A stamp for each set of dependencies, renewed when what it is made from changes.
 $(VENV)/.examples $(VENV)/.test: $(VENV)/.%: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable ".[$*]"
 	@touch $@
 
-# `.test` installs more than `.examples`, never less: where both are due, one after the other.
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage outputs
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage checkpoints lightning_logs outputs

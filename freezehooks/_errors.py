@@ -35,7 +35,7 @@ class RuleSyntaxError(FreezeError, ValueError):
 
 
 class SpecError(FreezeError, TypeError):
-    """An argument of a kind that cannot be understood as rules, a region, a value or a handle."""
+    """An argument that cannot be understood: as rules, a region, a value, a handle or an optimizer."""
 
 
 class TargetError(FreezeError, KeyError):

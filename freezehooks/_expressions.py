@@ -31,15 +31,16 @@ class Region:
         return str(self) if self.binding >= binding else f"({self})"
 
 
-class Slice(NamedTuple):
-    """A slice that can be hashed on every supported Python."""
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A slice that can be hashed on every supported Python, and never equals a list of integers."""
 
     start: int | None
     stop: int | None
     step: int | None
 
     def __str__(self) -> str:
-        start, stop, step = ("" if part is None else str(part) for part in self)
+        start, stop, step = ("" if part is None else str(part) for part in (self.start, self.stop, self.step))
         return f"{start}:{stop}:{step}" if step else f"{start}:{stop}"
 
 
@@ -170,7 +171,11 @@ class Pattern(Region):
     def _check_arguments(self, signature: tuple[_Argument, ...]) -> None:
         for argument, value in zip(signature, self.arguments, strict=True):
             if isinstance(value, bool) or not _KINDS[argument.kind](value):
-                raise RegionError(f"`{argument.name}` of `{self.name}` must be {argument.kind}, found {value!r}")
+                found = value if isinstance(value, int | float) else type(value).__name__
+                raise RegionError(
+                    f"`{argument.name}` of `{self.name}` must be {argument.kind}, found {found}",
+                    f"write `{_signature_text(self.name)}`",
+                )
         if self.name == "nm" and self.arguments[0] >= self.arguments[1]:
             n, m = self.arguments
             raise RegionError(f"pattern `nm({n}, {m})` freezes nothing: {n} of every {m} stay free", "give n < m")
@@ -203,28 +208,49 @@ zeros: Final = Pattern("zeros")
 """The entries that are exactly 0 at the moment of freezing."""
 
 
-def diagonal(k: int = 0) -> Pattern:
-    """Select the k-th diagonal of the last two dimensions (k > 0: above the main one), as `torch.diagonal` does."""
-    return Pattern("diagonal", (k,))
+diagonal: Final = Pattern("diagonal")
+"""The main diagonal of the last two dimensions; ``diagonal(k)``: the k-th above it, as `torch.diagonal` counts."""
 
+triu: Final = Pattern("triu")
+"""The main diagonal of the last two dimensions and all above; ``triu(k)``: from the k-th on, as `torch.triu`."""
 
-def triu(k: int = 0) -> Pattern:
-    """Select the k-th diagonal of the last two dimensions and all above it, as `torch.triu` does."""
-    return Pattern("triu", (k,))
-
-
-def tril(k: int = 0) -> Pattern:
-    """Select the k-th diagonal of the last two dimensions and all below it, as `torch.tril` does."""
-    return Pattern("tril", (k,))
+tril: Final = Pattern("tril")
+"""The main diagonal of the last two dimensions and all below; ``tril(k)``: up to the k-th, as `torch.tril`."""
 
 
 def smallest(fraction: float) -> Pattern:
-    """Select the given fraction (above 0, at most 1) of the entries, those of least magnitude."""
+    """Select the entries of least magnitude.
+
+    Args:
+        fraction: How many of the parameter's entries, as a fraction above 0 and at most 1; rounded to whole entries.
+
+    Raises:
+        RegionError: The fraction is outside that range.
+
+    Example:
+        >>> from freezehooks import smallest
+        >>> smallest(0.5)
+        Pattern(name='smallest', arguments=(0.5,))
+    """
     return Pattern("smallest", (fraction,))
 
 
 def nm(n: int, m: int) -> Pattern:
-    """Select all but the n largest magnitudes of every m consecutive entries along dimension 1 (n:m sparsity)."""
+    """Select all but the n largest magnitudes of every m consecutive entries along dimension 1 (n:m sparsity).
+
+    Args:
+        n: How many of a group stay free.
+        m: The size of a group, larger than n; it must divide the size of dimension 1.
+
+    Shape:
+        For a weight ``(out, in)`` or ``(out, in/groups, *kernel)``; groups run along the inputs.
+
+    Raises:
+        RegionError: The numbers are no positive integers, or n is not below m.
+
+    References:
+        Mishra et al., Accelerating Sparse Deep Neural Networks, 2021, https://arxiv.org/abs/2104.08378
+    """
     return Pattern("nm", (n, m))
 
 

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._errors import FrozenValueError, ParameterChangedError, RuleConflictError, SpecError
+from ._errors import (
+    FrozenValueError,
+    ParameterChangedError,
+    RuleConflictError,
+    SpecError,
+    StateMismatchError,
+)
 from ._expressions import Index, Pattern
 from ._places import Places, bits
 from ._regions import kernel_center, positions, select
@@ -38,9 +44,33 @@ class Piece:
             FrozenValueError: The value does not fit the region or the dtype.
             SpecError: The region or the value is of a kind that cannot be understood.
         """
-        frozen = torch.empty_like(parameter, dtype=torch.bool, requires_grad=False)
-        places = Places.of(frozen.copy_(select(rule.region, parameter)))
-        return Piece(rule, places, _source(rule, places, parameter.detach()))
+        frozen = select(rule.region, parameter)
+        places = Places.like(parameter, frozen)
+        return Piece(rule, places, _source(rule, places, frozen, parameter.detach()))
+
+    @staticmethod
+    def from_state(rule: Rule, state: dict[str, Any], parameter: Tensor) -> Piece:
+        """Return the piece that `state` wrote down, for a parameter and the rule that it was saved under.
+
+        Where the entries lie, and what kept ones hold, is the state's to say; masks, indices and values are the
+        rule's, and the state must agree.
+
+        Raises:
+            StateMismatchError: It does not.
+        """
+        places = Places.from_state(state["places"], parameter)
+        frozen = places.frozen(parameter.shape, parameter.device)
+        given = isinstance(rule.region, Tensor | Index)
+        if given and not bool((frozen == select(rule.region, parameter)).all()):
+            raise StateMismatchError("it was saved with another mask", _SAME_TENSORS)
+        if rule.value is Keep.KEEP:
+            source = state["value"].detach().clone()
+            places.write_(torch.empty_like(parameter.detach()), source.to(parameter.device, parameter.dtype))  # it fits
+            return Piece(rule, places, source)
+        own = _source(rule, places, frozen, parameter.detach())
+        if isinstance(own, Tensor) and not own.cpu().equal(state["value"].cpu()):
+            raise StateMismatchError("it was saved with other values", _SAME_TENSORS)
+        return Piece(rule, places, own)
 
     @property
     def keeps(self) -> bool:
@@ -64,33 +94,19 @@ class Piece:
             self._cast = torch.as_tensor(self._source).to(tensor.device, tensor.dtype)
         return self._cast
 
-    def state(self, shape: torch.Size) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Return plain tensors and builtins from which `from_state` makes the same piece."""
         source = self._source if isinstance(self._source, float) else self._source.clone()
-        return {"places": self.places.state(shape), "value": source}
-
-    @staticmethod
-    def from_state(rule: Rule, state: dict[str, Any], parameter: Tensor) -> Piece:
-        """Return the piece that `state` wrote down, now for `rule` and `parameter`."""
-        places = Places.from_state(state["places"], parameter.shape)
-        source = state["value"]
-        piece = Piece(rule, places, source if isinstance(source, float) else source.detach().clone())
-        piece.impose_(parameter.detach().clone())
-        return piece
-
-    def agrees(self, other: Piece, parameter: Tensor) -> bool:
-        """Return whether another piece of the same rule has the same places, and, unless it keeps, the same values."""
-        mine, its = (piece.places.frozen(parameter.shape, parameter.device) for piece in (self, other))
-        held, its_held = torch.zeros_like(parameter.detach()), torch.zeros_like(parameter.detach())
-        self.impose_(held)
-        other.impose_(its_held)
-        return bool((mine == its).all()) and (self.keeps or not bool(_differ(held, its_held).any()))
+        return {"places": self.places.state(), "value": source}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"rule": self.rule, "places": self.places, "_source": self._source, "_cast": None}
 
 
-def _source(rule: Rule, places: Places, parameter: Tensor) -> float | Tensor:
+_SAME_TENSORS = "use the tensors of the saved run, or start from its weights alone"
+
+
+def _source(rule: Rule, places: Places, frozen: Tensor, parameter: Tensor) -> float | Tensor:
     """Return the value of a rule: a number, or a tensor in the places' own shape."""
     value = rule.value
     if value is Keep.KEEP:
@@ -112,7 +128,7 @@ def _source(rule: Rule, places: Places, parameter: Tensor) -> float | Tensor:
         )
     if value.is_complex() and not parameter.is_complex():
         raise FrozenValueError(f"a complex value for a parameter of {parameter.dtype}", "give its real part")
-    source = places.read(_spread(value.detach().to(parameter.device), rule.region, parameter))
+    source = places.read(_spread(value.detach().to(parameter.device), rule.region, frozen, parameter))
     _check_finite(source, parameter)
     return source
 
@@ -126,14 +142,14 @@ def _check_finite(value: Tensor, parameter: Tensor) -> None:
         )
 
 
-def _spread(value: Tensor, region: Any, parameter: Tensor) -> Tensor:
-    """Return a tensor of the parameter's shape that holds the value's numbers inside the region."""
+def _spread(value: Tensor, region: Any, frozen: Tensor, parameter: Tensor) -> Tensor:
+    """Return a tensor of the parameter's shape that holds the value's numbers inside the region, where it is frozen."""
     spread = torch.zeros(parameter.shape, dtype=value.dtype, device=parameter.device)
     region = kernel_center(parameter.shape) if region == Pattern("center") else region
     if isinstance(region, Index):
         where = positions(region, parameter.shape).to(parameter.device)
     else:
-        where = select(region, parameter).flatten().nonzero().flatten()
+        where = frozen.flatten().nonzero().flatten()
     if _fits(value.shape, where.shape):
         spread.view(-1)[where] = value.expand(where.shape)
         _check_one_value_each(spread.view(-1)[where], value)
@@ -174,8 +190,8 @@ class Violation:
     name: str
     count: int
     index: tuple[int, ...]
-    found: Any
-    expected: Any
+    found: float | complex
+    expected: float | complex
 
     def __str__(self) -> str:
         place = ", ".join(map(str, self.index))
@@ -201,15 +217,26 @@ class FrozenPart:
         self.name = names[0]
         self.names = tuple(names)
         self.shape = parameter.shape
-        self.pieces = pieces
         self._like = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-        self._check_agreement()
-        self.frozen_count = int(self.frozen.sum())
+        self.replace(pieces)
 
-    def _check_agreement(self) -> None:
-        for n, piece in enumerate(self.pieces):
-            for earlier in self.pieces[:n]:
-                self._check_pair(earlier, piece)
+    def replace(self, pieces: list[Piece]) -> None:
+        """Hold what other pieces say of the same parameter from here on.
+
+        Raises:
+            RuleConflictError: Two of them disagree about an entry; nothing is changed then.
+        """
+        frozen = torch.zeros(self.shape, dtype=torch.bool, device=self._like.device)
+        held = self._blank()
+        for n, piece in enumerate(pieces):
+            own, changed = piece.places.frozen(self.shape, frozen.device), held.clone()
+            piece.impose_(changed)
+            if bool((_differ(held, changed) & frozen & own).any()):
+                for earlier in pieces[:n]:
+                    self._check_pair(earlier, piece)
+            held, frozen = changed, frozen | own
+        self.pieces = pieces
+        self.frozen_count = int(frozen.sum())
 
     def check_beside(self, other: FrozenPart) -> None:
         """Refuse what another handle freezes of the same parameter, where the two disagree about an entry.
@@ -247,7 +274,11 @@ class FrozenPart:
 
     @property
     def frozen(self) -> Tensor:
-        """A bool tensor of the parameter's shape, True at the frozen entries."""
+        """Where the entries are frozen.
+
+        Shape:
+            ``(*shape)``, bool, True at the frozen entries.
+        """
         frozen = torch.zeros(self.shape, dtype=torch.bool, device=self._like.device)
         for piece in self.pieces:
             frozen |= piece.places.frozen(self.shape, frozen.device)
@@ -255,7 +286,11 @@ class FrozenPart:
 
     @property
     def values(self) -> Tensor:
-        """The values of the frozen entries, as ``parameter[part.frozen]`` reads them: one dimension, row by row."""
+        """The values of the frozen entries, as ``parameter[part.frozen]`` reads them.
+
+        Shape:
+            ``(frozen_count,)``, row by row, in the parameter's dtype.
+        """
         imposed = self._blank()
         self.impose_(imposed)
         return imposed[self.frozen]
@@ -284,12 +319,17 @@ class FrozenPart:
         Raises:
             ParameterChangedError: The parameter now has another shape.
         """
+        self._follow(parameter)
+        if not parameter.is_meta:
+            self.impose_(parameter.data)
+
+    def _follow(self, parameter: Tensor) -> None:
+        """Take over the parameter's dtype and device."""
         self.check_shape(parameter)
         if parameter.is_meta:
-            return  # on its way through `to_empty`: there are no numbers to write
+            return  # on its way through `to_empty` it has no numbers, and nothing may be moved there
         if parameter.dtype != self._like.dtype or parameter.device != self._like.device:
             self._like = self._like.to(parameter.device, parameter.dtype)
-        self.impose_(parameter.data)
 
     def check_shape(self, parameter: Tensor) -> None:
         """Refuse a parameter that was put in the place of the frozen one and does not have its shape.
@@ -330,18 +370,14 @@ class FrozenPart:
         for piece in self.pieces:
             piece.places.fill_(tensor, number)
 
-    def replace(self, pieces: list[Piece]) -> None:
-        """Hold other entries, or others' values, of the same parameter from here on."""
-        self.pieces = pieces
-        self.frozen_count = int(self.frozen.sum())
-
     def _zero_sparse(self, gradient: Tensor) -> None:
-        rows = gradient._indices()
+        rows = gradient._indices()  # and `_values`: the public ones want a coalesced copy
         frozen = self.frozen.to(gradient.device)[tuple(rows)]
         gradient._values().masked_fill_(frozen, 0)
 
     def recapture(self, parameter: Tensor) -> None:
         """Let `keep` follow numbers that were loaded into the parameter; other values are imposed on them."""
+        self._follow(parameter)
         for piece in self.pieces:
             if not piece.keeps:
                 piece.impose_(parameter.data)

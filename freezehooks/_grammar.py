@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 from ._errors import RegionError, RuleSyntaxError, SpecError
 from ._expressions import WHOLE, And, Index, IndexItem, Not, Or, Pattern, Region, Slice
@@ -36,7 +36,7 @@ _TOKEN: Final = re.compile(
 _MOST_OPERATORS: Final = 64
 _MOST_DIGITS: Final = 1000  # of an integer; Python itself refuses to read a few thousand
 
-_EXAMPLE: Final = "write for instance `conv.weight[:, :, 1, 1] = 0`"
+_EXAMPLES: Final = {"rule": "`conv.weight[:, :, 1, 1] = 0`", "region": "`:, :, 1, 1` or `center`", "value": "`0.5`"}
 
 
 class _Token(NamedTuple):
@@ -48,9 +48,12 @@ class _Token(NamedTuple):
 class _Parser:
     """Read one rule by recursive descent, a method for each line of the grammar."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, kind: str) -> None:
         if not isinstance(text, str):
-            raise SpecError(f"a rule must be text, found {type(text).__name__}", 'write "conv.weight[center] = 0"')
+            raise SpecError(
+                f"a {kind} must be text, found {type(text).__name__}", f"write for instance {_EXAMPLES[kind]}"
+            )
+        self.kind = kind
         self.text = text.strip()
         self.tokens: list[_Token] = []
         self.next = 0
@@ -58,7 +61,7 @@ class _Parser:
     def rule(self) -> Rule:
         found = TARGET.match(self.text)
         if found is None:
-            raise self._error(0, "expected a parameter's name", _EXAMPLE)
+            raise self._error(0, "expected a parameter's name", self._example)
         self._tokenize(found.end())
         region: Region = WHOLE
         if self._take("["):
@@ -136,7 +139,7 @@ class _Parser:
         arguments: list[float] = []
         if self._take("("):
             while self._peek().text != ")":
-                arguments.append(self._number())
+                arguments.append(self._number("a number"))
                 if not self._take(","):
                     break
             self._expect(")", "`)` to close the pattern's arguments")
@@ -181,31 +184,25 @@ class _Parser:
             raise self._error(token.column, f"an integer of more than {_MOST_DIGITS} digits is no position in a tensor")
         return sign * int(token.text)
 
-    def _number(self) -> float:
-        integer = self._optional_integer()
-        if integer is not None:
-            return integer
-        sign = -1.0 if self._take("-") else 1.0
-        if self._peek().kind != "number":
-            raise self._unexpected("a number")
-        return sign * float(self._advance().text)
-
     def value(self) -> Keep | float:
         if self._peek().text == "keep":
             self._advance()
             return keep
-        sign = "-" if self._take("-") else "+"
-        self._take("+")
-        token = self._peek()
-        if token.kind not in ("number", "integer"):
-            raise self._unexpected("a value: a number or `keep`")
-        self._advance()
-        return self._finite(float(sign + token.text), token)
-
-    def _finite(self, number: float, token: _Token) -> float:
+        number = self._number("a value: a number or `keep`", float)
         if math.isinf(number):
+            token = self.tokens[self.next - 1]
             raise self._error(token.column, f"`{token.text}` is too large for any floating-point number")
         return number
+
+    def _number(self, expected: str, of_integer: Callable[[str], float] = int) -> float:
+        sign = "-" if self._take("-") else "+"
+        if sign == "+":
+            self._take("+")
+        token = self._peek()
+        if token.kind not in ("number", "integer"):
+            raise self._unexpected(expected)
+        self._advance()
+        return float(sign + token.text) if token.kind == "number" else of_integer(sign + token.text)
 
     # Tokens
 
@@ -214,7 +211,7 @@ class _Parser:
         while position < len(self.text):
             found = _TOKEN.match(self.text, position)
             if found is None:
-                raise self._error(position, f"{self.text[position]!r} has no meaning here", _EXAMPLE)
+                raise self._error(position, f"{self.text[position]!r} has no meaning here", self._example)
             if found.lastgroup != "space":
                 self.tokens.append(_Token(str(found.lastgroup), found.group(), position))
             position = found.end()
@@ -250,7 +247,7 @@ class _Parser:
 
     def _expect_end(self) -> None:
         if self._peek().kind != "end":
-            raise self._unexpected("the end of the rule")
+            raise self._unexpected(f"the end of the {self.kind}")
 
     def _built(self, kind: type[Index] | type[Pattern], *parts: Any, at: int) -> Region:
         """Build a region; where it refuses its parts, say at which column they stand."""
@@ -259,13 +256,17 @@ class _Parser:
         except RegionError as error:
             raise self._error(self.tokens[at].column, error.fact, error.advice) from None
 
+    @property
+    def _example(self) -> str:
+        return f"write for instance {_EXAMPLES[self.kind]}"
+
     def _unexpected(self, expected: str) -> RuleSyntaxError:
         token = self._peek()
         found = f"`{token.text}`" if token.text else "the end"
-        return self._error(token.column, f"expected {expected}, found {found}", _EXAMPLE)
+        return self._error(token.column, f"expected {expected}, found {found}", self._example)
 
     def _error(self, column: int, fact: str, advice: str = "") -> RuleSyntaxError:
-        return RuleSyntaxError(f"rule `{self.text}`: column {column + 1}: {fact}", advice)
+        return RuleSyntaxError(f"{self.kind} `{self.text}`: column {column + 1}: {fact}", advice)
 
 
 def parse_rule(text: str) -> Rule:
@@ -276,13 +277,14 @@ def parse_rule(text: str) -> Rule:
 
     Raises:
         RuleSyntaxError: The text is no rule; the message names the column, counted from 1.
+        SpecError: It is no text at all.
 
     Example:
         >>> from freezehooks import parse_rule
         >>> parse_rule("wte[~50257:]")
         Rule(target='wte', region=Not(operand=Index(items=(Slice(start=50257, stop=None, step=None),))), value=keep)
     """
-    return _Parser(text).rule()
+    return _Parser(text, "rule").rule()
 
 
 def parse_region(text: str) -> Region:
@@ -290,8 +292,14 @@ def parse_region(text: str) -> Region:
 
     Raises:
         RuleSyntaxError: The text is no region; the message names the column, counted from 1.
+        SpecError: It is no text at all.
+
+    Example:
+        >>> from freezehooks import center, entries, parse_region
+        >>> parse_region("~center | 0") == ~center | entries[0]
+        True
     """
-    return _Parser(text).only(_Parser.region)
+    return _Parser(text, "region").only(_Parser.region)
 
 
 def parse_value(text: str) -> Keep | float:
@@ -300,14 +308,18 @@ def parse_value(text: str) -> Keep | float:
     Raises:
         RuleSyntaxError: The text is neither; the message names the column, counted from 1.
     """
-    return _Parser(text).only(_Parser.value)
+    return _Parser(text, "value").only(_Parser.value)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Specs
 
 
-def rules_of(spec: Any) -> tuple[Rule, ...]:
+Spec: TypeAlias = "str | Rule | Mapping[str, Any] | Iterable[Any]"
+"""What rules can be read from: text, a rule, {target: region} or {target: (region, value)}, or several of those."""
+
+
+def rules_of(spec: Spec) -> tuple[Rule, ...]:
     """Return the rules that `spec` says, in its order.
 
     Args:
@@ -342,7 +354,10 @@ def _iterate_rules(spec: Any) -> Iterator[Rule]:
 def _rule_of_item(target: Any, what: Any) -> Rule:
     if isinstance(what, tuple | list):
         if len(what) != 2:
-            raise SpecError(f"a mapping's item is a region or (region, value), found {len(what)} parts for {target!r}")
+            raise SpecError(
+                f"a mapping's item is a region or (region, value), found {len(what)} parts for {target!r}",
+                "write {target: (region, value)}; a list of rules takes several of one target",
+            )
         region, value = what
     else:
         region, value = what, keep

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -18,43 +18,37 @@ from ._hooks import watch_gradient
 _WEIGHTS: Final = frozenset({"ax", "slow_buffer", "slow_param", "master_param"})
 """State that holds weights: the averages of ASGD, the slow weights of Lookahead, master copies."""
 
+_STARTS: Final = {"step_size": "lr", "sum": "initial_accumulator_value"}
+"""State that does not start at 0 but at an option of its group: Rprop's step sizes, Adagrad's sums."""
+
 _COUNTERS: Final = frozenset({"step", "eta", "mu", "mu_product"})
 """State that counts steps: of the shape of a parameter without dimensions, yet none of its entries."""
-
-
-def _no_optimizer() -> None:
-    """Stand in for the weak reference of a guard that was removed."""
-
-
-class Holder(Protocol):
-    """What a guard serves: anything that can say which parameters it holds entries of."""
-
-    def held(self) -> Iterable[tuple[FrozenPart, Tensor]]:
-        """Pair each part with the parameter it holds now."""
-        ...
 
 
 class Guard:
     """The hooks of one handle on one optimizer.
 
     Args:
-        holder: Whose entries are held.
+        held: Returns each part with the parameter that it holds now.
         optimizer: The optimizer whose steps are guarded; only weakly referenced.
     """
 
-    def __init__(self, holder: Holder, optimizer: Optimizer) -> None:
-        self._holder = holder
-        self._optimizer: Callable[[], Optimizer | None] = weakref.ref(optimizer)
+    def __init__(self, held: Callable[[], Iterable[tuple[FrozenPart, Tensor]]], optimizer: Optimizer) -> None:
+        self._held = held
+        self._optimizer: weakref.ref[Optimizer] | None = weakref.ref(optimizer)
         self._handles: list[RemovableHandle] = []
 
     @property
     def optimizer(self) -> Optimizer | None:
         """The guarded optimizer, or None where it or the guard is gone."""
-        return self._optimizer()
+        return None if self._optimizer is None else self._optimizer()
 
     @property
     def is_over(self) -> bool:
-        """Whether there is nothing left to guard: the guard was removed, or the optimizer is gone with its hooks."""
+        """Whether there is nothing left to guard: the guard was removed, or the optimizer is gone with its hooks.
+
+        The hooks of a guarded wrapper lie on the optimizer inside, and may outlive the wrapper.
+        """
         hooked = any(handle.hooks_dict_ref() is not None for handle in self._handles)
         return self.optimizer is None and not hooked
 
@@ -78,7 +72,7 @@ class Guard:
     def remove(self) -> None:
         """Stop guarding the optimizer for good; the frozen entries are then held by the model's own hooks alone."""
         self.suspend()
-        self._optimizer = _no_optimizer
+        self._optimizer = None
 
     def suspend(self) -> None:
         """Take the hooks off, until `install` puts them on again."""
@@ -126,14 +120,9 @@ class Guard:
     def _held_by(self, optimizer: Optimizer) -> Iterator[tuple[FrozenPart, Tensor, dict[str, Any]]]:
         """Return each part with the parameter that it holds and the group in which the optimizer steps it."""
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        for part, parameter in self._holder.held():
+        for part, parameter in self._held():
             if id(parameter) in groups:
                 yield part, parameter, groups[id(parameter)]
-
-    def guards_anything(self) -> bool:
-        """Return whether the optimizer steps any of the frozen parameters."""
-        optimizer = self.optimizer
-        return optimizer is not None and any(True for _ in self._held_by(optimizer))
 
     def settle_now(self) -> None:
         """Settle the optimizer's state, where the optimizer still lives."""
@@ -142,12 +131,11 @@ class Guard:
 
     def settle(self, optimizer: Optimizer) -> None:
         """Make the optimizer's state what it would be had the frozen entries never moved."""
-        frozen: dict[int, Tensor] = {}
-        for part, parameter, group in self._held_by(optimizer):
-            frozen[id(parameter)] = frozen.get(id(parameter), False) | part.frozen
+        held = list(self._held_by(optimizer))
+        for part, parameter, group in held:
             _settle_state(optimizer.state.get(parameter) or {}, part, group)
         for group in optimizer.param_groups:
-            _settle_history(optimizer, group["params"], frozen)
+            _settle_history(optimizer, group["params"], [(part, parameter) for part, parameter, _ in held])
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -157,7 +145,10 @@ def check_optimizer(optimizer: Any) -> None:
         SpecError: It is no optimizer, or one that was made without `Optimizer.__init__`.
     """
     if not isinstance(optimizer, Optimizer):
-        raise SpecError(f"`optimizer` must be a torch.optim.Optimizer, found {type(optimizer).__name__}")
+        raise SpecError(
+            f"`optimizer` must be a torch.optim.Optimizer, found {type(optimizer).__name__}",
+            "pass the optimizer first, then the handle: MaskedOptimizer(optimizer, frozen)",
+        )
     if not hasattr(optimizer, "_optimizer_step_post_hooks"):
         raise SpecError(
             f"`{type(optimizer).__name__}` has no step hooks: its class skips `Optimizer.__init__`",
@@ -176,29 +167,30 @@ def _holds_weights(name: str, group: dict[str, Any]) -> bool:
 
 
 def _settle_state(state: dict[str, Any], part: FrozenPart, group: dict[str, Any]) -> None:
-    starts = {"step_size": group.get("lr", 0.0), "sum": group.get("initial_accumulator_value", 0.0)}
     for name, value in state.items():
         if not _is_entrywise(name, value, part):
             continue
         if _holds_weights(name, group):
             part.impose_(value)
         else:
-            part.fill_(value, float(starts.get(name, 0.0)))
+            part.fill_(value, float(group.get(_STARTS.get(name, ""), 0.0)))
 
 
-def _settle_history(optimizer: Optimizer, parameters: list[Tensor], frozen: dict[int, Tensor]) -> None:
+def _settle_history(optimizer: Optimizer, parameters: list[Tensor], held: list[tuple[FrozenPart, Tensor]]) -> None:
     """Drop the history of LBFGS where it moves frozen entries: curvature measured along them is no longer true."""
     state = optimizer.state.get(parameters[0], {}) if parameters else {}
     if "old_dirs" not in state:
         return
-    flat_frozen = torch.cat([_flat(parameter, frozen.get(id(parameter))) for parameter in parameters])
+    frozen = torch.cat([_flat_frozen(parameter, held) for parameter in parameters])
     history = [state.get("d"), state.get("prev_flat_grad"), *state["old_dirs"], *state["old_stps"]]
-    if any(bool(flat[flat_frozen].any()) for flat in history if flat is not None):
+    if any(bool(flat[frozen].any()) for flat in history if flat is not None):
         state.clear()
 
 
-def _flat(parameter: Tensor, frozen: Tensor | None) -> Tensor:
+def _flat_frozen(parameter: Tensor, held: list[tuple[FrozenPart, Tensor]]) -> Tensor:
     """Return which entries of the parameter are frozen, flattened as LBFGS flattens it: complex ones as two numbers."""
-    if frozen is None:
-        frozen = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
+    frozen = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
+    for part, its_parameter in held:
+        if its_parameter is parameter:
+            frozen |= part.frozen
     return frozen.flatten().repeat_interleave(2 if parameter.is_complex() else 1)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ._errors import DriftError, OptimizerMismatchError, ParameterChangedError, SpecError, TargetError
 from ._frozen import FrozenPart, Violation
-from ._grammar import rules_of
+from ._grammar import Spec, rules_of
 from ._guard import Guard, check_optimizer
 from ._hooks import ModuleHooks, hooks_on, parts_watching, silent_callers, unwatch_gradient, watch_gradient
 from ._parts import Model, resolve, saved_pieces, state_of
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-def freeze_entries(model: Model, spec: Any, *, state: dict[str, Any] | None = None) -> FrozenEntries:
+def freeze_entries(model: Model, spec: Spec, *, state: dict[str, Any] | None = None) -> FrozenEntries:
     """Hold some entries of a model's parameters at their values while the rest trains.
 
     From here on the gradient at a frozen entry is exactly +0.0 when `backward()` returns, and the values are imposed
@@ -69,6 +69,17 @@ class FrozenEntries(Mapping[str, FrozenPart]):
 
     A tied parameter stands under its first name and is found under any. Printing shows a table. As a context manager
     it removes itself at the end of the block.
+
+    Example:
+        >>> import torch
+        >>> from freezehooks import freeze_entries
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> with freeze_entries(layer, "weight[0] = 1") as frozen:
+        ...     frozen["weight"].frozen
+        tensor([[ True,  True,  True],
+                [False, False, False]])
+        >>> frozen.attached
+        False
     """
 
     def __init__(self, model: Model, parts: Iterable[tuple[FrozenPart, list[Site]]]) -> None:
@@ -110,7 +121,10 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         for part in self._parts.values():
             if name in part.names:
                 return part
-        raise KeyError(name)
+        raise self._not_frozen(name)
+
+    def _not_frozen(self, target: str) -> TargetError:
+        return TargetError(f"nothing of `{target}` is frozen", f"frozen are {', '.join(self._parts) or 'none'}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -204,7 +218,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         for guard in self._guards:
             if guard.optimizer is optimizer:
                 return guard
-        guard = Guard(self, optimizer)
+        guard = Guard(self.held, optimizer)
         if self.attached:
             guard.install()
         self._guards.append(guard)
@@ -218,7 +232,8 @@ class FrozenEntries(Mapping[str, FrozenPart]):
             SpecError: It is no optimizer, or has no step hooks.
         """
         check_optimizer(optimizer)
-        if self._parts and not Guard(self, optimizer).guards_anything():
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if self._parts and not any(id(parameter) in stepped for _, parameter in self.held()):
             raise OptimizerMismatchError(
                 f"`{type(optimizer).__name__}` steps none of the frozen parameters ({', '.join(self._parts)})",
                 "build it from the parameters of the model that was frozen, after moving or copying that model",
@@ -289,7 +304,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         known = [name for part in self._parts.values() for name in part.names]
         names = {self[name].name for name in matching(target, known)}
         if not names:
-            raise TargetError(f"nothing of `{target}` is frozen", f"frozen are {', '.join(self._parts) or 'none'}")
+            raise self._not_frozen(target)
         if self._attached:
             self._settle_guards()
         for part, site in self._sites:
@@ -298,6 +313,8 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         for name in names:
             del self._parts[name]
         self._sites = [(part, site) for part, site in self._sites if part.name not in names]
+        if not self._parts:
+            self.remove()
 
     def _settle_guards(self) -> None:
         for guard in self._guards:

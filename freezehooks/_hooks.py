@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils.hooks import RemovableHandle
 
-from ._errors import ParameterChangedError
 from ._frozen import FrozenPart
-from ._targets import parameter_of
+from ._targets import gone, parameter_of
 
 
 class ZeroFrozenGradient:
@@ -39,6 +38,7 @@ def watch_gradient(parameter: Tensor, part: FrozenPart) -> None:
         return  # a compiled frame cannot register hooks; the next eager forward or step does
     if not _gradient_hook_ids(parameter, part):
         handle = parameter.register_post_accumulate_grad_hook(ZeroFrozenGradient(part))
+        # first of all: a hook that logs the gradient, or steps in backward, sees the clean one
         parameter._post_accumulate_grad_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
     # A swapped tensor (torch.utils.swap_tensors) keeps the list of hooks and loses the node that calls them; to set
     # the list anew makes one.
@@ -115,7 +115,8 @@ class ModuleHooks:
         if _is_exporting():
             return  # an exported program holds the weights as constants: nobody writes into them
         if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
-            with temporarily_clear_interpreter_stack():  # torch.func forbids writes to what a function captured
+            # torch.func forbids writes to what a function captured, and has no public way to look or step outside
+            with temporarily_clear_interpreter_stack():
                 self._hold(module)
         else:
             self._hold(module)
@@ -134,10 +135,7 @@ class ModuleHooks:
         for key, part in self.parts.items():
             parameter = parameter_of(module, key)
             if parameter is None:
-                raise ParameterChangedError(
-                    f"the frozen parameter `{part.name}` is gone from {type(module).__name__}",
-                    "remove the frozen entries before the parameter is deleted, renamed or parametrized",
-                )
+                raise gone(part.name, module)
             if isinstance(parameter, nn.Parameter):
                 yield part, parameter
 

@@ -9,7 +9,6 @@ from typing import Any, Final, TypeAlias
 from torch import Tensor, nn
 
 from ._errors import FreezeError, StateMismatchError
-from ._expressions import Index
 from ._frozen import FrozenPart, Piece
 from ._rules import Rule
 from ._targets import Site, Targets, check_no_fsdp1, check_supported
@@ -84,7 +83,7 @@ def state_of(parts: Iterable[FrozenPart]) -> dict[str, Any]:
 
 
 def _part_state(part: FrozenPart) -> dict[str, Any]:
-    pieces = [{"rule": str(piece.rule), **piece.state(part.shape)} for piece in part.pieces]
+    pieces = [{"rule": str(piece.rule), **piece.state()} for piece in part.pieces]
     return {"shape": list(part.shape), "pieces": pieces}
 
 
@@ -96,7 +95,10 @@ def saved_pieces(asked: Asked, state: Any) -> dict[str, list[Piece]]:
     """
     with _readable():
         if state["format"] != _FORMAT:
-            raise StateMismatchError(f"the state has format {state['format']!r}, expected {_FORMAT}")
+            raise StateMismatchError(
+                f"the state has format {state['format']!r}, expected {_FORMAT}",
+                "load it with the version of freezehooks that saved it",
+            )
         _check_same_rules(asked, state["parameters"])
         return {
             name: [
@@ -108,14 +110,8 @@ def saved_pieces(asked: Asked, state: Any) -> dict[str, list[Piece]]:
 
 
 def _saved_piece(rule: Rule, name: str, parameter: Tensor, item: dict[str, Any]) -> Piece:
-    piece = Piece.from_state(rule, item, parameter)
-    given = isinstance(rule.region, Tensor | Index)
-    if given and not _piece(rule, name, parameter).agrees(piece, parameter):
-        raise StateMismatchError(
-            f"rule `{rule}` was saved with another mask or other values for `{name}`",
-            "use the tensors of the saved run, or start from its weights alone",
-        )
-    return piece
+    with _context(f"rule `{rule}`", f"parameter `{name}`"):
+        return Piece.from_state(rule, item, parameter)
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Where in a tensor the frozen entries lie, in the cheapest form that is exact.
 
 A strided box is reached through a view, few scattered entries by their positions, many by their bits. Every form
-writes the frozen entries alone and never computes with them: inf, nan and -0.0 come and go unchanged.
+leaves the free entries as they are at any moment, also for another thread that reads them, and never computes with
+numbers: inf, nan and -0.0 come and go unchanged.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, Final
 
@@ -27,8 +29,8 @@ def bits(tensor: Tensor) -> Tensor:
 class Places(ABC):
     """The frozen entries of one tensor shape: a box, positions or bits.
 
-    What `read` returns and `write_` takes is in the form's own shape and order; only `zeros` of a tensor and
-    `frozen` are in the tensor's.
+    What `read` returns, and `write_` takes, is in the form's own shape: the box, ``(count,)`` for positions, or the
+    tensor's shape with zeros at the free entries.
     """
 
     @staticmethod
@@ -41,16 +43,21 @@ class Places(ABC):
         return Scattered(frozen) if few else Dense(frozen)
 
     @staticmethod
-    def from_state(state: dict[str, Any], shape: torch.Size) -> Places:
-        """Return what `state` wrote down, for a tensor of the given shape."""
-        frozen = torch.zeros(shape, dtype=torch.bool)
+    def from_state(state: dict[str, Any], parameter: Tensor) -> Places:
+        """Return what `state` wrote down, laid out like the parameter."""
+        frozen = torch.zeros(parameter.shape, dtype=torch.bool)
         if "box" in state:
             frozen[tuple(slice(*span) for span in state["box"])] = True
         elif "positions" in state:
             frozen.view(-1)[state["positions"].cpu()] = True
         else:
             frozen |= state["frozen"].cpu()
-        return Places.of(frozen)
+        return Places.like(parameter, frozen)
+
+    @staticmethod
+    def like(parameter: Tensor, frozen: Tensor) -> Places:
+        """Return the cheapest form of what is True in `frozen`, laid out like the parameter."""
+        return Places.of(torch.empty_like(parameter, dtype=torch.bool, requires_grad=False).copy_(frozen))
 
     @abstractmethod
     def zero_(self, tensor: Tensor) -> None:
@@ -75,7 +82,7 @@ class Places(ABC):
         return number.view(torch.bool)
 
     @abstractmethod
-    def state(self, shape: torch.Size) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Return plain tensors and builtins from which `from_state` makes the same places."""
 
 
@@ -84,6 +91,7 @@ class Box(Places):
 
     def __init__(self, spans: tuple[slice, ...], shape: torch.Size) -> None:
         self._spans = spans
+        # the shortest key: full dimensions before the first other one are an ellipsis, those after the last left out
         full = [span == slice(0, size, 1) for span, size in zip(spans, shape, strict=True)]
         first, last = (full.index(False), len(full) - full[::-1].index(False)) if not all(full) else (0, 0)
         self._key: tuple[Any, ...] = (..., *spans[first:]) if last == len(full) and first else spans[:last]
@@ -116,7 +124,7 @@ class Box(Places):
     def read(self, tensor: Tensor) -> Tensor:
         return tensor[self._key].clone(memory_format=torch.contiguous_format)
 
-    def state(self, shape: torch.Size) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return {"box": [[span.start, span.stop, span.step] for span in self._spans]}
 
 
@@ -125,32 +133,42 @@ class Scattered(Places):
 
     def __init__(self, frozen: Tensor) -> None:
         self._positions = frozen.flatten().nonzero().flatten()
+        self._index: tuple[Tensor, ...] | None = None
 
-    def _on(self, tensor: Tensor) -> Tensor:
+    def _flat(self, tensor: Tensor) -> Tensor:
+        """Return the positions, on the tensor's device."""
         if self._positions.device != tensor.device:
-            self._positions = self._positions.to(tensor.device)
+            self._positions, self._index = self._positions.to(tensor.device), None
         return self._positions
+
+    def _by_dimension(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Return the positions along each dimension: what a tensor that is not contiguous can be indexed by."""
+        flat = self._flat(tensor)
+        if self._index is None:
+            self._index = torch.unravel_index(flat, tensor.shape)
+        return self._index
+
+    # Not by `put_`, which refuses to run under torch.use_deterministic_algorithms.
 
     def zero_(self, tensor: Tensor) -> None:
         self.fill_(tensor, 0.0)
 
     def fill_(self, tensor: Tensor, number: float) -> None:
         if tensor.is_contiguous():
-            tensor.view(-1).index_fill_(0, self._on(tensor), number)
+            tensor.view(-1).index_fill_(0, self._flat(tensor), number)
         else:
-            self.write_(tensor, torch.full((), number, dtype=tensor.dtype, device=tensor.device))
+            tensor[self._by_dimension(tensor)] = torch.full((), number, dtype=tensor.dtype, device=tensor.device)
 
     def write_(self, tensor: Tensor, values: Tensor) -> None:
-        # not `put_`, which refuses to run under torch.use_deterministic_algorithms
         if tensor.is_contiguous():
-            tensor.view(-1).index_copy_(0, self._on(tensor), values.expand(self._positions.shape))
+            tensor.view(-1).index_copy_(0, self._flat(tensor), values)
         else:
-            tensor[torch.unravel_index(self._on(tensor), tensor.shape)] = values
+            tensor[self._by_dimension(tensor)] = values
 
     def read(self, tensor: Tensor) -> Tensor:
-        return tensor.take(self._on(tensor))
+        return tensor.take(self._flat(tensor))
 
-    def state(self, shape: torch.Size) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return {"positions": self._positions.clone()}
 
 
@@ -171,21 +189,25 @@ class Dense(Places):
         bits(tensor).bitwise_and_(self._free_bits(tensor))
 
     def fill_(self, tensor: Tensor, number: float) -> None:
-        if str(number) in ("0", "0.0"):
+        if number == 0 and math.copysign(1, number) > 0:
             self.zero_(tensor)
             return
-        pattern = bits(torch.full((), number, dtype=tensor.dtype, device=tensor.device))
-        # (t ^ p) & free ^ p is p where frozen and t where free, with no second tensor of the parameter's size
-        bits(tensor).bitwise_xor_(pattern).bitwise_and_(self._free_bits(tensor)).bitwise_xor_(pattern)
+        own, pattern = bits(tensor), bits(torch.full((), number, dtype=tensor.dtype, device=tensor.device))
+        # (t ^ p) & free ^ p is p where frozen and t where free. One store of the final bits: the forward of another
+        # thread never sees anything in between.
+        torch.bitwise_xor((own ^ pattern).bitwise_and_(self._free_bits(tensor)), pattern, out=own)
 
     def write_(self, tensor: Tensor, values: Tensor) -> None:
-        self.zero_(tensor)
-        bits(tensor).bitwise_or_(bits(values))
+        own = bits(tensor)
+        torch.bitwise_or(own & self._free_bits(tensor), bits(values), out=own)
 
     def read(self, tensor: Tensor) -> Tensor:
         values = tensor.clone()
         bits(values).bitwise_and_(~self._free_bits(tensor))
         return values
 
-    def state(self, shape: torch.Size) -> dict[str, Any]:
-        return {"frozen": self.frozen(shape, self._free.device)}
+    def frozen(self, shape: torch.Size, device: torch.device) -> Tensor:
+        return (self._free == 0).to(device)
+
+    def state(self) -> dict[str, Any]:
+        return {"frozen": self._free == 0}

@@ -132,7 +132,7 @@ def _without_ellipsis(items: list[IndexItem]) -> list[int | Slice | tuple[int, .
 
 
 def _forward(item: Slice, size: int, flipped: bool) -> slice:
-    span = range(*slice(*item).indices(size))
+    span = range(*slice(item.start, item.stop, item.step).indices(size))
     if span.step > 0:
         return slice(span.start, max(span.stop, span.start), span.step)
     if not len(span):

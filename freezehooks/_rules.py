@@ -58,7 +58,10 @@ class Rule:
 
     def __post_init__(self) -> None:
         if not isinstance(self.target, str) or not TARGET.fullmatch(self.target):
-            raise SpecError(f"a target is a parameter's name, found {self.target!r}", 'write "conv.weight"')
+            raise SpecError(
+                f"a target is a parameter's name without spaces, brackets, `=` or `#`, found {self.target!r}",
+                'write "conv.weight"',
+            )
         if self.region is ...:
             object.__setattr__(self, "region", WHOLE)
         if isinstance(self.value, numbers.Real) and not isinstance(self.value, bool):

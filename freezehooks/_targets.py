@@ -7,7 +7,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,7 @@ class Site:
         """
         found = self.find()
         if found is None:
-            raise ParameterChangedError(
-                f"the frozen parameter `{self.key}` is gone from {type(self.owner).__name__}",
-                "remove the frozen entries before the parameter is deleted, renamed or parametrized",
-            )
+            raise gone(self.key, self.owner)
         return found
 
     def find(self) -> Tensor | None:
@@ -44,9 +41,17 @@ class Site:
         return parameter_of(self.owner, self.key) if isinstance(self.owner, nn.Module) else self.owner.get(self.key)
 
 
+def gone(name: str, owner: object) -> ParameterChangedError:
+    """Return the error for a frozen parameter that is no longer where it was."""
+    return ParameterChangedError(
+        f"the frozen parameter `{name}` is gone from {type(owner).__name__}",
+        "remove the frozen entries before the parameter is deleted, renamed or parametrized",
+    )
+
+
 def parameter_of(module: nn.Module, key: str) -> Tensor | None:
     """Return what the module computes its `key` from: that parameter itself, or the one torch's pruning renamed."""
-    found = module._parameters.get(key)
+    found = module._parameters.get(key)  # not getattr: pruning leaves a computed tensor under the parameter's name
     return found if found is not None else module._parameters.get(f"{key}_orig")
 
 
@@ -79,7 +84,8 @@ class Targets:
         names = matching(target, [*self.sites, *self._computed])
         for name in names:
             if name in self._computed:
-                raise UnsupportedParameterError(f"`{name}` is no parameter: {self._computed[name]}")
+                fact, advice = self._computed[name]
+                raise UnsupportedParameterError(f"`{name}` is no parameter: {fact}", advice)
         if not names:
             raise self._unknown(target)
         return list(dict.fromkeys(self._aliases[name][0] for name in names))
@@ -118,8 +124,8 @@ def _sites(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, Site]
                 yield f"{prefix}.{key}".lstrip("."), Site(module, key)
 
 
-def _computed_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-    """Name the tensors that look like parameters but are computed anew from others, with why and what to do."""
+def _computed_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Name the tensors that look like parameters but are computed anew from others, each with why and what to do."""
     if not isinstance(model, nn.Module):
         return
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -127,16 +133,21 @@ def _computed_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple
         for key in getattr(module, "parametrizations", {}) if parametrize.is_parametrized(module) else ():
             yield (
                 f"{dot}{key}",
-                "it is parametrized, so computed anew at every access; remove the parametrization "
-                f"(torch.nn.utils.parametrize.remove_parametrizations), or freeze `{dot}parametrizations.{key}.*`",
+                (
+                    "it is parametrized, so computed anew at every access",
+                    "remove the parametrization (torch.nn.utils.parametrize.remove_parametrizations), "
+                    f"or freeze `{dot}parametrizations.{key}.*`",
+                ),
             )
         for key, suffix in _RENAMED.findall("\n".join(module._parameters)):
             if isinstance(vars(module).get(key), Tensor):
                 yield (
                     f"{dot}{key}",
-                    f"a hook computes it from `{dot}{key}{suffix}`; remove that hook first "
-                    f"(torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm), "
-                    f"or freeze `{dot}{key}{suffix}`",
+                    (
+                        f"a hook computes it from `{dot}{key}{suffix}`",
+                        "remove that hook first (torch.nn.utils.prune.remove, remove_weight_norm, "
+                        f"remove_spectral_norm), or freeze `{dot}{key}{suffix}`",
+                    ),
                 )
 
 
@@ -159,7 +170,7 @@ def check_supported(parameter: Tensor) -> None:
             raise UnsupportedParameterError(fact.format(parameter=parameter), advice)
 
 
-_REFUSALS: Final[tuple[tuple[Callable[[Any], bool], str, str], ...]] = (
+_REFUSALS: Final[tuple[tuple[Callable[[Tensor], bool], str, str], ...]] = (
     (is_lazy, "the parameter is lazy and has no shape yet", "run one forward first, then freeze"),
     (
         lambda p: getattr(p, "_is_flat_param", False),

@@ -27,8 +27,8 @@ def _bytes(tensor: Tensor) -> Tensor:
 def assert_entries_hold(tensors: dict[str, Tensor], held: dict[str, Held], when: str) -> None:
     """Claim: every frozen entry equals its value, bit for bit."""
     for name, part in held.items():
-        found = tensors[name].detach()[part.mask]
-        assert same_bits(found, part.values[part.mask].to(found.dtype)), f"{name} drifted {when}"
+        found = tensors[name].detach()[part.frozen]
+        assert same_bits(found, part.values[part.frozen].to(found.dtype)), f"{name} drifted {when}"
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ def assert_gradients_clean(model: nn.Module, held: dict[str, Held]) -> None:
     for name, part in held.items():
         gradient = parameters_of(model)[name].grad
         assert gradient is not None
-        assert not bool(_bytes(gradient[part.mask]).any()), f"the gradient of {name} is not +0.0 at frozen entries"
+        assert not bool(_bytes(gradient[part.frozen]).any()), f"the gradient of {name} is not +0.0 at frozen entries"
 
 
 @contextmanager
@@ -105,7 +105,7 @@ class FreeEntriesAlone:
         self.model = model
         named = dict(model.named_parameters())
         self.held = {name: part for name, part in held.items() if name in named}
-        self.taken = {name: torch.ones_like(part.mask) if same_layout else ~part.mask for name, part in held.items()}
+        self.taken = {name: ~part.frozen | same_layout for name, part in held.items()}
         self.free = {name: self._cut(name, named[name]).requires_grad_() for name in self.held}
         self.optimizer = make([self.free.get(name, parameter) for name, parameter in named.items()])
         self._write()
@@ -119,7 +119,7 @@ class FreeEntriesAlone:
             weight = self.model.get_parameter(name).data
             free = self.free[name].detach()
             weight[self.taken[name]] = free[self.taken[name]] if free.shape == weight.shape else free
-            weight[part.mask] = part.values[part.mask]
+            weight[part.frozen] = part.values[part.frozen]
 
     def step(self, loss: Callable[[nn.Module], Tensor]) -> None:
         self.model.zero_grad()
@@ -127,7 +127,7 @@ class FreeEntriesAlone:
         for name, part in self.held.items():
             gradient = self.model.get_parameter(name).grad
             assert gradient is not None
-            self.free[name].grad = self._cut(name, gradient.clone().masked_fill_(part.mask, 0))
+            self.free[name].grad = self._cut(name, gradient.clone().masked_fill_(part.frozen, 0))
         self.optimizer.step()
         self._write()
 

@@ -160,6 +160,12 @@ def _items(draw: DrawFn, size: int, length: int) -> Any:
     return [draw(_positions(size)) for _ in range(count)]
 
 
+def near_indices(shape: tuple[int, ...]) -> SearchStrategy[Index]:
+    """Indices of a tensor of the given shape, now and then a position too far."""
+    keys = st.integers(1, 2).flatmap(lambda length: st.tuples(*(_items(size, length) for size in shape)))
+    return keys.map(lambda key: entries[key])
+
+
 def boxes(shape: tuple[int, ...]) -> SearchStrategy[tuple[slice, ...]]:
     """Slices that run forward, one a dimension, that select something of a tensor of the given shape."""
     return st.tuples(*(_spans(size) for size in shape))

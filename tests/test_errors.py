@@ -274,7 +274,7 @@ CASES = [
     Case("None as a part of a spec", "linear", [None], SpecError,
          ("`spec` must be text, a Rule, a mapping or an iterable of those, found NoneType; write ",)),
     Case("target that is no name", "linear", {3: center}, SpecError,
-         ("a target is a parameter's name, found 3; write ",)),
+         ("a target is a parameter's name without spaces, brackets, `=` or `#`, found 3; write ",)),
 ]  # fmt: skip
 
 _BUILTINS: dict[type[FreezeError], type[Exception]] = {

@@ -260,8 +260,8 @@ def test_the_column_counts_in_the_text_that_the_message_shows() -> None:
     ("text", "message"),
     [
         ("", "column 1: expected an index"),
-        ("0]", "column 2: expected the end of the rule, found `]`"),
-        ("center = 0", "column 8: expected the end of the rule, found `=`"),
+        ("0]", "column 2: expected the end of the region, found `]`"),
+        ("center = 0", "column 8: expected the end of the region, found `=`"),
     ],
 )
 def test_a_region_s_text_holds_a_region_and_no_more(text: str, message: str) -> None:
@@ -273,7 +273,7 @@ def test_a_region_s_text_holds_a_region_and_no_more(text: str, message: str) -> 
     ("text", "message"),
     [
         ("", "column 1: expected a value: a number or `keep`, found the end"),
-        ("1 + 1", "column 3: expected the end of the rule, found `+`"),
+        ("1 + 1", "column 3: expected the end of the value, found `+`"),
         ("kept", "column 1: expected a value: a number or `keep`, found `kept`"),
     ],
 )
@@ -285,7 +285,7 @@ def test_a_value_s_text_holds_a_value_and_no_more(text: str, message: str) -> No
 @pytest.mark.parametrize("parse", [parse_rule, parse_region, parse_value])
 @pytest.mark.parametrize("text", [None, 0, b"w", center], ids=lambda text: type(text).__name__)
 def test_only_text_is_parsed(parse: Callable[[Any], Any], text: Any) -> None:
-    with pytest.raises(SpecError, match=f"a rule must be text, found {type(text).__name__}; write"):
+    with pytest.raises(SpecError, match=f"a (rule|region|value) must be text, found {type(text).__name__}; write"):
         parse(text)
 
 
@@ -350,7 +350,7 @@ def test_a_mapping_s_item_has_a_region_and_a_value(what: Any, count: int) -> Non
 @pytest.mark.parametrize("target", ["", "a b", "w[0]", "w = 0", "w#", "a\n", None, 3, b"w", ("w",)], ids=repr)
 def test_a_target_is_a_name(target: Any) -> None:
     for make in (Rule, lambda target: rules_of({target: center})):
-        with pytest.raises(SpecError, match=re.escape(f"a target is a parameter's name, found {target!r}; write")):
+        with pytest.raises(SpecError, match=re.escape(f"brackets, `=` or `#`, found {target!r}; write")):
             make(target)
 
 

@@ -307,10 +307,10 @@ def test_a_state_saved_under_other_rules_is_refused_and_changes_nothing(spec: st
 def test_a_state_saved_with_another_mask_or_tensor_is_refused() -> None:
     mask = torch.eye(4, 18).bool()
     state = freeze_entries(_model(), {"2.weight": mask}).state_dict()
-    with pytest.raises(StateMismatchError, match="saved with another mask"):
+    with pytest.raises(StateMismatchError, match=r"rule `2\.weight\[<tensor .*: it was saved with another mask"):
         freeze_entries(_model(), {"2.weight": ~mask}, state=state)
     state = freeze_entries(_model(), {"2.bias": (entries[:], torch.arange(4.0))}).state_dict()
-    with pytest.raises(StateMismatchError, match=r"or other values for `2\.bias`"):
+    with pytest.raises(StateMismatchError, match=r"it was saved with other values \(parameter `2\.bias`\); use"):
         freeze_entries(_model(), {"2.bias": (entries[:], torch.ones(4))}, state=state)
 
 
@@ -511,3 +511,52 @@ def test_thawing_one_parameter_works_where_another_is_broken() -> None:
     assert list(frozen) == ["a.weight"]
     model["b"](torch.ones(1, 2)).sum().backward()
     assert bool((model["b"].weight.grad != 0).all())
+
+
+def test_a_slice_and_a_list_of_its_integers_are_two_rules() -> None:
+    frozen = freeze_entries(nn.Linear(4, 4), "weight[0:1:2] = 0\nweight[[0, 1, 2]] = 0")
+    assert frozen["weight"].frozen_count == 12
+
+
+def test_a_function_is_asked_once() -> None:
+    calls: list[torch.Tensor] = []
+
+    def region(parameter: torch.Tensor) -> torch.Tensor:
+        calls.append(parameter)
+        return torch.rand(4, 4) < 0.5
+
+    model = nn.Linear(4, 4)
+    frozen = freeze_entries(model, {"weight": (region, torch.tensor(1.0))})
+    assert len(calls) == 1
+    assert bool((frozen["weight"].values == 1).all())
+
+
+def test_a_tensor_value_is_compared_with_the_saved_one_under_any_region() -> None:
+    state = freeze_entries(_model(), {"0": (center, torch.tensor(1.0))}).state_dict()
+    with pytest.raises(StateMismatchError, match="it was saved with other values"):
+        freeze_entries(_model(), {"0": (center, torch.tensor(2.0))}, state=state)
+
+
+def test_a_number_is_the_rules_to_say_and_not_the_states() -> None:
+    frozen = freeze_entries(_model(), "0[center] = 0")
+    state = frozen.state_dict()
+    state["parameters"]["0.weight"]["pieces"][0]["value"] = 5.0
+    frozen.load_state_dict(state)
+    assert frozen["0.weight"].values.tolist() == [0, 0]
+
+
+def test_thawing_the_last_parameter_takes_off_the_optimizers_hooks() -> None:
+    model = _model()
+    optimizer = torch.optim.SGD(model.parameters())
+    frozen = freeze_entries(model, "2.bias = 1")
+    frozen.guard(optimizer)
+    frozen.thaw("2.bias")
+    assert not frozen.attached
+    assert not optimizer._optimizer_step_post_hooks  # type: ignore[attr-defined]  # undeclared
+
+
+def test_values_have_the_dtype_of_parameters_that_a_load_assigned() -> None:
+    model = nn.Linear(2, 2)
+    frozen = freeze_entries(model, "weight[0]")
+    model.load_state_dict({name: value.double() for name, value in model.state_dict().items()}, assign=True)
+    assert frozen["weight"].values.dtype == torch.float64

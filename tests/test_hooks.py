@@ -6,6 +6,7 @@ import copy
 import io
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -487,3 +488,30 @@ def test_a_model_that_passes_through_the_meta_device_is_held_again(region: str) 
     model.to_empty(device="cpu")
     model(torch.ones(1, 8))
     frozen.assert_frozen()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, "keep"], ids=str)
+def test_forwards_in_other_threads_never_see_a_weight_half_written(value: float | str) -> None:
+    """A server evaluates one model in many threads; imposing again what is there must not show."""
+    torch.set_num_threads(1)
+    model = nn.Linear(256, 256)
+    freeze_entries(model, {"weight": (lambda weight: weight > 0, value)})
+    inputs = torch.ones(1, 256)
+    with torch.no_grad():
+        expected = model(inputs)
+    wrong: list[Tensor] = []
+
+    def serve() -> None:
+        with torch.no_grad():
+            for _ in range(150):
+                output = model(inputs)
+                if not output.equal(expected):
+                    wrong.append(output)
+
+    threads = [threading.Thread(target=serve) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(wrong) == 0
+    assert model(inputs).equal(expected)

@@ -163,7 +163,7 @@ def test_free_entries_train(package: str, tmp_path: Path) -> None:
     before = module.net[2].weight.detach().clone()
     _trainer(package, tmp_path, FreezeEntries(SPEC)).fit(module, _data(), _data())
     moved = module.net[2].weight != before
-    assert bool(moved[~module.held["net.2.weight"].mask].all())
+    assert bool(moved[~module.held["net.2.weight"].frozen].all())
 
 
 def test_the_module_checks_can_fail(tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ def _cases() -> Iterator[Case]:
             for kernel in ["single", *kernels]:
                 off = dict.fromkeys(kernels, False)
                 options = {**wanted.kwargs, **off, **({kernel: True} if kernel != "single" else {})}
-                case = Case(f"{info.optim_cls.__name__}-{wanted.desc}-{kernel}", info.optim_cls, options, kernel)
+                kind: Any = info.optim_cls  # declared as an instance there
+                case = Case(f"{kind.__name__}-{wanted.desc}-{kernel}", kind, options, kernel)
                 if _torch_accepts(case):
                     yield case
 
@@ -107,7 +108,8 @@ pairs = pytest.mark.parametrize(("case", "animal"), PAIRS, ids=[f"{case.name}-{a
 
 def test_every_optimizer_of_torch_is_here() -> None:
     everywhere = {kind for kind in vars(torch.optim).values() if isinstance(kind, type) and issubclass(kind, Optimizer)}
-    assert everywhere - {Optimizer} == {info.optim_cls for info in optim_db}
+    listed: set[Any] = {info.optim_cls for info in optim_db}
+    assert everywhere - {Optimizer} == listed
 
 
 def _step(optimizer: Optimizer, loss: Callable[[], Tensor]) -> None:
@@ -118,7 +120,7 @@ def _step(optimizer: Optimizer, loss: Callable[[], Tensor]) -> None:
         return value
 
     if "LBFGS" in repr(type(getattr(optimizer, "inner", optimizer))):
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[arg-type]  # torch's annotation wants a float
     else:
         closure()
         optimizer.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -22,19 +23,15 @@ def test_the_code_in_readme_runs(block: str) -> None:
 
 
 def test_the_wheel_holds_the_type_marker_and_neither_tests_nor_examples(tmp_path: Path) -> None:
-    command: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        tmp_path,
-        ROOT,
-    ]
-    subprocess.run(command, check=True, timeout=300, capture_output=True)
+    """Built from a copy: setuptools leaves a `build` folder behind, and takes what an older one holds."""
+    copy = tmp_path / "checkout"
+    tracked = ["setup.cfg", "pyproject.toml", "README.md", "LICENSE"]
+    for folder in ("freezehooks", "tests", "examples"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in tracked:
+        shutil.copy(ROOT / name, copy / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", tmp_path, copy], check=True, timeout=300, capture_output=True)
     (wheel,) = tmp_path.glob("freezehooks-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "freezehooks/py.typed" in names
@@ -42,7 +39,8 @@ def test_the_wheel_holds_the_type_marker_and_neither_tests_nor_examples(tmp_path
     assert {name.split("/")[0].split("-")[0] for name in names} == {"freezehooks"}
 
 
-def test_the_tools_are_pinned_for_development() -> None:
-    pinned = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
-    assert pinned["torch"] == "2.13.0"
-    assert {"ruff", "mypy", "pytest", "lightning", "pytorch-lightning", "hypothesis"} <= set(pinned)
+def test_the_development_set_is_pinned() -> None:
+    pinned = set(re.findall(r"^([\w-]+)==[\w.]+", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    asked = set(re.findall(r"^    ([\w-]+)(?:\[[\w,]+\])?>=", (ROOT / "setup.cfg").read_text(), re.MULTILINE))
+    later = {"sphinx", "myst-parser", "furo", "peft"}  # of extras that no check here installs
+    assert asked - later <= pinned

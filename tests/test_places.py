@@ -162,7 +162,7 @@ def test_a_random_mask_is_a_box_exactly_where_it_is_one_and_every_form_agrees_wi
         places.fill_(tensor, -7.0)
         assert tensor.equal(expected)
         assert places.frozen(mask.shape, mask.device).equal(mask)
-        again = Places.from_state(places.state(mask.shape), mask.shape)
+        again = Places.from_state(places.state(), mask)
         assert again.frozen(mask.shape, mask.device).equal(mask)
 
 
@@ -288,9 +288,9 @@ def test_a_saved_state_makes_the_same_places(form: type[Places], mask: Tensor, d
     places = Places.of(mask.to(device))
     places.zero_(torch.ones(SHAPE, dtype=torch.float16, device=device))
     file = io.BytesIO()
-    torch.save(places.state(mask.shape), file)
+    torch.save(places.state(), file)
     file.seek(0)
-    again = Places.from_state(torch.load(file, weights_only=True), mask.shape)
+    again = Places.from_state(torch.load(file, weights_only=True), mask)
     assert type(again) is form
     tensor = _awkward(torch.float32).to(device)
     assert again.frozen(mask.shape, device).equal(mask.to(device))
@@ -300,7 +300,7 @@ def test_a_saved_state_makes_the_same_places(form: type[Places], mask: Tensor, d
 @every_mask
 def test_a_saved_state_is_a_copy(form: type[Places], mask: Tensor) -> None:
     places = Places.of(mask)
-    for part in places.state(mask.shape).values():
+    for part in places.state().values():
         if isinstance(part, Tensor):
             part.zero_()
         else:

@@ -47,7 +47,7 @@ def test_the_entries_would_move_if_nothing_held_them(animal: Animal) -> None:
     held = animal.held(model)
     with torch.no_grad():
         for name, part in held.items():
-            model.get_parameter(name)[part.mask] = part.values[part.mask]
+            model.get_parameter(name)[part.frozen] = part.values[part.frozen]
     for _ in range(3):
         optimizer.zero_grad()
         animal.loss(model, animal.batch()).backward()

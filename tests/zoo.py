@@ -16,7 +16,7 @@ from freezehooks import Rule, center, entries
 class Held:
     """The entries of one parameter that must hold, and a tensor of the parameter's shape with their values."""
 
-    mask: Tensor
+    frozen: Tensor
     values: Tensor
 
 

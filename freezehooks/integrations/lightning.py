@@ -59,8 +59,11 @@ class FreezeEntries(_Callback):
     """
 
     def __init__(self, spec: str | list[Any] | dict[str, Any] | Any, *, until_epoch: int | None = None) -> None:
-        if until_epoch is not None and (not isinstance(until_epoch, int) or until_epoch < 0):
-            raise SpecError(f"`until_epoch` must be an epoch counted from 0, or None, found {until_epoch!r}")
+        if until_epoch is not None and (type(until_epoch) is not int or until_epoch < 0):
+            raise SpecError(
+                f"`until_epoch` must be an epoch counted from 0, or None, found {until_epoch!r}",
+                "give a whole number, 0 or more",
+            )
         self.rules = rules_of(spec)
         self.until_epoch = until_epoch
         self.frozen: FrozenEntries | None = None
