@@ -269,6 +269,11 @@ class FrozenPart:
                 "make their regions disjoint, or their values equal",
             )
 
+    def __repr__(self) -> str:
+        return (
+            f"FrozenPart({self.name!r}, shape={tuple(self.shape)}, frozen={self.frozen_count}, free={self.free_count})"
+        )
+
     def _blank(self) -> Tensor:
         return torch.zeros(self.shape, dtype=self._like.dtype, device=self._like.device)
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -56,10 +57,10 @@ def freeze_entries(model: Model, spec: Spec, *, state: dict[str, Any] | None = N
         parameter  shape         rules               frozen  free
         weight     (3, 2, 3, 3)  weight[center] = 0       6    48
     """
-    if not isinstance(model, nn.Module | Mapping):
+    if not isinstance(model, nn.Module | Mapping) or isinstance(model, torch.jit.ScriptModule):
         raise SpecError(
             f"`model` must be a module or a mapping from name to tensor, found {type(model).__name__}",
-            "call freeze_entries(model, spec)",
+            "call freeze_entries(model, spec), before a model is scripted",
         )
     return FrozenEntries(model, resolve(model, rules_of(spec), state)).attach()
 
@@ -182,8 +183,26 @@ class FrozenEntries(Mapping[str, FrozenPart]):
             part.impose(parameter)
 
     def violations(self) -> tuple[Violation, ...]:
-        """Return, for each parameter where frozen entries drifted, how many and the worst of them."""
-        return tuple(filter(None, (part.violation(parameter) for part, parameter in self.held())))
+        """Return, for each parameter where frozen entries drifted, how many and the worst of them.
+
+        Raises:
+            ParameterChangedError: A parameter is gone, has another shape, or lies in a module that was replaced.
+        """
+        self._check_in_place()
+        found = {(part.name, id(site.find())): part.violation(site.computed()) for part, site in self._sites}
+        return tuple(filter(None, found.values()))
+
+    def _check_in_place(self) -> None:
+        """Refuse to answer for parameters of a module that the model no longer contains."""
+        modules = set(self._model.modules()) if isinstance(self._model, nn.Module) else set()
+        for part, site in self._sites:
+            part.check_shape(site.tensor())
+            if isinstance(site.owner, nn.Module) and site.owner not in modules:
+                raise ParameterChangedError(
+                    f"the {type(site.owner).__name__} that owned the frozen parameter `{part.name}` is no longer in the "
+                    "model",
+                    "call remove() before a module is replaced, and freeze anew after",
+                )
 
     def assert_frozen(self) -> None:
         """Check that every frozen entry equals its value bit for bit.
@@ -213,11 +232,11 @@ class FrozenEntries(Mapping[str, FrozenPart]):
             OptimizerMismatchError: The optimizer steps none of the frozen parameters.
             SpecError: `optimizer` is no optimizer.
         """
-        self.check_optimizer(optimizer)
         self._guards = [guard for guard in self._guards if not guard.is_over]
         for guard in self._guards:
             if guard.optimizer is optimizer:
                 return guard
+        self.check_optimizer(optimizer)
         guard = Guard(self.held, optimizer)
         if self.attached:
             guard.install()
@@ -232,6 +251,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
             SpecError: It is no optimizer, or has no step hooks.
         """
         check_optimizer(optimizer)
+        self._check_in_place()
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if self._parts and not any(id(parameter) in stepped for _, parameter in self.held()):
             raise OptimizerMismatchError(
@@ -262,8 +282,8 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         return self
 
     def _check_attachable(self) -> None:
+        self._check_in_place()
         for part, parameter in self.held():
-            part.check_shape(parameter)
             for other in parts_watching(parameter):
                 if other is not part:
                     part.check_beside(other)

@@ -60,7 +60,7 @@ class Rule:
         if not isinstance(self.target, str) or not TARGET.fullmatch(self.target):
             raise SpecError(
                 f"a target is a parameter's name without spaces, brackets, `=` or `#`, found {self.target!r}",
-                'write "conv.weight"',
+                'write the region apart, as in Rule("conv.weight", entries[0], 1) or "conv.weight[0] = 1"',
             )
         if self.region is ...:
             object.__setattr__(self, "region", WHOLE)

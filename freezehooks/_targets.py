@@ -40,6 +40,11 @@ class Site:
         """Return the tensor that stands here now, or None."""
         return parameter_of(self.owner, self.key) if isinstance(self.owner, nn.Module) else self.owner.get(self.key)
 
+    def computed(self) -> Tensor:
+        """Return what the owner computes with: the tensor that stands here, under the mask where it was pruned."""
+        mask = self.owner._buffers.get(f"{self.key}_mask") if isinstance(self.owner, nn.Module) else None
+        return self.tensor() if mask is None else self.tensor() * mask
+
 
 def gone(name: str, owner: object) -> ParameterChangedError:
     """Return the error for a frozen parameter that is no longer where it was."""
@@ -50,9 +55,11 @@ def gone(name: str, owner: object) -> ParameterChangedError:
 
 
 def parameter_of(module: nn.Module, key: str) -> Tensor | None:
-    """Return what the module computes its `key` from: that parameter itself, or the one torch's pruning renamed."""
+    """Return the parameter that goes by `key`, also after torch.nn.utils.prune has renamed it, or None."""
     found = module._parameters.get(key)  # not getattr: pruning leaves a computed tensor under the parameter's name
-    return found if found is not None else module._parameters.get(f"{key}_orig")
+    if found is None and f"{key}_mask" in module._buffers:
+        return module._parameters.get(f"{key}_orig")
+    return found
 
 
 class Targets:

@@ -18,6 +18,7 @@ from freezehooks import (
     FrozenEntries,
     MaskedOptimizer,
     OptimizerMismatchError,
+    ParameterChangedError,
     Rule,
     RuleConflictError,
     SpecError,
@@ -560,3 +561,48 @@ def test_values_have_the_dtype_of_parameters_that_a_load_assigned() -> None:
     frozen = freeze_entries(model, "weight[0]")
     model.load_state_dict({name: value.double() for name, value in model.state_dict().items()}, assign=True)
     assert frozen["weight"].values.dtype == torch.float64
+
+
+def test_a_module_that_was_replaced_is_reported() -> None:
+    model = _model()
+    frozen = freeze_entries(model, "0[center] = 0\n2.weight[0] = 0.5")
+    model[2] = nn.Linear(18, 4)
+    for ask in (frozen.assert_frozen, lambda: frozen.guard(torch.optim.SGD(model.parameters()))):
+        with pytest.raises(
+            ParameterChangedError, match=r"the Linear that owned .*`2\.weight` is no longer in the model"
+        ):
+            ask()
+    frozen.remove()
+    with pytest.raises(ParameterChangedError, match="call remove"):
+        frozen.attach()
+
+
+def test_a_module_that_was_wrapped_is_still_held() -> None:
+    model = _model()
+    frozen = freeze_entries(model, "2.weight[0] = 0.5")
+    model[2] = nn.Sequential(model[2])
+    model[2][0].weight.data.zero_()
+    model(torch.ones(1, 1, 5, 5))
+    frozen.assert_frozen()
+
+
+def test_a_pruning_mask_over_a_value_counts_as_drift() -> None:
+    model = nn.Linear(3, 2)
+    frozen = freeze_entries(model, "weight[0] = 0.5\nweight[1] = 0")
+    torch.nn.utils.prune.custom_from_mask(model, "weight", torch.tensor([[1, 0, 1], [0, 1, 1]]))
+    (violation,) = frozen.violations()
+    assert (violation.count, violation.index, violation.found, violation.expected) == (1, (0, 1), 0.0, 0.5)
+
+
+def test_a_spectral_norm_put_on_later_is_refused() -> None:
+    model = nn.Linear(3, 2)
+    freeze_entries(model, "weight[0] = 0.5")
+    with pytest.warns(FutureWarning, match="spectral_norm"):
+        torch.nn.utils.spectral_norm(model)
+    with pytest.raises(ParameterChangedError, match="`weight` is gone from Linear"):
+        model(torch.ones(1, 3))
+
+
+def test_a_part_shows_what_it_is() -> None:
+    frozen = freeze_entries(nn.Linear(3, 2), "weight[0] = 1")
+    assert repr(frozen["weight"]) == "FrozenPart('weight', shape=(2, 3), frozen=3, free=3)"

@@ -304,17 +304,132 @@ def test_entries_are_let_go_at_until_epoch_and_stay_free_on_resuming(package: st
 
 @packages
 def test_drift_is_raised_at_the_end_of_the_epoch(package: str, tmp_path: Path) -> None:
-    module = _module(package)
+    module = _module(package, watched=False)
+    step = module.optimizer_step
 
-    def spoil(*args: Any) -> None:
+    def spoil(*args: Any, **kwargs: Any) -> None:
+        step(*args, **kwargs)
         module.net[2].weight.data[0, 1] = 7.0
 
-    module.on_validation_epoch_end = spoil
+    module.optimizer_step = spoil
     callback = FreezeEntries(SPEC)
     with pytest.raises(DriftError, match=r"net\.2\.weight\[0, 1\]` holds 7\.0 instead of 1\.0"):
         _trainer(package, tmp_path, callback).fit(module, _data(), _data())
     assert callback.frozen is not None
     assert not callback.frozen.attached
+
+
+@packages
+@pytest.mark.parametrize("validated", [True, False], ids=["validated", "not_validated"])
+def test_averages_that_start_late_or_round_hold_in_the_checkpoint(
+    package: str, validated: bool, tmp_path: Path
+) -> None:
+    averaging = importlib.import_module(f"{package}.callbacks").EMAWeightAveraging
+    for options in ({"update_starting_at_step": 1000}, {"decay": 0.9}):
+        module = _module(package)
+        if not validated:
+            module.validation_step = None
+        save = importlib.import_module(f"{package}.callbacks").ModelCheckpoint(tmp_path, save_last=True)
+        callbacks = [averaging(**options), FreezeEntries(SPEC), save]
+        trainer = _trainer(package, tmp_path, *callbacks, enable_checkpointing=True)
+        trainer.fit(module, _data(), _data() if validated else None)
+        saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+        assert_entries_hold(saved["state_dict"], module.held, f"in the averaged checkpoint, {options}")
+        assert_model_holds(module, module.held, "after averaging")
+
+
+@packages
+@pytest.mark.parametrize("freeze_first", [True, False], ids=["freeze_first", "prune_first"])
+def test_lottery_tickets_do_not_count_as_drift(package: str, freeze_first: bool, tmp_path: Path) -> None:
+    module = _module(package, watched=False)
+    pruning = importlib.import_module(f"{package}.callbacks").ModelPruning(
+        "l1_unstructured",
+        parameters_to_prune=[(module.net[0], "weight")],
+        amount=0.3,
+        use_global_unstructured=False,
+        use_lottery_ticket_hypothesis=True,
+    )
+    freeze = FreezeEntries("net.0[center] = 0")
+    callbacks = [freeze, pruning] if freeze_first else [pruning, freeze]
+    _trainer(package, tmp_path, *callbacks).fit(module, _data(), _data())
+    assert bool((module.net[0].weight[..., 1, 1] == 0).all())
+
+
+@packages
+def test_parameters_that_join_an_optimizer_later_are_held(package: str, tmp_path: Path) -> None:
+    finetuning = importlib.import_module(f"{package}.callbacks").BackboneFinetuning(1, verbose=False)
+    module = _module(package, watched=False)
+    module.backbone = module.net
+    module.net = None
+    module.forward = lambda x: module.other(module.backbone(x))
+
+    def training_step(batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(module(batch[0]), batch[1])
+
+    module.training_step, module.validation_step = training_step, None
+    module.configure_optimizers = lambda: torch.optim.AdamW(
+        [p for p in module.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1
+    )
+    freeze = FreezeEntries("backbone.0[center] = 0.5")
+    _trainer(package, tmp_path, freeze, finetuning, max_epochs=3).fit(module, _data())
+    assert bool((module.backbone[0].weight[..., 1, 1] == 0.5).all())
+
+
+@packages
+def test_optimizers_made_anew_in_mid_fit_are_guarded(package: str, tmp_path: Path) -> None:
+    module = _module(package, scheduled=False)
+    module.on_train_epoch_start = lambda: module.trainer.strategy.setup_optimizers(module.trainer)
+    _trainer(package, tmp_path, FreezeEntries(SPEC)).fit(module, _data(), _data())
+    assert module.steps == 8
+
+
+def test_a_callback_starts_every_fit_afresh(tmp_path: Path) -> None:
+    callback = FreezeEntries("net.2.bias", until_epoch=1)
+    for _ in range(2):
+        module = _module(PACKAGES[0], watched=False)
+        kept = module.net[2].bias.detach().clone()
+        _trainer(PACKAGES[0], tmp_path, callback, max_epochs=1).fit(module, _data(), _data())
+        assert same_bits(module.net[2].bias, kept)
+    with torch.no_grad():
+        module.net[2].bias.fill_(9)
+    _trainer(PACKAGES[0], tmp_path, callback, max_epochs=1).fit(module, _data(), _data())
+    assert module.net[2].bias.tolist() == [9, 9]
+
+
+def test_a_module_that_got_a_new_layer_between_two_fits_is_frozen_anew(tmp_path: Path) -> None:
+    module, callback = _module(PACKAGES[0], watched=False), FreezeEntries("net.2.weight[0, 1] = 1")
+    for _ in range(2):
+        module.net[2] = nn.Linear(48, 2)
+        _trainer(PACKAGES[0], tmp_path, callback, max_epochs=1).fit(module, _data(), _data())
+        assert module.net[2].weight[0, 1] == 1
+
+
+@packages
+def test_entries_are_let_go_where_a_run_resumes_at_the_end_of_an_epoch(package: str, tmp_path: Path) -> None:
+    save = importlib.import_module(f"{package}.callbacks").ModelCheckpoint(
+        tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1
+    )
+    for epochs, start in ((2, None), (3, tmp_path / "step=8.ckpt")):
+        module = _module(package, watched=False)
+        callback = FreezeEntries("net.2.bias = 0.5", until_epoch=2)
+        trainer = _trainer(package, tmp_path, callback, save, max_epochs=epochs, enable_checkpointing=True)
+        trainer.fit(module, _data(), ckpt_path=start)
+        assert bool((module.net[2].bias == 0.5).all()) == (start is None)
+
+
+@packages
+def test_a_checkpoint_without_frozen_entries_left_says_so(package: str, tmp_path: Path) -> None:
+    fit = _SaveLast(package, tmp_path)
+    fit(FreezeEntries("net.2.bias = 0.5", until_epoch=1), epochs=2, module=_module(package, watched=False))
+    with pytest.warns(UserWarning, match="nothing is frozen in this run either. To freeze again"):
+        fit(FreezeEntries("net.2.bias = 0.5"), epochs=3, module=_module(package, watched=False), resume=True)
+
+
+def test_until_epoch_0_leaves_the_weights_alone(tmp_path: Path) -> None:
+    module = _module(PACKAGES[0], watched=False)
+    callback = FreezeEntries("net.2.bias = 0.5", until_epoch=0)
+    _trainer(PACKAGES[0], tmp_path, callback, max_epochs=0).fit(module, _data(), _data())
+    assert not bool((module.net[2].bias == 0.5).any())
 
 
 @packages

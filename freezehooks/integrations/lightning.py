@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import warnings
 from contextlib import suppress
 from typing import Any, Final
 
@@ -31,10 +32,10 @@ _Callback: Any = type("_Callback", _callback_bases(), {})
 class FreezeEntries(_Callback):
     """Hold some entries of the module's parameters through `Trainer.fit`.
 
-    At the start of fit the gradient hooks and forward hooks go onto the named layers, and every optimizer that steps
-    one of them is guarded through its own step hooks: it stays the object that `configure_optimizers` returned. At
-    the end of every training epoch each frozen entry is compared with its value, bit for bit. At the end of fit every
-    hook comes off again.
+    At the start of every fit the rules are read, the gradient hooks and forward hooks go onto the named layers, and
+    every optimizer that steps one of them is guarded through its own step hooks: it stays the object that
+    `configure_optimizers` returned. After the last step of every epoch each frozen entry is compared with its value,
+    bit for bit. At the end of fit every hook comes off again.
 
     The rules, the regions they chose and the values go into the checkpoint. A run resumed from it takes them from
     there.
@@ -44,11 +45,11 @@ class FreezeEntries(_Callback):
         until_epoch: The epoch, counted from 0, at whose start all entries are let go. Left out: never.
 
     Attributes:
-        frozen: The handle, from the start of fit on; None before. After fit it is detached.
+        frozen: The handle of the latest fit, detached after it; None before any, and where all entries were let go.
 
     Raises:
         FreezeError: Text that is no rule, when the callback is made; anything else, at the start of fit.
-        DriftError: At the end of an epoch, where a frozen entry does not hold its value.
+        DriftError: After the last step of an epoch, where a frozen entry does not hold its value.
         StateMismatchError: On resuming from a checkpoint that was saved under other rules.
 
     Example:
@@ -75,28 +76,52 @@ class FreezeEntries(_Callback):
         """The name of this callback's state in a checkpoint: it says the rules."""
         return f"{type(self).__qualname__}{[str(rule) for rule in self.rules]}"
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Forget an earlier fit: what a checkpoint says of this one is loaded after this."""
+        if stage == "fit":
+            self.frozen, self._released, self._saved = None, False, None
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Freeze the entries and guard the optimizers that step them."""
         if self._released:
-            return
-        if self.frozen is None or self.frozen.model is not pl_module:
+            self._warn_of_release()
+        elif not self._is_due(trainer):
             self.frozen = freeze_entries(pl_module, self.rules, state=self._saved)
-        self.frozen.attach()
-        for optimizer in trainer.optimizers:
+            self._freeze_averages(trainer, self.frozen)
+            for optimizer in trainer.optimizers:
+                self.on_before_optimizer_step(trainer, pl_module, optimizer)
+            self._report(trainer, pl_module, self.frozen)
+
+    def _freeze_averages(self, trainer: Any, frozen: FrozenEntries) -> None:
+        """Freeze the copy of the module that Lightning's WeightAveraging made before anything was frozen."""
+        for callback in trainer.callbacks:
+            average = getattr(callback, "_average_model", None)  # it has no public name
+            if average is not None:
+                freeze_entries(average.module, self.rules, state=frozen.state_dict())
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Guard an optimizer that was made, or given frozen parameters, since the start of fit."""
+        if self.frozen is not None and self.frozen.attached:
             with suppress(OptimizerMismatchError):  # the optimizer of another part of the module
                 self.frozen.guard(optimizer)
-        self._report(trainer, pl_module, self.frozen)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Let the entries go, where the epoch for it has come."""
-        if self.until_epoch is not None and trainer.current_epoch >= self.until_epoch and not self._released:
+        if self._is_due(trainer) and not self._released:
             self._released = True
             self._remove()
             _log(trainer, f"FreezeEntries: all entries train from epoch {trainer.current_epoch} on")
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Check that every frozen entry holds its value."""
-        if self.frozen is not None and self.frozen.attached:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Let the entries go in an epoch that a resumed run began without the hook for its start."""
+        self.on_train_epoch_start(trainer, pl_module)
+
+    def _is_due(self, trainer: Any) -> bool:
+        return self.until_epoch is not None and trainer.current_epoch >= self.until_epoch
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Check after the last step of an epoch that every frozen entry holds its value."""
+        if trainer.is_last_batch and self.frozen is not None and self.frozen.attached:
             self.frozen.assert_frozen()
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -121,12 +146,11 @@ class FreezeEntries(_Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take regions and values from a checkpoint, at once or at the start of fit."""
         self._released, self._saved = state_dict["released"], state_dict["frozen"]
-        if self.frozen is None or self._saved is None:
-            return
-        if self._released:
-            self._remove()
-        else:
-            self.frozen.load_state_dict(self._saved)
+        if self.frozen is not None and self._saved is not None:  # strategies that load after the start of fit
+            if self._released:
+                self._remove()
+            else:
+                self.frozen.load_state_dict(self._saved)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume training from a checkpoint that was saved under other rules."""
@@ -137,6 +161,14 @@ class FreezeEntries(_Callback):
             raise StateMismatchError(
                 f"the checkpoint was saved under other rules: {', '.join(others)}; this run has {self.state_key}",
                 "give the callback the rules of the checkpoint, or start a new fit from its weights alone",
+            )
+
+    def _warn_of_release(self) -> None:
+        if self.until_epoch is None:
+            warnings.warn(
+                "FreezeEntries: the checkpoint was saved after `until_epoch` had let all entries go; nothing is frozen "
+                "in this run either. To freeze again start a new fit from its weights alone.",
+                stacklevel=2,
             )
 
     @staticmethod
