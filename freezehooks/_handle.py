@@ -199,8 +199,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
             part.check_shape(site.tensor())
             if isinstance(site.owner, nn.Module) and site.owner not in modules:
                 raise ParameterChangedError(
-                    f"the {type(site.owner).__name__} that owned the frozen parameter `{part.name}` is no longer in the "
-                    "model",
+                    f"the {type(site.owner).__name__} that owned `{part.name}` is no longer in the model",
                     "call remove() before a module is replaced, and freeze anew after",
                 )
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from freezehooks import (
     DriftError,
@@ -568,9 +569,7 @@ def test_a_module_that_was_replaced_is_reported() -> None:
     frozen = freeze_entries(model, "0[center] = 0\n2.weight[0] = 0.5")
     model[2] = nn.Linear(18, 4)
     for ask in (frozen.assert_frozen, lambda: frozen.guard(torch.optim.SGD(model.parameters()))):
-        with pytest.raises(
-            ParameterChangedError, match=r"the Linear that owned .*`2\.weight` is no longer in the model"
-        ):
+        with pytest.raises(ParameterChangedError, match=r"the Linear that owned `2\.weight` is no longer"):
             ask()
     frozen.remove()
     with pytest.raises(ParameterChangedError, match="call remove"):
@@ -589,7 +588,7 @@ def test_a_module_that_was_wrapped_is_still_held() -> None:
 def test_a_pruning_mask_over_a_value_counts_as_drift() -> None:
     model = nn.Linear(3, 2)
     frozen = freeze_entries(model, "weight[0] = 0.5\nweight[1] = 0")
-    torch.nn.utils.prune.custom_from_mask(model, "weight", torch.tensor([[1, 0, 1], [0, 1, 1]]))
+    prune.custom_from_mask(model, "weight", torch.tensor([[1, 0, 1], [0, 1, 1]]))
     (violation,) = frozen.violations()
     assert (violation.count, violation.index, violation.found, violation.expected) == (1, (0, 1), 0.0, 0.5)
 
@@ -597,8 +596,7 @@ def test_a_pruning_mask_over_a_value_counts_as_drift() -> None:
 def test_a_spectral_norm_put_on_later_is_refused() -> None:
     model = nn.Linear(3, 2)
     freeze_entries(model, "weight[0] = 0.5")
-    with pytest.warns(FutureWarning, match="spectral_norm"):
-        torch.nn.utils.spectral_norm(model)
+    torch.nn.utils.spectral_norm(model)
     with pytest.raises(ParameterChangedError, match="`weight` is gone from Linear"):
         model(torch.ones(1, 3))
 

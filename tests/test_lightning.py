@@ -413,7 +413,7 @@ def test_entries_are_let_go_where_a_run_resumes_at_the_end_of_an_epoch(package: 
         module = _module(package, watched=False)
         callback = FreezeEntries("net.2.bias = 0.5", until_epoch=2)
         trainer = _trainer(package, tmp_path, callback, save, max_epochs=epochs, enable_checkpointing=True)
-        trainer.fit(module, _data(), ckpt_path=start)
+        trainer.fit(module, _data(), _data(), ckpt_path=start)
         assert bool((module.net[2].bias == 0.5).all()) == (start is None)
 
 
