@@ -219,7 +219,8 @@ class FrozenEntries(Mapping[str, FrozenPart]):
     def guard(self, optimizer: Optimizer) -> Guard:
         """Hold the entries through every step of an optimizer, by the optimizer's own step hooks.
 
-        Guarding an optimizer twice is guarding it once. Moments at frozen entries become 0.
+        Guarding an optimizer twice is guarding it once; one that holds another optimizer, as SAM and Lookahead do, is
+        guarded together with it. Moments at frozen entries become 0.
 
         Args:
             optimizer: Any optimizer that steps at least one of the frozen parameters.
@@ -240,6 +241,10 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         if self.attached:
             guard.install()
         self._guards.append(guard)
+        for inside in vars(optimizer).values():
+            if isinstance(inside, Optimizer):
+                with suppress(OptimizerMismatchError):  # it steps other parameters
+                    self.guard(inside)
         return guard
 
     def check_optimizer(self, optimizer: Optimizer) -> None:

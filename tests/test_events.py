@@ -26,7 +26,7 @@ from freezehooks import FreezeError, FrozenEntries, MaskedOptimizer, StateMismat
 from freezehooks._expressions import Index, Slice
 
 from .claims import same_bits
-from .strategies import near_indices
+from .strategies import masks, near_indices
 
 
 def _model() -> nn.Linear:
@@ -339,6 +339,58 @@ def test_lookahead_holds_around_and_inside(outside: bool) -> None:
         assert same_bits(lookahead.state[model.weight]["slow_buffer"][0], model.weight[0])
 
 
+class SharpnessAware(Optimizer):
+    """Two steps, up to the worst point near by and down from there, as the optimizers of the name SAM have them."""
+
+    def __init__(self, base: Optimizer) -> None:
+        super().__init__([{"params": group["params"]} for group in base.param_groups], {})
+        self.base_optimizer = base
+        self.param_groups = base.param_groups
+
+    def first_step(self) -> None:
+        """Climb along the gradient."""
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["climb"] = parameter.grad * 0.05
+            parameter.data.add_(self.state[parameter]["climb"])
+
+    def second_step(self) -> None:
+        """Come back and step the optimizer inside, past the hooks of this one."""
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.sub_(self.state[parameter]["climb"])
+        self.base_optimizer.step()
+
+
+def test_the_two_steps_of_sharpness_aware_minimisation_hold() -> None:
+    model = _model()
+    frozen = freeze_entries(model, "weight[0] = 0.3")
+    optimizer: Any = MaskedOptimizer(SharpnessAware(AdamW(model.parameters(), lr=0.1, weight_decay=0.1)), frozen)
+    for seed in range(3):
+        for step in (optimizer.first_step, optimizer.second_step):
+            optimizer.zero_grad()
+            _backward(model, seed)
+            step()
+            frozen.assert_frozen()
+    frozen.remove()
+    _backward(model)
+    optimizer.second_step()
+    assert frozen.violations()
+
+
+def test_groups_with_options_of_their_own_hold() -> None:
+    model = _model()
+    frozen = freeze_entries(model, "weight[0] = 0.3\nbias[1] = 2")
+    groups = [{"params": [model.weight], "lr": 0.1, "weight_decay": 0.5}, {"params": [model.bias], "momentum": 0.9}]
+    optimizer = MaskedOptimizer(SGD(groups, lr=0.01), frozen)
+    bias = model.bias.detach().clone()
+    for seed in range(3):
+        optimizer.zero_grad()
+        _backward(model, seed)
+        optimizer.step()
+        frozen.assert_frozen()
+    assert (model.bias != bias).tolist() == [True, False, True]
+    assert model.bias[1] == 2
+
+
 def test_accelerate_prepares_accumulates_and_restores(tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
@@ -369,23 +421,25 @@ def test_accelerate_prepares_accumulates_and_restores(tmp_path: Path) -> None:
 # A slow reference in numpy
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(near_indices((3, 4)), st.sampled_from([0.0, 1.0, None])), min_size=1, max_size=3))
-def test_specs_agree_with_a_slow_reference(rules: list[tuple[Index, float | None]]) -> None:
+@st.composite
+def _specs(draw: st.DrawFn) -> tuple[tuple[int, int], list[tuple[Index | Tensor, float | None]]]:
+    """A shape, and rules for it: an index or a mask, and a number or None for `keep`."""
+    shape = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    rule = st.tuples(near_indices(shape) | masks(shape), st.sampled_from([0.0, 1.0, None]))
+    return shape, draw(st.lists(rule, min_size=1, max_size=3))
+
+
+@settings(max_examples=200, deadline=None)
+@given(_specs())
+def test_specs_agree_with_a_slow_reference(
+    drawn: tuple[tuple[int, int], list[tuple[Index | Tensor, float | None]]],
+) -> None:
     """What is frozen, what is held and what is refused, worked out in numpy entry by entry."""
-    model = nn.Linear(4, 3)
+    shape, rules = drawn
+    model = nn.Linear(shape[1], shape[0])
     start = model.weight.detach().numpy().copy()
-    expected: dict[tuple[int, ...], float] | None = {}
-    for index, value in rules:
-        positions = _positions_in_numpy(index)
-        for position in positions or ():
-            number = float(start[position]) if value is None else value
-            if expected is not None and expected.setdefault(position, number) != number:
-                expected = None  # two rules disagree
-        if not positions:
-            expected = None  # out of range, or nothing selected
-            break
-    spec = [{"weight": (index, "keep" if value is None else value)} for index, value in rules]
+    expected = _expected_in_numpy(start, rules)
+    spec = [{"weight": (region, "keep" if value is None else value)} for region, value in rules]
     try:
         frozen = freeze_entries(model, spec)
     except FreezeError:
@@ -394,26 +448,41 @@ def test_specs_agree_with_a_slow_reference(rules: list[tuple[Index, float | None
         return
     assert expected is not None
     optimizer = MaskedOptimizer(SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1), frozen)
-    for seed in range(2):
-        _backward(model, seed)
+    for _ in range(2):
+        model(torch.randn(5, shape[1])).square().sum().backward()
         optimizer.step()
     found = model.weight.detach().numpy()
     for position, number in expected.items():
         assert found[position] == np.float32(number)
     assert frozen["weight"].frozen_count == len(expected)
     moved = {tuple(map(int, position)) for position in zip(*np.nonzero(found != start), strict=True)}
-    assert moved >= set(np.ndindex(3, 4)) - set(expected)
+    assert moved >= set(np.ndindex(shape)) - set(expected)
 
 
-def _positions_in_numpy(index: Index) -> set[tuple[int, ...]]:
+def _expected_in_numpy(
+    start: Any, rules: list[tuple[Index | Tensor, float | None]]
+) -> dict[tuple[int, ...], float] | None:
+    """Return the value of each frozen entry, or None where the rules are to be refused."""
+    expected: dict[tuple[int, ...], float] = {}
+    for region, value in rules:
+        positions = _positions_in_numpy(region, start.shape)
+        if not positions:
+            return None  # out of range, or nothing selected
+        for position in positions:
+            number = float(start[position]) if value is None else value
+            if expected.setdefault(position, number) != number:
+                return None  # two rules disagree
+    return expected
+
+
+def _positions_in_numpy(region: Index | Tensor, shape: tuple[int, ...]) -> set[tuple[int, ...]]:
     """Return the positions that numpy selects, or none where it refuses."""
-    key = tuple(_as_numpy(item) for item in index.items)
-    flat = np.arange(12).reshape(3, 4)
+    key = region.numpy() if isinstance(region, Tensor) else tuple(map(_as_numpy, region.items))
     try:
-        selected = np.atleast_1d(flat[key]).flatten()
+        selected = np.atleast_1d(np.arange(np.prod(shape)).reshape(shape)[key]).flatten()
     except IndexError:
         return set()
-    return {(int(n) // 4, int(n) % 4) for n in selected}
+    return {tuple(map(int, np.unravel_index(n, shape))) for n in selected}
 
 
 def _as_numpy(item: Any) -> Any:

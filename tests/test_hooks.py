@@ -515,3 +515,15 @@ def test_forwards_in_other_threads_never_see_a_weight_half_written(value: float 
         thread.join(timeout=60)
     assert len(wrong) == 0
     assert model(inputs).equal(expected)
+
+
+def test_a_compiled_copy_is_clean_once_its_handle_was_asked_for() -> None:
+    torch.compiler.reset()
+    model = nn.Linear(4, 4)
+    freeze_entries(model, "weight[0] = 1")
+    twin = copy.deepcopy(model)
+    (frozen,) = FrozenEntries.of(twin)
+    torch.compile(twin, backend="aot_eager")(torch.ones(1, 4)).sum().backward()
+    assert twin.weight.grad is not None
+    assert twin.weight.grad[:, 0].tolist() == [0, 1, 1, 1]
+    frozen.assert_frozen()

@@ -548,3 +548,13 @@ def test_without_lightning_the_import_says_what_to_install() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert "pip install 'freezehooks[lightning]'" in done.stdout, done.stderr
+
+
+@packages
+def test_a_run_that_only_validates_is_left_alone(package: str, tmp_path: Path) -> None:
+    module = _module(package, watched=False)
+    before = module.net[0].weight.detach().clone()
+    callback = FreezeEntries(SPEC)
+    _trainer(package, tmp_path, callback).validate(module, _data(), verbose=False)
+    assert callback.frozen is None
+    assert same_bits(module.net[0].weight, before)
