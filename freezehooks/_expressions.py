@@ -88,27 +88,29 @@ class Not(Region):
 
 
 @dataclass(frozen=True, slots=True)
-class And(Region):
+class _Pair(Region):
+    left: Region
+    right: Region
+    sign: ClassVar[str]
+
+    def __str__(self) -> str:
+        return f"{self.left.as_operand(self.binding)} {self.sign} {self.right.as_operand(self.binding + 1)}"
+
+
+class And(_Pair):
     """The entries inside both regions."""
 
-    left: Region
-    right: Region
-    binding: ClassVar[int] = 2
-
-    def __str__(self) -> str:
-        return f"{self.left.as_operand(2)} & {self.right.as_operand(3)}"
+    __slots__ = ()
+    sign = "&"
+    binding = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Or(Region):
+class Or(_Pair):
     """The entries inside at least one of two regions."""
 
-    left: Region
-    right: Region
-    binding: ClassVar[int] = 1
-
-    def __str__(self) -> str:
-        return f"{self.left.as_operand(1)} | {self.right.as_operand(2)}"
+    __slots__ = ()
+    sign = "|"
+    binding = 1
 
 
 @dataclass(frozen=True, slots=True)

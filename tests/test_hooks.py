@@ -527,3 +527,17 @@ def test_a_compiled_copy_is_clean_once_its_handle_was_asked_for() -> None:
     assert twin.weight.grad is not None
     assert twin.weight.grad[:, 0].tolist() == [0, 1, 1, 1]
     frozen.assert_frozen()
+
+
+def test_hooks_that_were_there_before_see_the_clean_gradient() -> None:
+    model = nn.Linear(2, 2)
+    seen: list[list[float]] = []
+
+    def look(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        seen.append(parameter.grad[0].tolist())
+
+    model.weight.register_post_accumulate_grad_hook(look)
+    freeze_entries(model, "weight[0] = 1")
+    model(torch.ones(1, 2)).sum().backward()
+    assert seen == [[0, 0]]

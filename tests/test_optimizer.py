@@ -189,6 +189,16 @@ def test_the_profiler_names_the_inner_optimizer() -> None:
     assert names == ["Optimizer.step#AdamW.step"]
 
 
+def test_torch_does_not_wrap_the_step_a_second_time() -> None:
+    """It does so for every class of which it makes or unpickles an instance; hooks would then fire twice."""
+    model, optimizer = _frozen_pair()
+    calls: list[str] = []
+    optimizer.register_step_post_hook(lambda *args: calls.append("post"))
+    optimizer._patch_step_function()
+    _train(model, optimizer, 1)
+    assert calls == ["post"]
+
+
 def test_an_added_group_is_held_from_the_next_step_on() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
     frozen = freeze_entries(model, "*.weight[0] = 1")
