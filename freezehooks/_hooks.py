@@ -37,9 +37,13 @@ def watch_gradient(parameter: Tensor, part: FrozenPart) -> None:
     if torch.compiler.is_compiling() or not parameter.requires_grad:
         return  # a compiled frame cannot register hooks; the next eager forward or step does
     if not _gradient_hook_ids(parameter, part):
-        handle = parameter.register_post_accumulate_grad_hook(ZeroFrozenGradient(part))
-        # first of all: a hook that logs the gradient, or steps in backward, sees the clean one
-        parameter._post_accumulate_grad_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+        others = dict(parameter._post_accumulate_grad_hooks or {})  # type: ignore[attr-defined]
+        parameter.register_post_accumulate_grad_hook(ZeroFrozenGradient(part))
+        # First of all: a hook that logs the gradient, or steps in backward, sees the clean one. Put in again behind
+        # it, because the engine goes by the order of insertion and not by OrderedDict.move_to_end.
+        for hook_id in others:
+            del parameter._post_accumulate_grad_hooks[hook_id]  # type: ignore[attr-defined]
+        parameter._post_accumulate_grad_hooks.update(others)  # type: ignore[attr-defined]
     # A swapped tensor (torch.utils.swap_tensors) keeps the list of hooks and loses the node that calls them; to set
     # the list anew makes one.
     parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
