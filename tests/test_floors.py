@@ -25,6 +25,7 @@ FLOORS = {
     "_guard": 4.1,
     "_handle": 5,
     "_optimizer": 6,
+    "layers": 6.1,
     "integrations": 7,
     "__init__": 8,
 }
