@@ -20,7 +20,7 @@ from ._grammar import parse_region, parse_rule
 from ._guard import Guard
 from ._handle import FrozenEntries, freeze_entries
 from ._optimizer import MaskedOptimizer
-from ._rules import Rule, keep
+from ._rules import Rule, keep, tied
 
 __all__ = [
     "DriftError",
@@ -53,6 +53,7 @@ __all__ = [
     "parse_region",
     "parse_rule",
     "smallest",
+    "tied",
     "tril",
     "triu",
     "zeros",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from ._expressions import Index, Pattern
 from ._places import Places, bits
 from ._regions import kernel_center, positions, select
 from ._rules import Keep, Rule
+from ._tie import Tie
 
 
 class Piece:
@@ -201,7 +203,7 @@ class Violation:
 
 
 class FrozenPart:
-    """The frozen entries of one parameter, and the values they are held at.
+    """The frozen entries of one parameter and the values they are held at, or the copies in it that are one.
 
     It knows the parameter's shape but not the parameter, so that a copy of a model and its copied parts never reach
     back into the original.
@@ -211,21 +213,25 @@ class FrozenPart:
         names: All of its names.
         shape: The parameter's shape.
         pieces: What each rule freezes of it, in the order of the rules.
+        tie: What a rule ties of it, or None.
     """
 
-    def __init__(self, names: list[str], parameter: Tensor, pieces: list[Piece]) -> None:
+    def __init__(self, names: list[str], parameter: Tensor, members: Sequence[Piece | Tie]) -> None:
         self.name = names[0]
         self.names = tuple(names)
         self.shape = parameter.shape
         self._like = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-        self.replace(pieces)
+        self.replace(members)
 
-    def replace(self, pieces: list[Piece]) -> None:
-        """Hold what other pieces say of the same parameter from here on.
+    def replace(self, members: Sequence[Piece | Tie]) -> None:
+        """Hold what other pieces, and perhaps a tie, say of the same parameter from here on.
 
         Raises:
             RuleConflictError: Two of them disagree about an entry; nothing is changed then.
         """
+        pieces = [member for member in members if isinstance(member, Piece)]
+        ties = [member for member in members if isinstance(member, Tie)]
+        self._check_ties(ties, pieces)
         frozen = torch.zeros(self.shape, dtype=torch.bool, device=self._like.device)
         held = self._blank()
         for n, piece in enumerate(pieces):
@@ -235,8 +241,21 @@ class FrozenPart:
                 for earlier in pieces[:n]:
                     self._check_pair(earlier, piece)
             held, frozen = changed, frozen | own
+        self._members = list(members)
         self.pieces = pieces
+        self.tie = ties[0] if ties else None
         self.frozen_count = int(frozen.sum())
+
+    def _check_ties(self, ties: list[Tie], pieces: list[Piece]) -> None:
+        if len(ties) > 1:
+            raise RuleConflictError(
+                f"rules `{ties[0].rule}` and `{ties[1].rule}` both tie `{self.name}`", "leave one of them out"
+            )
+        for tie in ties:
+            for piece in pieces:
+                held = self._blank()
+                piece.impose_(held)
+                tie.check_beside(piece.rule, piece.places.frozen(self.shape, held.device), held, self.name)
 
     def check_beside(self, other: FrozenPart) -> None:
         """Refuse what another handle freezes of the same parameter, where the two disagree about an entry.
@@ -247,6 +266,8 @@ class FrozenPart:
         Raises:
             RuleConflictError: They disagree; the message names both rules.
         """
+        ties = [tie for tie in (other.tie, self.tie) if tie is not None]
+        self._check_ties(ties, [*other.pieces, *self.pieces])
         for theirs in other.pieces:
             for ours in self.pieces:
                 self._check_pair(theirs, ours, must_follow_alike=True)
@@ -307,11 +328,18 @@ class FrozenPart:
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """The rules that freeze entries of this parameter."""
-        return tuple(piece.rule for piece in self.pieces)
+        """The rules that freeze entries of this parameter, or tie it."""
+        return tuple(member.rule for member in self._members)
+
+    def state(self) -> dict[str, Any]:
+        """Return plain tensors and builtins that say what is frozen, in the order of the rules."""
+        pieces = [{"rule": str(member.rule), **member.state()} for member in self._members]
+        return {"shape": list(self.shape), "pieces": pieces}
 
     def impose_(self, tensor: Tensor) -> None:
-        """Write the values into the frozen entries of a plain tensor of the parameter's shape."""
+        """Write the values into the frozen entries of a plain tensor of the parameter's shape; make copies one."""
+        if self.tie is not None:
+            self.tie.impose_(tensor)
         for piece in self.pieces:
             piece.impose_(tensor)
 
@@ -371,9 +399,31 @@ class FrozenPart:
             piece.places.zero_(tensor)
 
     def fill_(self, tensor: Tensor, number: float) -> None:
-        """Write one number into the frozen entries of a tensor of the parameter's shape."""
+        """Write one number into the frozen entries of a tensor of the parameter's shape; make copies one."""
+        if self.tie is not None:
+            self.tie.impose_(tensor)
         for piece in self.pieces:
             piece.places.fill_(tensor, number)
+
+    def check_start(self, parameter: Tensor) -> None:
+        """Refuse a parameter of another shape, or tied copies that differ where no rule says which to take.
+
+        Raises:
+            ParameterChangedError: The parameter has another shape.
+            FrozenValueError: The copies differ.
+        """
+        self.check_shape(parameter)
+        if self.tie is not None:
+            self.tie.check_start(parameter)
+
+    def begin(self, parameter: Tensor) -> None:
+        """Take the parameter up: make copies one, impose, and clean a gradient from before."""
+        if self.tie is not None:
+            self.tie.begin_(parameter.data)
+            if parameter.grad is not None:
+                parameter.grad = self.tie.summed(parameter.grad).clone(memory_format=torch.preserve_format)
+        self.impose(parameter)
+        self.zero_gradient(parameter)
 
     def _zero_sparse(self, gradient: Tensor) -> None:
         rows = gradient._indices()  # and `_values`: the public ones want a coalesced copy
@@ -383,6 +433,9 @@ class FrozenPart:
     def recapture(self, parameter: Tensor) -> None:
         """Let `keep` follow numbers that were loaded into the parameter; other values are imposed on them."""
         self._follow(parameter)
+        if self.tie is not None:
+            self.tie.check_start(parameter)
+            self.tie.begin_(parameter.data)
         for piece in self.pieces:
             if not piece.keeps:
                 piece.impose_(parameter.data)

@@ -4,7 +4,7 @@
     region  =  index | pattern | "~" region | region "&" region | region "|" region | "(" region ")"
     index   =  item { "," item }            an item is an integer, a slice, "..." or a list of integers
     pattern =  name [ "(" numbers ")" ]
-    value   =  number | "keep"
+    value   =  number | "keep" | "tied" "(" dimension [ "," "start" "=" ( "first" | "mean" ) ] ")"
 
 `parse_rule(str(rule)) == rule` holds for every rule that text can say.
 """
@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 from ._errors import RegionError, RuleSyntaxError, SpecError
 from ._expressions import WHOLE, And, Index, IndexItem, Not, Or, Pattern, Region, Slice
-from ._rules import TARGET, Keep, Rule, keep
+from ._rules import TARGET, Keep, Rule, Tied, keep
 
 _Part = TypeVar("_Part")
 
@@ -184,15 +184,30 @@ class _Parser:
             raise self._error(token.column, f"an integer of more than {_MOST_DIGITS} digits is no position in a tensor")
         return sign * int(token.text)
 
-    def value(self) -> Keep | float:
-        if self._peek().text == "keep":
-            self._advance()
+    def value(self) -> Keep | Tied | float:
+        start = self.next
+        if self._take("keep"):
             return keep
-        number = self._number("a value: a number or `keep`", float)
+        if self._take("tied"):
+            return self._built(Tied, *self._tied(), at=start)
+        number = self._number("a value: a number, `keep` or `tied(dim)`", float)
         if math.isinf(number):
             token = self.tokens[self.next - 1]
             raise self._error(token.column, f"`{token.text}` is too large for any floating-point number")
         return number
+
+    def _tied(self) -> tuple[int, str | None]:
+        self._expect("(", "`(` and a dimension")
+        dim = self._optional_integer()
+        if dim is None:
+            raise self._unexpected("a dimension")
+        start = None
+        if self._take(","):
+            self._expect("start", "`start`")
+            self._expect("=", "`=`")
+            start = self._advance().text
+        self._expect(")", "`)` to close `tied`")
+        return dim, start
 
     def _number(self, expected: str, of_integer: Callable[[str], float] = int) -> float:
         sign = "-" if self._take("-") else "+"
@@ -249,8 +264,8 @@ class _Parser:
         if self._peek().kind != "end":
             raise self._unexpected(f"the end of the {self.kind}")
 
-    def _built(self, kind: type[Index] | type[Pattern], *parts: Any, at: int) -> Region:
-        """Build a region; where it refuses its parts, say at which column they stand."""
+    def _built(self, kind: Callable[..., _Part], *parts: Any, at: int) -> _Part:
+        """Build a region or a value; where it refuses its parts, say at which column they stand."""
         try:
             return kind(*parts)
         except RegionError as error:
@@ -302,8 +317,8 @@ def parse_region(text: str) -> Region:
     return _Parser(text, "region").only(_Parser.region)
 
 
-def parse_value(text: str) -> Keep | float:
-    """Read what stands behind a rule's ``=``: a number or `keep`.
+def parse_value(text: str) -> Keep | Tied | float:
+    """Read what stands behind a rule's ``=``: a number, `keep` or `tied(dim)`.
 
     Raises:
         RuleSyntaxError: The text is neither; the message names the column, counted from 1.

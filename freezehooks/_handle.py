@@ -276,8 +276,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
             return self
         self._check_attachable()
         for part, parameter in self.held():
-            part.impose(parameter)
-            part.zero_gradient(parameter)
+            part.begin(parameter)
             watch_gradient(parameter, part)
         self._install_module_hooks()
         for guard in self._guards:
@@ -288,6 +287,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
     def _check_attachable(self) -> None:
         self._check_in_place()
         for part, parameter in self.held():
+            part.check_start(parameter)
             for other in parts_watching(parameter):
                 if other is not part:
                     part.check_beside(other)

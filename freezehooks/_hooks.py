@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ._frozen import FrozenPart
 from ._targets import gone, parameter_of
+from ._tie import Tie
 
 
 class ZeroFrozenGradient:
@@ -26,6 +27,17 @@ class ZeroFrozenGradient:
 
     def __call__(self, parameter: Tensor) -> None:
         self.part.zero_gradient(parameter)
+
+
+class SumTiedGradient:
+    """Before a gradient is accumulated: sum it over the copies. After would be too late for a second accumulation."""
+
+    def __init__(self, part: FrozenPart, tie: Tie) -> None:
+        self.part = part
+        self.tie = tie
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        return self.tie.summed(gradient)
 
 
 def watch_gradient(parameter: Tensor, part: FrozenPart) -> None:
@@ -44,15 +56,24 @@ def watch_gradient(parameter: Tensor, part: FrozenPart) -> None:
         for hook_id in others:
             del parameter._post_accumulate_grad_hooks[hook_id]  # type: ignore[attr-defined]
         parameter._post_accumulate_grad_hooks.update(others)  # type: ignore[attr-defined]
+    if part.tie is not None and not any(_is_of(hook, part) for hook in (parameter._backward_hooks or {}).values()):
+        parameter.register_hook(SumTiedGradient(part, part.tie))
     # A swapped tensor (torch.utils.swap_tensors) keeps the list of hooks and loses the node that calls them; to set
     # the list anew makes one.
     parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
 
 
 def unwatch_gradient(parameter: Tensor, part: FrozenPart) -> None:
-    """Take the hook of `watch_gradient` off again."""
+    """Take the hooks of `watch_gradient` off again."""
     for hook_id in _gradient_hook_ids(parameter, part):
         del parameter._post_accumulate_grad_hooks[hook_id]  # type: ignore[attr-defined]
+    summing = parameter._backward_hooks or {}
+    for hook_id in [n for n, hook in summing.items() if _is_of(hook, part)]:
+        del summing[hook_id]
+
+
+def _is_of(hook: Any, part: FrozenPart) -> bool:
+    return isinstance(hook, ZeroFrozenGradient | SumTiedGradient) and hook.part is part
 
 
 def parts_watching(parameter: Tensor) -> list[FrozenPart]:
@@ -63,7 +84,7 @@ def parts_watching(parameter: Tensor) -> list[FrozenPart]:
 
 def _gradient_hook_ids(parameter: Tensor, part: FrozenPart) -> list[int]:
     hooks = parameter._post_accumulate_grad_hooks or {}  # type: ignore[attr-defined]
-    return [n for n, hook in hooks.items() if isinstance(hook, ZeroFrozenGradient) and hook.part is part]
+    return [n for n, hook in hooks.items() if _is_of(hook, part)]
 
 
 class ModuleHooks:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ._errors import FreezeError, StateMismatchError
 from ._frozen import FrozenPart, Piece
-from ._rules import Rule
+from ._rules import Rule, Tied
 from ._targets import Site, Targets, check_no_fsdp1, check_supported
+from ._tie import Tie
 
 Model: TypeAlias = "nn.Module | Mapping[str, Tensor]"
 
@@ -53,12 +54,14 @@ def _asked(targets: Targets, rules: Iterable[Rule]) -> Asked:
     return asked
 
 
-def _chosen_pieces(asked: Asked) -> dict[str, list[Piece]]:
+def _chosen_pieces(asked: Asked) -> dict[str, list[Piece | Tie]]:
     return {name: [_piece(rule, name, parameter) for rule in rules] for name, (parameter, rules) in asked.items()}
 
 
-def _piece(rule: Rule, name: str, parameter: Tensor) -> Piece:
+def _piece(rule: Rule, name: str, parameter: Tensor) -> Piece | Tie:
     with _context(f"rule `{rule}`", f"parameter `{name}` of shape {tuple(parameter.shape)}"):
+        if isinstance(rule.value, Tied):
+            return Tie.resolve(rule, rule.value, parameter)
         return Piece.resolve(rule, parameter)
 
 
@@ -79,15 +82,10 @@ def state_of(parts: Iterable[FrozenPart]) -> dict[str, Any]:
     """Return rules, regions and values as plain tensors and builtins."""
     parts = list(parts)
     rules = dict.fromkeys(str(rule) for part in parts for rule in part.rules)
-    return {"format": _FORMAT, "rules": list(rules), "parameters": {part.name: _part_state(part) for part in parts}}
+    return {"format": _FORMAT, "rules": list(rules), "parameters": {part.name: part.state() for part in parts}}
 
 
-def _part_state(part: FrozenPart) -> dict[str, Any]:
-    pieces = [{"rule": str(piece.rule), **piece.state()} for piece in part.pieces]
-    return {"shape": list(part.shape), "pieces": pieces}
-
-
-def saved_pieces(asked: Asked, state: Any) -> dict[str, list[Piece]]:
+def saved_pieces(asked: Asked, state: Any) -> dict[str, list[Piece | Tie]]:
     """Return the pieces that a state wrote down.
 
     Raises:
@@ -109,7 +107,9 @@ def saved_pieces(asked: Asked, state: Any) -> dict[str, list[Piece]]:
         }
 
 
-def _saved_piece(rule: Rule, name: str, parameter: Tensor, item: dict[str, Any]) -> Piece:
+def _saved_piece(rule: Rule, name: str, parameter: Tensor, item: dict[str, Any]) -> Piece | Tie:
+    if isinstance(rule.value, Tied):
+        return _piece(rule, name, parameter)
     with _context(f"rule `{rule}`", f"parameter `{name}`"):
         return Piece.from_state(rule, item, parameter)
 

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ._errors import FrozenValueError, SpecError
+from ._errors import FrozenValueError, RegionError, SpecError
 from ._expressions import WHOLE, Described, Region
 
 TARGET: Final = re.compile(r"[^\s\[\]=#]+")
@@ -30,6 +30,45 @@ class Keep(enum.Enum):
 keep: Final = Keep.KEEP
 
 
+@dataclass(frozen=True, slots=True)
+class Tied:
+    """The value of a rule that makes all slices of a tensor along one dimension one. Made by `tied`."""
+
+    dim: int
+    start: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dim, bool) or not isinstance(self.dim, int):
+            raise SpecError(f"`dim` of `tied` must be an integer, found {self.dim!r}", "write `tied(0)`")
+        if self.start not in (None, "first", "mean"):
+            raise RegionError(f"`start` of `tied` must be first or mean, found {self.start!r}", "or leave it out")
+
+    def __str__(self) -> str:
+        return f"tied({self.dim})" if self.start is None else f"tied({self.dim}, start={self.start})"
+
+
+def tied(dim: int, *, start: str | None = None) -> Tied:
+    """Say that all slices of a tensor along a dimension are one: its copies have one value and one gradient.
+
+    The gradient at every copy is the sum over the copies, so that a plain depthwise convolution whose weight is
+    ``tied(0)`` trains like a layer with one kernel, under every elementwise optimizer.
+
+    Args:
+        dim: The dimension along which the copies lie.
+        start: What copies that differ start from: "first" (the first of them) or "mean". Left out: they are refused.
+
+    Raises:
+        SpecError: `dim` is no integer.
+        RegionError: `start` is none of the two.
+
+    Example:
+        >>> from freezehooks import Rule, tied
+        >>> str(Rule("conv.weight", value=tied(0, start="mean")))
+        'conv.weight = tied(0, start=mean)'
+    """
+    return Tied(dim, start)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Rule:
     """Say which entries of which parameters are held, and at what: ``Rule("conv.weight", center, 0)``.
@@ -39,12 +78,13 @@ class Rule:
             a module's name stands for its ``weight``.
         region: Which entries: a region of this library, a bool tensor of the parameter's shape (True = frozen), or a
             function from the parameter to one. Left out: the whole tensor.
-        value: A finite number, a tensor that fits the region or has the parameter's shape, or `keep` (what the entries
-            hold at the moment of freezing). Left out: `keep`.
+        value: A finite number, a tensor that fits the region or has the parameter's shape, `keep` (what the entries
+            hold at the moment of freezing), or `tied` (of the whole tensor). Left out: `keep`.
 
     Raises:
         SpecError: The target is not a name.
         FrozenValueError: The value is an infinite number or nan.
+        RegionError: Only part of a tensor is to be tied.
 
     Example:
         >>> from freezehooks import Rule, center
@@ -64,6 +104,8 @@ class Rule:
             )
         if self.region is ...:
             object.__setattr__(self, "region", WHOLE)
+        if isinstance(self.value, Tied) and self.region != WHOLE:
+            raise RegionError(f"`{self.value}` speaks of a whole tensor, found a region", "leave the brackets out")
         if isinstance(self.value, numbers.Real) and not isinstance(self.value, bool):
             object.__setattr__(self, "value", _finite(self.target, self.value))
 
@@ -77,7 +119,7 @@ class Rule:
     def _identity(self) -> tuple[Any, ...]:
         """Regions, numbers and `keep` compare by what they say; tensors and functions by which object they are."""
         region = self.region if isinstance(self.region, Region) else id(self.region)
-        value = str(self.value) if isinstance(self.value, float | Keep) else id(self.value)  # -0.0 is not 0.0
+        value = str(self.value) if isinstance(self.value, float | Keep | Tied) else id(self.value)  # -0.0 is not 0.0
         return self.target, region, value
 
     def __reduce__(self) -> Any:
@@ -103,7 +145,7 @@ def _finite(target: str, value: numbers.Real) -> float:
 
 def _foreign_text(part: Any) -> str:
     """Return the text of a region or a value; one that text cannot say shows as ``<what it is>``."""
-    if isinstance(part, Region | Keep):
+    if isinstance(part, Region | Keep | Tied):
         return str(part)
     if isinstance(part, float):
         return _number_text(part)

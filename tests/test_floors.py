@@ -19,13 +19,14 @@ FLOORS = {
     "_places": 2,
     "_regions": 2,
     "_targets": 2,
+    "_tie": 2.1,
     "_frozen": 3,
     "_parts": 3.1,
     "_hooks": 4,
     "_guard": 4.1,
     "_handle": 5,
     "_optimizer": 6,
-    "layers": 6.1,
+    "layers": 2.9,
     "integrations": 7,
     "__init__": 8,
 }
@@ -40,8 +41,11 @@ def _floor(path: Path) -> float:
 def _imports(path: Path) -> list[str]:
     """Return the modules of the package that a file imports, by name, and others by their top level."""
     found = []
+    depth = len(path.relative_to(PACKAGE).parts)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
+            if 0 < node.level < depth:
+                continue  # from beside it, on its own floor
             found.append((node.module or "").split(".")[0] if node.level else f"/{(node.module or '').split('.')[0]}")
         elif isinstance(node, ast.Import):
             found.extend(f"/{alias.name.split('.')[0]}" for alias in node.names)

@@ -204,10 +204,10 @@ _NO_RULES = [
     ("w[[0:2]]", "column 5: expected `]` to close the list, found `:`"),
     ("w[[0, 1", "column 8: expected `]` to close the list, found the end"),
     ("w[smallest(x)]", "column 12: expected a number, found `x`"),
-    ("w = x", "column 5: expected a value: a number or `keep`, found `x`"),
-    ("w =", "column 4: expected a value: a number or `keep`, found the end"),
-    ("w = nan", "column 5: expected a value: a number or `keep`, found `nan`"),
-    ("w = -keep", "column 6: expected a value: a number or `keep`, found `keep`"),
+    ("w = x", "column 5: expected a value: a number, `keep` or `tied(dim)`, found `x`"),
+    ("w =", "column 4: expected a value: a number, `keep` or `tied(dim)`, found the end"),
+    ("w = nan", "column 5: expected a value: a number, `keep` or `tied(dim)`, found `nan`"),
+    ("w = -keep", "column 6: expected a value: a number, `keep` or `tied(dim)`, found `keep`"),
     ("w = 1 2", "column 7: expected the end of the rule, found `2`"),
     ("w x", "column 3: expected the end of the rule, found `x`"),
     ("w[0][1]", "column 5: expected the end of the rule, found `[`"),
@@ -272,9 +272,9 @@ def test_a_region_s_text_holds_a_region_and_no_more(text: str, message: str) -> 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "column 1: expected a value: a number or `keep`, found the end"),
+        ("", "column 1: expected a value: a number, `keep` or `tied(dim)`, found the end"),
         ("1 + 1", "column 3: expected the end of the value, found `+`"),
-        ("kept", "column 1: expected a value: a number or `keep`, found `kept`"),
+        ("kept", "column 1: expected a value: a number, `keep` or `tied(dim)`, found `kept`"),
     ],
 )
 def test_a_value_s_text_holds_a_value_and_no_more(text: str, message: str) -> None:

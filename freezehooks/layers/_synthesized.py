@@ -73,7 +73,8 @@ class _SynthesizedConv(nn.Module):
         # the samples side by side as groups of one convolution
         weight, bias = weight.flatten(0, 1), None if bias is None else bias.flatten()
         output = self._convolve(input.flatten(0, 1).unsqueeze(0), weight, bias, batch * self._conv.groups)
-        return output.unflatten(1, (batch, self._conv.out_channels)).squeeze(0)
+        samples: Tensor = output.unflatten(1, (batch, self._conv.out_channels)).squeeze(0)
+        return samples
 
     def synthesize_kernel(self, code: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the kernel, frozen entries included, and the bias that the generator makes of a code, or of several.

@@ -1,0 +1,268 @@
+"""Tied entries: the copies in a parameter are one, and train like a layer that has only one."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+
+from freezehooks import (
+    FrozenEntries,
+    FrozenValueError,
+    MaskedOptimizer,
+    RegionError,
+    Rule,
+    RuleConflictError,
+    RuleSyntaxError,
+    SpecError,
+    StateMismatchError,
+    entries,
+    freeze_entries,
+    parse_rule,
+    tied,
+)
+from freezehooks.layers import SharedKernelConv2d
+
+from .claims import same_bits
+from .test_optimizer_matrix import CASES, Case
+
+SPEC = "weight = tied(0)\nbias = tied(0)"
+ELEMENTWISE = [case for case in CASES if not case.mixes]
+
+
+def _pair() -> tuple[SharedKernelConv2d, Any]:
+    """A layer with one kernel, and the plain depthwise convolution that starts from it."""
+    torch.manual_seed(3)
+    shared = SharedKernelConv2d(4, 3, padding=1)
+    return shared, shared.to_conv()
+
+
+def _loss(layer: nn.Module, seed: int) -> Tensor:
+    images = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(seed))
+    return torch.sum((torch.tanh(layer(images)) - images.roll(1, 1)) ** 2)
+
+
+def _copies_are_one(conv: Any) -> bool:
+    return all(same_bits(each, each[:1].expand(each.shape)) for each in (conv.weight, conv.bias))
+
+
+def _step(layer: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    optimizer.zero_grad()
+    _loss(layer, seed).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("case", ELEMENTWISE, ids=[case.name for case in ELEMENTWISE])
+def test_tied_kernels_train_exactly_like_the_layer_that_has_one(case: Case) -> None:
+    shared, conv = _pair()
+    frozen = freeze_entries(conv, SPEC)
+    tied_optimizer = MaskedOptimizer(case.make(list(conv.parameters())), frozen)
+    optimizer = case.make(list(shared.parameters()))
+    start = conv.weight.detach().clone()
+    for seed in range(5):
+        _step(shared, optimizer, seed)
+        _step(conv, tied_optimizer, seed)
+        assert _copies_are_one(conv)
+        if case.kernel == "fused":  # rounds the tail of a tensor differently, and nine numbers are all tail
+            torch.testing.assert_close(conv.weight[:1], shared.weight, rtol=1e-5, atol=1e-6)
+        else:
+            assert same_bits(conv.weight.grad[1:2], shared.weight.grad)  # type: ignore[arg-type]  # it has one
+            assert same_bits(conv.weight[:1], shared.weight)
+            assert same_bits(conv.bias[:1], shared.bias)  # type: ignore[arg-type]  # it has one
+    assert bool((conv.weight != start).all())
+    frozen.assert_frozen()
+
+
+def test_gradients_that_accumulate_are_summed_once_each() -> None:
+    shared, conv = _pair()
+    freeze_entries(conv, SPEC)
+    for layer in (shared, conv):
+        for seed in range(3):
+            _loss(layer, seed).backward()
+    torch.testing.assert_close(conv.weight.grad[2:3], shared.weight.grad)
+    assert same_bits(conv.weight.grad, conv.weight.grad[:1].expand(4, 1, 3, 3))
+
+
+def test_a_gradient_from_before_tying_is_summed() -> None:
+    shared, conv = _pair()
+    for layer in (shared, conv):
+        _loss(layer, 0).backward()
+    freeze_entries(conv, SPEC)
+    torch.testing.assert_close(conv.weight.grad[:1], shared.weight.grad)
+    assert same_bits(conv.bias.grad, conv.bias.grad[:1].expand(4))
+
+
+def test_tying_in_mid_training_makes_the_moments_one() -> None:
+    conv = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+    optimizer = AdamW(conv.parameters(), lr=0.05)
+    for seed in range(3):
+        _step(conv, optimizer, seed)
+    assert not _copies_are_one(conv)
+    frozen = freeze_entries(conv, "weight = tied(0, start=mean)\nbias = tied(0, start=first)")
+    masked = MaskedOptimizer(optimizer, frozen)
+    for name in ("exp_avg", "exp_avg_sq"):
+        moment = optimizer.state[conv.weight][name]
+        assert same_bits(moment, moment[:1].expand(moment.shape))
+    for seed in range(3):
+        _step(conv, masked, seed)
+        assert _copies_are_one(conv)
+
+
+@pytest.mark.parametrize("start", ["first", "mean"])
+def test_copies_that_differ_start_from_what_the_rule_says(start: str) -> None:
+    linear = nn.Linear(2, 3)
+    rows = linear.weight.detach().clone()
+    freeze_entries(linear, {"weight": (..., tied(0, start=start))})
+    expected = rows[:1] if start == "first" else rows.mean(0, keepdim=True)
+    assert same_bits(linear.weight, expected.expand(3, 2))
+
+
+def test_copies_that_differ_are_refused_where_the_rule_does_not_say() -> None:
+    linear = nn.Linear(2, 3)
+    before = linear.weight.detach().clone()
+    message = (
+        r"rule `weight = tied\(1\)`: the 2 slices along dimension 1 differ, by up to .*; write `tied\(1, start=first\)`"
+    )
+    with pytest.raises(FrozenValueError, match=message):
+        freeze_entries(linear, "weight = tied(1)")
+    assert same_bits(linear.weight, before)
+    assert FrozenEntries.of(linear) == ()
+
+
+def test_a_tie_composes_with_entries_frozen_alike_in_every_copy() -> None:
+    _, conv = _pair()
+    frozen = freeze_entries(conv, f"{SPEC}\nweight[center] = 0\nweight[:, :, 0, 0]")
+    corner = conv.weight[0, 0, 0, 0].item()
+    optimizer = MaskedOptimizer(AdamW(conv.parameters(), lr=0.1, weight_decay=0.1), frozen)
+    for seed in range(3):
+        _step(conv, optimizer, seed)
+        assert _copies_are_one(conv)
+        assert conv.weight[:, 0, 1, 1].tolist() == [0] * 4
+        assert conv.weight[:, 0, 0, 0].tolist() == [corner] * 4
+        assert same_bits(conv.weight.grad[:, 0, 1, 1], torch.zeros(4))
+    assert frozen["weight"].frozen_count == 8
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("weight[0] = 0", r"rules `weight\[0\] = 0` and `weight = tied\(0\)` disagree about entry \[1, 0, 0, 0\]"),
+        (
+            "weight[:, 0, 0, 0] = 0\nweight[2, 0, 1, 1] = 3",
+            r"`weight\[2, 0, 1, 1\] = 3` and `weight = tied\(0\)` disagree",
+        ),
+        ("weight = tied(1)", r"`weight = tied\(0\)` and `weight = tied\(1\)` both tie `weight`; leave one"),
+    ],
+    ids=["one_copy", "another_entry", "two_ties"],
+)
+def test_rules_that_do_not_fit_a_tie_are_refused(rule: str, message: str) -> None:
+    _, conv = _pair()
+    with pytest.raises(RuleConflictError, match=message):
+        freeze_entries(conv, f"weight = tied(0)\n{rule}")
+    frozen = freeze_entries(conv, "weight = tied(0)")
+    with pytest.raises(RuleConflictError):
+        freeze_entries(conv, rule)
+    assert FrozenEntries.of(conv)[0].rules == frozen.rules
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Rule("w", entries[0], tied(0)), RegionError, r"`tied\(0\)` speaks of a whole tensor, .*; leave the"),
+        (lambda: tied(0, start="median"), RegionError, "`start` of `tied` must be first or mean, found 'median'"),
+        (lambda: tied(0.5), SpecError, r"`dim` of `tied` must be an integer, found 0\.5; write"),  # type: ignore[arg-type]
+        (lambda: parse_rule("w = tied"), RuleSyntaxError, r"column 9: expected `\(` and a dimension, found the end"),
+        (lambda: parse_rule("w = tied(x)"), RuleSyntaxError, "column 10: expected a dimension, found `x`"),
+        (lambda: parse_rule("w = tied(0, stop=1)"), RuleSyntaxError, "column 13: expected `start`, found `stop`"),
+        (lambda: parse_rule("w = tied(0, start=all)"), RuleSyntaxError, "column 5: `start` of `tied` must be first or"),
+        (
+            lambda: freeze_entries(nn.Linear(2, 2), "weight = tied(2)"),
+            RegionError,
+            "dimension 2 is out of range .* use 0",
+        ),
+    ],
+    ids=["region", "start", "dim", "no_dim", "no_integer", "no_start", "bad_start", "out_of_range"],
+)
+def test_what_cannot_be_tied_is_refused(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize("text", ["w = tied(0)", "w = tied(-1)", "w = tied(1, start=first)", "w = tied(2, start=mean)"])
+def test_a_tie_round_trips_through_text(text: str) -> None:
+    assert str(parse_rule(text)) == text
+    assert parse_rule(str(parse_rule(text))) == parse_rule(text)
+    assert hash(parse_rule(text)) == hash(parse_rule(text))
+
+
+def test_a_stray_write_to_one_copy_is_a_violation_and_undone() -> None:
+    _, conv = _pair()
+    frozen = freeze_entries(conv, SPEC)
+    conv.weight.data[2, 0, 1, 1] = 9
+    (violation,) = frozen.violations()
+    assert (violation.count, violation.index, violation.found) == (1, (2, 0, 1, 1), 9)
+    conv(torch.ones(1, 4, 5, 5))
+    frozen.assert_frozen()
+
+
+def test_loading_copies_that_agree_is_followed_and_others_are_refused() -> None:
+    _, conv = _pair()
+    freeze_entries(conv, SPEC)
+    conv.load_state_dict({"weight": torch.full((4, 1, 3, 3), 2.0), "bias": torch.zeros(4)})
+    assert conv.weight.unique().tolist() == [2]
+    with pytest.raises(FrozenValueError, match="the 4 slices along dimension 0 differ"):
+        conv.load_state_dict(nn.Conv2d(4, 4, 3, groups=4).state_dict())
+
+
+def test_copies_and_pickles_of_the_model_stay_tied() -> None:
+    _, conv = _pair()
+    freeze_entries(conv, SPEC)
+    for twin in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
+        (frozen,) = FrozenEntries.of(twin)
+        optimizer = MaskedOptimizer(SGD(twin.parameters(), lr=0.01, momentum=0.9), frozen)
+        for seed in range(2):
+            _step(twin, optimizer, seed)
+            assert _copies_are_one(twin)
+        assert not same_bits(twin.weight, conv.weight)
+
+
+def test_a_saved_state_says_that_it_was_tied() -> None:
+    _, conv = _pair()
+    stream = io.BytesIO()
+    torch.save(freeze_entries(conv, f"{SPEC}\nweight[center] = 0").state_dict(), stream)
+    stream.seek(0)
+    state = torch.load(stream, weights_only=True)
+    again = copy.deepcopy(_pair()[1])
+    freeze_entries(again, f"{SPEC}\nweight[center] = 0", state=state).assert_frozen()
+    with pytest.raises(StateMismatchError, match="saved under other rules"):
+        freeze_entries(_pair()[1], "weight[center] = 0", state=state)
+
+
+def test_removal_lets_the_copies_go_and_leaves_no_hook() -> None:
+    _, conv = _pair()
+    frozen = freeze_entries(conv, SPEC)
+    optimizer = MaskedOptimizer(SGD(conv.parameters(), lr=0.01), frozen)
+    frozen.remove()
+    assert not conv.weight._backward_hooks
+    assert not conv.weight._post_accumulate_grad_hooks
+    _step(conv, optimizer, 0)
+    assert not _copies_are_one(conv)
+    with pytest.raises(FrozenValueError, match="differ"):
+        frozen.attach()
+    assert not frozen.attached
+
+
+def test_a_compiled_model_stays_tied() -> None:
+    torch.compiler.reset()
+    shared, conv = _pair()
+    frozen = freeze_entries(conv, SPEC)
+    _loss(torch.compile(conv, fullgraph=True, backend="aot_eager"), 0).backward()  # type: ignore[arg-type]
+    _loss(shared, 0).backward()
+    torch.testing.assert_close(conv.weight.grad[:1], shared.weight.grad)
+    frozen.assert_frozen()
