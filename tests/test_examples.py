@@ -65,3 +65,34 @@ def test_pruned_weights_stay_pruned() -> None:
     sparsity = dict(re.findall(r"^(\w[\w, -]+?)  +sparsity +(\d+\.\d)%", output, re.MULTILINE))
     assert sparsity["pruned"] == sparsity["fine-tuned, zeros frozen"] == "80.0"
     assert float(sparsity["fine-tuned, nothing frozen"]) < 80
+
+
+def test_masked_taps_stay_absent_and_the_bias_is_where_it_was_put() -> None:
+    output = _run("masked_conv3d.py", "--steps", "10")
+    found = re.findall(
+        r"^(\w[\w, -]+?) +(\d+) of 27 +\S+ +(the bias|exactly 0) +(the bias|exactly 0) .* (\S+)$", output, re.MULTILINE
+    )
+    rows = {name: (int(taps), first, last, float(drift)) for name, taps, first, last, drift in found}
+    assert rows["everywhere"] == (7, "the bias", "the bias", 0)
+    assert rows["response"] == (7, "exactly 0", "exactly 0", 0)
+    assert rows["tensor, slices 0-3"] == (7, "the bias", "exactly 0", 0)
+    assert rows["plain, zeroed once"][3] > 0.01
+    assert "from cross(3) and from a tensor: True" in output
+
+
+def test_the_gradient_reaches_the_generator() -> None:
+    output = _run("hypernetwork_conv.py", "--steps", "100")
+    norm, codes = re.findall(r"first step: (\d+\.\d+), from (\d+) codes for 64 digits", output)[0]
+    assert float(norm) > 0
+    assert codes == "64"
+    before, after, fixed = (float(loss) for loss in re.findall(r"^  .+ (\d\.\d{6})$", output, re.MULTILINE))
+    assert after < fixed < before
+
+
+def test_the_layer_and_the_rule_learn_the_same_kernel(tmp_path: Path) -> None:
+    picture = tmp_path / "kernel.png"
+    output = _run("shared_kernel.py", "--steps", "100", "--picture", str(picture))
+    assert "the three tied kernels are one: True" in output
+    assert "same to the last bit: True" in output
+    assert float(re.findall(r"from the kernel that blurred: (\d\.\d+)", output)[0]) < 0.02
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -12,14 +12,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    (f"{page.name}-{n}", block)
+    for page in PAGES
+    for n, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_the_code_in_readme_runs(block: str) -> None:
+@pytest.mark.parametrize(("name", "block"), BLOCKS, ids=[name for name, _ in BLOCKS])
+def test_the_code_in_the_pages_runs(name: str, block: str) -> None:
     if "lightning" in block:
         pytest.importorskip("lightning")
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, name, "exec"), {})
 
 
 def test_the_wheel_holds_the_type_marker_and_neither_tests_nor_examples(tmp_path: Path) -> None:
