@@ -39,7 +39,7 @@ SYNTHESIZED: Final[dict[int, Any]] = {1: SynthesizedConv1d, 2: SynthesizedConv2d
 
 dimensions = pytest.mark.parametrize("dims", [1, 2, 3], ids=["1d", "2d", "3d"])
 biased = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-drawn = settings(max_examples=25, deadline=None)
+drawn = settings(max_examples=100, deadline=None)
 
 # --------------------------------------------------------------------------------------------------------------------
 # The formula: a sum over taps, with the padding written out position by position

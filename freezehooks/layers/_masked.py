@@ -44,7 +44,8 @@ class _MaskedConv(nn.modules.conv._ConvNd):
         as_plain = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         super().__init__(*as_plain, device, dtype)  # type: ignore[call-arg,arg-type]  # nn.Conv1d to 3d come next
         self.bias_at = _checked_positions(bias_at)
-        self.mask = _full_mask(mask, self.weight.detach())
+        drawn = torch.ones_like(self.weight, device="cpu") if self.weight.is_meta else self.weight.detach()
+        self.mask = _full_mask(mask, drawn)  # on the meta device a mask would have no numbers
         self._scale_to_taps()
 
     def reset_parameters(self) -> None:
@@ -64,30 +65,29 @@ class _MaskedConv(nn.modules.conv._ConvNd):
 
     def _clear_absent_taps(self) -> None:
         if not self.weight.is_meta:
-            self.weight.data.masked_fill_(~self.mask, 0)
+            self.weight.data.masked_fill_(~self.mask.to(self.weight.device), 0)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that convolutions give it
         """Convolve with the taps that the mask has, and add the bias where `bias_at` says."""
         # `where` rather than a product: an inf in an absent tap's gradient must not become a nan
-        weight = torch.where(self.mask, self.weight, self.weight.new_zeros(()))
+        weight = torch.where(self.mask.to(self.weight.device), self.weight, self.weight.new_zeros(()))
         if self.bias is None or (isinstance(self.bias_at, str) and self.bias_at == "everywhere"):
             return self._conv_forward(input, weight, self.bias)
         output = self._conv_forward(input, weight, None)
-        bias = self.bias.view(-1, *[1] * len(self.kernel_size))
+        bias = self.bias.to(output.dtype).view(-1, *[1] * len(self.kernel_size))
         if isinstance(self.bias_at, Tensor):
-            return output + torch.where(self._positions(output), bias, bias.new_zeros(()))
+            return output + torch.where(self._positions(self.bias_at, output), bias, bias.new_zeros(()))
         # An empty neighbourhood gives exactly 0, however the convolution rounds; its gradient stays the convolution's.
         return torch.where(self._responds(input), output + bias, output - output.detach())
 
-    def _positions(self, output: Tensor) -> Tensor:
-        positions = torch.as_tensor(self.bias_at)
+    def _positions(self, bias_at: Tensor, output: Tensor) -> Tensor:
         spatial = output.shape[output.ndim - len(self.kernel_size) :]
-        if positions.shape not in (spatial, (self.out_channels, *spatial)):
+        if bias_at.shape not in (spatial, (self.out_channels, *spatial)):
             raise RegionError(
-                f"`bias_at` has shape {tuple(positions.shape)}, the output has positions {tuple(spatial)}",
+                f"`bias_at` has shape {tuple(bias_at.shape)}, the output has positions {tuple(spatial)}",
                 "give a bool for each output position, or for each output channel and position",
             )
-        return positions
+        return bias_at.to(output.device)
 
     def _responds(self, input: Tensor) -> Tensor:  # noqa: A002
         """Return where the taps that exist see some input that is not 0.
@@ -95,8 +95,9 @@ class _MaskedConv(nn.modules.conv._ConvNd):
         Shape:
             ``(batch, out, *positions)``, or without the batch dimension, bool.
         """
-        nonzero = (input.detach() != 0).to(self.weight.dtype)
-        return self._conv_forward(nonzero, self.mask.to(self.weight.dtype), None) > 0.5
+        taps = self.mask.to(self.weight.device, self.weight.real.dtype)
+        seen = self._conv_forward((input.detach() != 0).to(taps.dtype), taps, None)
+        return seen > 0.5
 
     def extra_repr(self) -> str:
         """Add the taps and the bias's place to what a plain convolution shows."""
@@ -116,9 +117,12 @@ class _MaskedConv(nn.modules.conv._ConvNd):
         self._clear_absent_taps()
         super()._save_to_state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._clear_absent_taps()
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        found = state_dict.get(prefix + "weight")
+        if isinstance(found, Tensor) and found.shape == self.weight.shape and not found.is_meta:
+            # a copy: with assign=True the caller's own tensor would become the weight
+            state_dict[prefix + "weight"] = found.detach().masked_fill(~self.mask.to(found.device), 0)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _full_mask(mask: Any, weight: Tensor) -> Tensor:

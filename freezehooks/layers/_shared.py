@@ -35,6 +35,7 @@ class _SharedKernelConv(nn.modules.conv._ConvNd):
         as_plain = (1, 1, kernel_size, stride, padding, dilation, 1, bias, padding_mode)
         super().__init__(*as_plain, device, dtype)  # type: ignore[call-arg,arg-type]  # nn.Conv1d to 3d come next
         self.in_channels = self.out_channels = self.groups = channels
+        self._copies = (channels, *[-1] * (self.weight.ndim - 1))
 
     @property
     def channels(self) -> int:
@@ -43,15 +44,15 @@ class _SharedKernelConv(nn.modules.conv._ConvNd):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that convolutions give it
         """Convolve every channel with the one kernel."""
-        spatial = len(self.kernel_size)
-        if input.ndim < spatial + 1 or input.shape[-spatial - 1] != self.channels:
+        spatial, channels = len(self.kernel_size), self.groups
+        if input.ndim <= spatial or input.shape[-spatial - 1] != channels:
             raise RegionError(
-                f"an input of shape {tuple(input.shape)} has no {self.channels} channels before {spatial} dimensions",
-                f"give (batch, {self.channels}, *positions), or make the layer for other `channels`",
+                f"an input of shape {tuple(input.shape)} has no {channels} channels before {spatial} dimensions",
+                f"give (batch, {channels}, *positions), or make the layer for other `channels`",
             )
         # a view, no copies: autograd sums the gradients of all channels on the one kernel
-        weight = self.weight.expand(self.channels, *self.weight.shape[1:])
-        return self._conv_forward(input, weight, None if self.bias is None else self.bias.expand(self.channels))
+        weight, bias = self.weight.expand(self._copies), self.bias
+        return self._conv_forward(input, weight, bias if bias is None else bias.expand(channels))
 
     @classmethod
     def from_conv(cls, conv: nn.modules.conv._ConvNd) -> Self:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import RegionError, TargetError
+from .._errors import RegionError, SpecError, TargetError
 from .._grammar import parse_region
 from .._regions import select
 
@@ -24,18 +24,24 @@ class _SynthesizedConv(nn.Module):
         in_channels: int,
         out_channels: int,
         kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
         *,
         frozen: tuple[Any, Any] | None = None,
-        **options: Any,
     ) -> None:
         super().__init__()
         # A plain convolution without numbers checks and normalises the arguments, and shows them; in a tuple it is no
         # submodule, so that it has no part in `state_dict()` or `parameters()`.
-        self._shape_of = (self._plain(in_channels, out_channels, kernel_size, **{**options, "device": "meta"}),)
+        as_plain = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        self._shape_of = (self._plain(*as_plain, device="meta"),)
         self.generator = generator
         self.width = self.weight_shape.numel() + (out_channels if self._conv.bias is not None else 0)
         self._check_generator()
-        self._constants = None if frozen is None else _constants(*frozen, self.weight_shape)
+        self._constants = None if frozen is None else _constants(frozen, self.weight_shape)
 
     @property
     def _conv(self) -> Any:
@@ -55,26 +61,36 @@ class _SynthesizedConv(nn.Module):
             code: One code for the whole batch, or one for each sample.
 
         Shape:
-            - input: ``(batch, in, *positions)``.
+            - input: ``(batch, in, *positions)``; with one code the batch may be left out.
             - code: ``(features,)`` or ``(batch, features)``.
             - output: ``(batch, out, *positions)``.
 
         Raises:
             RegionError: The generator's output has another width, or there are neither one nor `batch` codes.
         """
+        channels, spatial = self._conv.in_channels, len(self._conv.kernel_size)
+        if input.ndim not in (spatial + 1, spatial + 2) or input.shape[-spatial - 1] != channels:
+            raise RegionError(
+                f"an input of shape {tuple(input.shape)}, expected {channels} channels before {spatial} dimensions",
+                f"give (batch, {channels}, *positions)",
+            )
         weight, bias = self.synthesize_kernel(code)
         if code.ndim == 1:
             return self._convolve(input, weight, bias, self._conv.groups)
-        batch = len(code)
-        if input.ndim != len(self._conv.kernel_size) + 2 or len(input) != batch:
+        if input.ndim != spatial + 2 or len(input) != len(code):
             raise RegionError(
-                f"{batch} codes for an input of shape {tuple(input.shape)}", "give one code, or one for each sample"
+                f"{len(code)} codes for an input of shape {tuple(input.shape)}", "give one code, or one for each sample"
             )
-        # the samples side by side as groups of one convolution
-        weight, bias = weight.flatten(0, 1), None if bias is None else bias.flatten()
-        output = self._convolve(input.flatten(0, 1).unsqueeze(0), weight, bias, batch * self._conv.groups)
-        samples: Tensor = output.unflatten(1, (batch, self._conv.out_channels)).squeeze(0)
-        return samples
+        return self._convolve_each(input, weight, bias)
+
+    def _convolve_each(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+        """Convolve every sample with its own kernel: the samples side by side as groups of one convolution."""
+        batch = len(input)
+        if not batch:  # no groups at all; any kernel gives the shape
+            return self._convolve(input, weight.sum(0), None if bias is None else bias.sum(0), self._conv.groups)
+        kernels, biases = weight.flatten(0, 1), None if bias is None else bias.flatten()
+        output = self._convolve(input.flatten(0, 1).unsqueeze(0), kernels, biases, batch * self._conv.groups)
+        return torch.squeeze(output.unflatten(1, (batch, self._conv.out_channels)), 0)
 
     def synthesize_kernel(self, code: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the kernel, frozen entries included, and the bias that the generator makes of a code, or of several.
@@ -88,12 +104,13 @@ class _SynthesizedConv(nn.Module):
         """
         if code.ndim not in (1, 2):
             raise RegionError(f"a code of shape {tuple(code.shape)}", "give (features,) or (batch, features)")
-        generated = self.generator(code)
+        generated: Tensor = self.generator(code)
         if generated.shape != (*code.shape[:-1], self.width):
             raise self._wrong_width(f"made {tuple(generated.shape)} of a code of shape {tuple(code.shape)}")
         weight = generated[..., : self.weight_shape.numel()].unflatten(-1, self.weight_shape)
         if self._constants is not None:
-            weight = torch.where(self._constants[0], self._constants[1].to(weight.dtype), weight)
+            where, values = self._constants
+            weight = torch.where(where.to(weight.device), values.to(weight.device, weight.dtype), weight)
         return weight, None if self._conv.bias is None else generated[..., self.weight_shape.numel() :]
 
     def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:  # noqa: A002
@@ -133,10 +150,13 @@ class _SynthesizedConv(nn.Module):
         return self
 
 
-def _constants(region: Any, value: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
+def _constants(frozen: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Return where the synthesized kernel is constant, and a tensor of its shape with the constants."""
-    where = select(parse_region(region) if isinstance(region, str) else region, torch.ones(shape))
-    number = torch.as_tensor(value, dtype=torch.float64 if isinstance(value, int | float) else None)
+    if not isinstance(frozen, tuple) or len(frozen) != 2:
+        raise SpecError(f"`frozen` must be a region and a value, found {frozen!r}", "write frozen=(center, 0)")
+    region, value = frozen
+    where = select(parse_region(region) if isinstance(region, str) else region, torch.ones(shape, device="cpu"))
+    number = torch.as_tensor(value, dtype=torch.float64 if isinstance(value, int | float) else None, device="cpu")
     if not bool(number.isfinite().all()):
         raise RegionError("the value of `frozen` is not finite", "give finite numbers")
     if number.ndim and number.shape != shape:
@@ -199,7 +219,8 @@ _DOCUMENTATION = """Convolve with a kernel, and add a bias, that a network compu
         kernel_size: As there.
         frozen: A region and a value, for entries of the kernel that are constants: exact in the kernel used, and
             without a gradient to the generator. The value is a number or a tensor of the weight's shape.
-        options: stride, padding, dilation, groups, bias and padding_mode by name, with the same defaults.
+        stride: As there, and so are padding, dilation, groups, bias and padding_mode. Device and dtype are the
+            generator's.
 
     Attributes:
         width: How many numbers the generator must make.
