@@ -415,14 +415,20 @@ class FrozenPart:
         self.check_shape(parameter)
         if self.tie is not None:
             self.tie.check_start(parameter)
+            if parameter.grad is not None:
+                self.tie.check_gradient(parameter.grad)
 
     def begin(self, parameter: Tensor) -> None:
         """Take the parameter up: make copies one, impose, and clean a gradient from before."""
         if self.tie is not None:
             self.tie.begin_(parameter.data)
-            if parameter.grad is not None:
-                parameter.grad = self.tie.summed(parameter.grad).clone(memory_format=torch.preserve_format)
         self.impose(parameter)
+        self.clean_gradient(parameter)
+
+    def clean_gradient(self, parameter: Tensor) -> None:
+        """Do to the parameter's gradient what its hooks do, where they were not there to do it."""
+        if self.tie is not None:
+            self.tie.sum_missed(parameter)
         self.zero_gradient(parameter)
 
     def _zero_sparse(self, gradient: Tensor) -> None:

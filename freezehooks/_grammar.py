@@ -374,6 +374,8 @@ def _rule_of_item(target: Any, what: Any) -> Rule:
                 "write {target: (region, value)}; a list of rules takes several of one target",
             )
         region, value = what
+    elif isinstance(what, Tied):
+        region, value = WHOLE, what
     else:
         region, value = what, keep
     return Rule(target, _parsed(parse_region, region), _parsed(parse_value, value))

@@ -111,7 +111,7 @@ class Guard:
     def _zero_gradients(self, optimizer: Optimizer) -> None:
         for part, parameter, _ in self._held_by(optimizer):
             watch_gradient(parameter, part)
-            part.zero_gradient(parameter)
+            part.clean_gradient(parameter)
 
     def _impose(self, optimizer: Optimizer) -> None:
         for part, parameter, _ in self._held_by(optimizer):

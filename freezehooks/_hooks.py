@@ -32,6 +32,8 @@ class ZeroFrozenGradient:
 class SumTiedGradient:
     """Before a gradient is accumulated: sum it over the copies. After would be too late for a second accumulation."""
 
+    __torch_unserializable__ = True  # the model's own hooks put it on again: no warning that it is left behind
+
     def __init__(self, part: FrozenPart, tie: Tie) -> None:
         self.part = part
         self.tie = tie
@@ -56,11 +58,13 @@ def watch_gradient(parameter: Tensor, part: FrozenPart) -> None:
         for hook_id in others:
             del parameter._post_accumulate_grad_hooks[hook_id]  # type: ignore[attr-defined]
         parameter._post_accumulate_grad_hooks.update(others)  # type: ignore[attr-defined]
-    if part.tie is not None and not any(_is_of(hook, part) for hook in (parameter._backward_hooks or {}).values()):
+    if part.tie is not None and not _is_summed(parameter, part.tie):
         parameter.register_hook(SumTiedGradient(part, part.tie))
-    # A swapped tensor (torch.utils.swap_tensors) keeps the list of hooks and loses the node that calls them; to set
-    # the list anew makes one.
+    # A swapped tensor (torch.utils.swap_tensors) keeps the lists of hooks and loses the nodes that call them; to set
+    # a list anew makes one.
     parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+    if part.tie is not None:
+        parameter._backward_hooks = parameter._backward_hooks
 
 
 def unwatch_gradient(parameter: Tensor, part: FrozenPart) -> None:
@@ -70,6 +74,12 @@ def unwatch_gradient(parameter: Tensor, part: FrozenPart) -> None:
     summing = parameter._backward_hooks or {}
     for hook_id in [n for n, hook in summing.items() if _is_of(hook, part)]:
         del summing[hook_id]
+
+
+def _is_summed(parameter: Tensor, tie: Tie) -> bool:
+    """Return whether some part, of two that were tied to one another later, already sums the gradient."""
+    hooks = (parameter._backward_hooks or {}).values()
+    return any(isinstance(hook, SumTiedGradient) and hook.tie.dim == tie.dim for hook in hooks)
 
 
 def _is_of(hook: Any, part: FrozenPart) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._errors import FrozenValueError, RegionError, RuleConflictError
+from ._errors import FrozenValueError, RegionError, RuleConflictError, UnsupportedParameterError
 from ._rules import Rule, Tied
 
 
@@ -42,6 +42,8 @@ class Tie:
                 f"dimension {tied.dim} is out of range for a tensor of {parameter.ndim}",
                 f"use 0 to {parameter.ndim - 1}" if parameter.ndim else "name a tensor with dimensions",
             )
+        if not parameter.shape[tied.dim]:
+            raise RegionError(f"dimension {tied.dim} has size 0: there is no slice to tie", "leave the rule out")
         tie = Tie(rule, tied)
         tie.check_start(parameter)
         return tie
@@ -75,8 +77,34 @@ class Tie:
         return tensor.narrow(self.dim, 0, 1)
 
     def summed(self, gradient: Tensor) -> Tensor:
-        """Return the gradient of the one tensor, at every copy of it."""
+        """Return the gradient of the one tensor, at every copy of it.
+
+        Raises:
+            UnsupportedParameterError: The gradient is sparse, and the sum at every copy would not be.
+        """
+        self.check_gradient(gradient)
         return gradient.sum(self.dim, keepdim=True).expand(gradient.shape)
+
+    def sum_missed(self, parameter: Tensor) -> None:
+        """Sum a gradient that came without the hook: set by hand, or from before the copies were tied.
+
+        One that was summed is the same at every copy, to the bit, and stays as it is.
+        """
+        gradient = parameter.grad
+        if gradient is not None and not gradient.is_meta and bool((gradient != self._first(gradient)).any()):
+            parameter.grad = self.summed(gradient).clone(memory_format=torch.preserve_format)
+
+    def check_gradient(self, gradient: Tensor) -> None:
+        """Refuse a sparse gradient.
+
+        Raises:
+            UnsupportedParameterError: It is one.
+        """
+        if gradient.layout != torch.strided:
+            raise UnsupportedParameterError(
+                f"rule `{self.rule}`: a tied parameter needs dense gradients, found {gradient.layout}",
+                "make the layer without sparse=True",
+            )
 
     def check_beside(self, rule: Rule, frozen: Tensor, held: Tensor, name: str) -> None:
         """Refuse a rule that freezes other entries, or other values, in one copy than in another.

@@ -16,7 +16,7 @@ from hypothesis.strategies import DrawFn
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from freezehooks import FrozenValueError, RegionError, SpecError, TargetError, center, cross, entries
+from freezehooks import FrozenValueError, RegionError, SpecError, TargetError, center, cross, entries, freeze_entries
 from freezehooks.layers import (
     MaskedConv1d,
     MaskedConv2d,
@@ -1069,3 +1069,23 @@ def test_an_input_of_other_channels_is_refused_with_both_numbers(layer: Layer) -
     wider = torch.cat([x, x[:, :1]], 1)
     with pytest.raises((RuntimeError, ValueError), match=r"\[?\(?2, 3, 5.*\b2 channels"):
         layer.make()(wider, *code)
+
+
+def test_a_plain_checkpoint_that_is_assigned_is_not_written_into() -> None:
+    layer, plain = SharedKernelConv2d(3, 3), SharedKernelConv2d(3, 3).to_conv()
+    checkpoint = plain.state_dict()
+    layer.load_state_dict(checkpoint, assign=True)
+    layer.weight.data.zero_()
+    assert bool((checkpoint["weight"] != 0).all())
+
+
+def test_synthesize_leaves_another_modules_parameters_alone() -> None:
+    frozen, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    freeze_entries(frozen, "weight[0] = 0")
+    before = other.weight.detach().clone()
+    synthesize(frozen, dict(other.named_parameters()), torch.ones(1, 2)).sum().backward()
+    assert same_bits(other.weight, before)
+    assert other.weight.grad is not None
+    assert bool((other.weight.grad != 0).all())
+    with pytest.raises(SpecError, match="`weight` must be a tensor, found list; convert"):
+        synthesize(frozen, {"weight": [1]}, torch.ones(1, 2))  # type: ignore[dict-item]  # on purpose

@@ -22,6 +22,7 @@ from freezehooks import (
     RuleSyntaxError,
     SpecError,
     StateMismatchError,
+    UnsupportedParameterError,
     entries,
     freeze_entries,
     parse_rule,
@@ -266,3 +267,92 @@ def test_a_compiled_model_stays_tied() -> None:
     _loss(shared, 0).backward()
     torch.testing.assert_close(conv.weight.grad[:1], shared.weight.grad)
     frozen.assert_frozen()
+
+
+def test_a_conversion_that_swaps_the_parameter_keeps_the_sum() -> None:
+    linear = nn.Linear(3, 4)
+    freeze_entries(linear, "weight = tied(0, start=first)")
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        linear.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    linear(torch.randn(2, 3, dtype=torch.float64)).square().sum().backward()
+    assert linear.weight.grad is not None
+    assert same_bits(linear.weight.grad, linear.weight.grad[:1].expand(4, 3))
+
+
+def test_sparse_gradients_of_a_tied_parameter_are_refused() -> None:
+    embedding = nn.Embedding(5, 3, sparse=True)
+    freeze_entries(embedding, "weight = tied(0, start=first)")
+    message = r"rule `weight = tied\(0, start=first\)`: a tied parameter needs dense gradients, found .*; make"
+    with pytest.raises(UnsupportedParameterError, match=message):
+        embedding(torch.tensor([1, 2])).sum().backward()
+
+
+def test_a_thawed_tie_lets_the_copies_part_and_holds_the_rest() -> None:
+    _, conv = _pair()
+    frozen = freeze_entries(conv, "weight = tied(0)\nbias[0] = 1")
+    optimizer = MaskedOptimizer(AdamW(conv.parameters(), lr=0.1), frozen)
+    _step(conv, optimizer, 0)
+    frozen.thaw("weight")
+    assert not conv.weight._backward_hooks
+    _step(conv, optimizer, 1)
+    assert not same_bits(conv.weight[0], conv.weight[1])
+    frozen.assert_frozen()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bfloat16", "float64"])
+def test_copies_stay_one_in_another_dtype_and_layout(dtype: torch.dtype) -> None:
+    _, conv = _pair()
+    freeze = freeze_entries(conv.to(memory_format=torch.channels_last), SPEC)
+    conv.to(dtype)
+    optimizer = MaskedOptimizer(AdamW(conv.parameters(), fused=True, weight_decay=0.1), freeze)
+    for _ in range(3):
+        optimizer.zero_grad()
+        conv(torch.randn(1, 4, 5, 5, dtype=dtype)).square().sum().backward()
+        optimizer.step()
+        assert _copies_are_one(conv)
+
+
+def test_a_summed_gradient_is_not_summed_again() -> None:
+    shared, conv = _pair()
+    frozen = freeze_entries(conv, SPEC)
+    optimizer = MaskedOptimizer(SGD(conv.parameters(), lr=0.0), frozen)
+    for layer in (shared, conv):
+        _loss(layer, 0).backward()
+    frozen.remove()
+    frozen.attach()
+    optimizer.step()
+    assert same_bits(conv.weight.grad[1:2], shared.weight.grad)  # type: ignore[arg-type]  # it has one
+
+
+def test_a_gradient_set_by_hand_is_summed_by_the_step() -> None:
+    weight = nn.Parameter(torch.zeros(3, 1))
+    optimizer = MaskedOptimizer(SGD([weight], lr=1.0), freeze_entries({"weight": weight}, {"weight": tied(0)}))
+    weight.grad = torch.tensor([[0.0], [1.0], [2.0]])
+    optimizer.step()
+    assert weight.tolist() == [[-3], [-3], [-3]]
+
+
+def test_parameters_tied_to_one_another_later_are_summed_once() -> None:
+    models: Any = nn.ModuleList([_pair()[1], _pair()[1]])
+    shared, _ = _pair()
+    freeze_entries(models, "*.weight = tied(0)")
+    models[1].weight = models[0].weight
+    _loss(models[0], 0)
+    _loss(models[1], 0)
+    _loss(models[0], 0).backward()
+    _loss(shared, 0).backward()
+    torch.testing.assert_close(models[0].weight.grad[:1], shared.weight.grad)
+
+
+def test_a_tied_tensor_saves_without_a_warning() -> None:
+    _, conv = _pair()
+    freeze_entries(conv, SPEC)
+    torch.save({"weight": conv.weight}, io.BytesIO())
+
+
+def test_an_empty_dimension_is_refused() -> None:
+    with pytest.raises(RegionError, match="dimension 0 has size 0: there is no slice to tie"):
+        freeze_entries({"w": nn.Parameter(torch.empty(0, 3))}, "w = tied(0)")

@@ -97,7 +97,7 @@ class _SharedKernelConv(nn.modules.conv._ConvNd):
             found = state_dict.get(prefix + name)
             if isinstance(found, Tensor) and found.shape == (self.channels, *parameter.shape[1:]):
                 if _all_equal(found):
-                    state_dict[prefix + name] = found[:1]
+                    state_dict[prefix + name] = found[:1].clone()  # with assign=True it becomes the weight
                 else:
                     error_messages.append(str(_disagreement(prefix + name, found)))
         super()._load_from_state_dict(state_dict, prefix, *args)

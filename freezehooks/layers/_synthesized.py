@@ -198,12 +198,18 @@ def synthesize(module: nn.Module, parameters: Mapping[str, Tensor], *args: Any, 
         if name not in own:
             known = f"its parameters are {', '.join(own)}"
             raise TargetError(f"`{name}` is no parameter of {type(module).__name__}", known)
+        if not isinstance(tensor, Tensor):
+            raise SpecError(
+                f"`{name}` must be a tensor, found {type(tensor).__name__}", "convert it with torch.as_tensor"
+            )
         if tensor.shape != own[name].shape:
             raise RegionError(
                 f"`{name}` has shape {tuple(own[name].shape)}, found a tensor of shape {tuple(tensor.shape)}",
                 "give a tensor of the parameter's shape",
             )
-    return torch.func.functional_call(module, dict(parameters), args, kwargs)
+    # views: hooks take another module's parameter for a replaced one of this module, and would write into it
+    given = {name: tensor.view_as(tensor) for name, tensor in parameters.items()}
+    return torch.func.functional_call(module, given, args, kwargs)
 
 
 _DOCUMENTATION = """Convolve with a kernel, and add a bias, that a network computes from a code.
