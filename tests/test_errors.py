@@ -266,7 +266,7 @@ CASES = [
     Case("text that does not parse", "linear", "bad.weight[0 = 1", RuleSyntaxError,
          ("rule `bad.weight[0 = 1`: column 14: expected `]` to close the region, found `=`",)),
     Case("value that does not parse", "linear", "bad.weight[0] = one", RuleSyntaxError,
-         ("rule `bad.weight[0] = one`: column 17: expected a value: a number or `keep`, found `one`",)),
+         ("rule `bad.weight[0] = one`: column 17: expected a value: a number, `keep` or `tied(dim)`, found `one`",)),
     Case("pattern that is none", "linear", "bad.weight[middle]", RuleSyntaxError,
          ("rule `bad.weight[middle]`: column 12: unknown pattern `middle`; use one of center, cross, ",)),
     Case("spec of another kind", "linear", 7, SpecError,
