@@ -440,7 +440,10 @@ class FrozenPart:
         """Let `keep` follow numbers that were loaded into the parameter; other values are imposed on them."""
         self._follow(parameter)
         if self.tie is not None:
-            self.tie.check_start(parameter)
+            try:
+                self.tie.check_start(parameter)
+            except FrozenValueError as error:
+                raise error.within(f"rule `{self.tie.rule}`", f"loaded into `{self.name}`") from None
             self.tie.begin_(parameter.data)
         for piece in self.pieces:
             if not piece.keeps:
