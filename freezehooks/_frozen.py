@@ -235,7 +235,7 @@ class FrozenPart:
         frozen = torch.zeros(self.shape, dtype=torch.bool, device=self._like.device)
         held = self._blank()
         for n, piece in enumerate(pieces):
-            own, changed = piece.places.frozen(self.shape, frozen.device), held.clone()
+            own, changed = self._frozen_by(piece), held.clone()
             piece.impose_(changed)
             if bool((_differ(held, changed) & frozen & own).any()):
                 for earlier in pieces[:n]:
@@ -255,7 +255,7 @@ class FrozenPart:
             for piece in pieces:
                 held = self._blank()
                 piece.impose_(held)
-                tie.check_beside(piece.rule, piece.places.frozen(self.shape, held.device), held, self.name)
+                tie.check_beside(piece.rule, self._frozen_by(piece), held, self.name)
 
     def check_beside(self, other: FrozenPart) -> None:
         """Refuse what another handle freezes of the same parameter, where the two disagree about an entry.
@@ -273,9 +273,7 @@ class FrozenPart:
                 self._check_pair(theirs, ours, must_follow_alike=True)
 
     def _check_pair(self, first: Piece, second: Piece, must_follow_alike: bool = False) -> None:
-        shared = first.places.frozen(self.shape, self._like.device) & second.places.frozen(
-            self.shape, self._like.device
-        )
+        shared = self._frozen_by(first) & self._frozen_by(second)
         if not bool(shared.any()):
             return
         held = self._blank()
@@ -307,8 +305,12 @@ class FrozenPart:
         """
         frozen = torch.zeros(self.shape, dtype=torch.bool, device=self._like.device)
         for piece in self.pieces:
-            frozen |= piece.places.frozen(self.shape, frozen.device)
+            frozen |= self._frozen_by(piece)
         return frozen
+
+    def _frozen_by(self, piece: Piece) -> Tensor:
+        """Return the bool tensor of what one piece freezes."""
+        return piece.places.frozen(self.shape, self._like.device)
 
     @property
     def values(self) -> Tensor:
@@ -411,6 +413,7 @@ class FrozenPart:
         Raises:
             ParameterChangedError: The parameter has another shape.
             FrozenValueError: The copies differ.
+            UnsupportedParameterError: A tied parameter has a sparse gradient.
         """
         self.check_shape(parameter)
         if self.tie is not None:

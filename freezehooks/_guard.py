@@ -81,8 +81,8 @@ class Guard:
         self._handles = []
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Zero the frozen gradients once more, where a reducer or a hand put something back, and guard the closure."""
-        self._zero_gradients(optimizer)
+        """Clean the gradients once more, where a reducer or a hand put something back, and guard the closure."""
+        self._clean_gradients(optimizer)
         if len(args) > 1 and callable(args[1]):
             return (args[0], self._guarded(args[1], optimizer), *args[2:]), kwargs
         if callable(kwargs.get("closure")):
@@ -95,7 +95,7 @@ class Guard:
         def guarded_closure() -> Any:
             self._impose(optimizer)
             loss = closure()
-            self._zero_gradients(optimizer)
+            self._clean_gradients(optimizer)
             return loss
 
         return guarded_closure
@@ -108,7 +108,7 @@ class Guard:
                 if _holds_weights(name, group) and _is_entrywise(name, value, part):
                     part.impose_(value)
 
-    def _zero_gradients(self, optimizer: Optimizer) -> None:
+    def _clean_gradients(self, optimizer: Optimizer) -> None:
         for part, parameter, _ in self._held_by(optimizer):
             watch_gradient(parameter, part)
             part.clean_gradient(parameter)

@@ -104,7 +104,9 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         found: dict[int, FrozenEntries] = {}
         for module in model.modules():
             for hooks in hooks_on(module):
-                found.setdefault(id(hooks.family), cls(model, ()))._take_over(module, hooks)
+                if id(hooks.family) not in found:
+                    found[id(hooks.family)] = cls(model, ())
+                found[id(hooks.family)]._take_over(module, hooks)
         return tuple(found.values())
 
     def _take_over(self, module: nn.Module, hooks: ModuleHooks) -> None:

@@ -43,7 +43,7 @@ class SumTiedGradient:
 
 
 def watch_gradient(parameter: Tensor, part: FrozenPart) -> None:
-    """Make sure the parameter's gradient is zeroed, by the first of its hooks; do nothing where it already is.
+    """Make sure the parameter's gradient is zeroed, by the first of its hooks, and summed over tied copies.
 
     A tensor's hooks are lost on deepcopy, pickle, `load_state_dict(assign=True)` and swapped parameters, so this is
     asked again at every forward and every step.
@@ -58,12 +58,12 @@ def watch_gradient(parameter: Tensor, part: FrozenPart) -> None:
         for hook_id in others:
             del parameter._post_accumulate_grad_hooks[hook_id]  # type: ignore[attr-defined]
         parameter._post_accumulate_grad_hooks.update(others)  # type: ignore[attr-defined]
-    if part.tie is not None and not _is_summed(parameter, part.tie):
-        parameter.register_hook(SumTiedGradient(part, part.tie))
-    # A swapped tensor (torch.utils.swap_tensors) keeps the lists of hooks and loses the nodes that call them; to set
-    # a list anew makes one.
+    # A swapped tensor (torch.utils.swap_tensors) keeps its lists of hooks and loses the nodes that call them; to set
+    # a list anew, here and below, makes one.
     parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
     if part.tie is not None:
+        if not _is_summed(parameter, part.tie):
+            parameter.register_hook(SumTiedGradient(part, part.tie))
         parameter._backward_hooks = parameter._backward_hooks
 
 
