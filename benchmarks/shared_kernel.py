@@ -1,10 +1,8 @@
 """Time the shared-kernel layer against the recipes it stands for, forward and backward.
 
-Subjects take turns, round by round and each time in another order; printed is the median of each round's ratio to the
-expand recipe, with quartiles.
-`expand` is the same grouped convolution over an expanded view, written out; `repeat` copies the kernel for every
-channel. `--fold` adds folding the channels into the batch of a convolution with one channel, which is so much slower
-that it disturbs the others.
+`expand` is the same grouped convolution over an expanded view, written out, and the measure of the others; `repeat`
+copies the kernel for every channel. `--fold` adds folding the channels into the batch of a convolution with one
+channel, which is so much slower that it disturbs the others.
 
     python -m benchmarks.shared_kernel [--fold]
 """
@@ -12,16 +10,18 @@ that it disturbs the others.
 from __future__ import annotations
 
 import argparse
-import random
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from freezehooks.layers import SharedKernelConv2d
+
+from ._comparison import Case, Options, rows_of
+from ._measure import Clock, Timing, interleave
+from .models import FULL
 
 SHAPES = [(8, 3, 64, 7), (8, 16, 32, 3), (8, 64, 32, 5), (8, 128, 16, 3), (1, 3, 256, 11)]
 
@@ -38,9 +38,9 @@ class Recipe(nn.Module):
         return self.recipe(images, self.weight, self.bias)
 
 
-def subjects(channels: int, size: int, folded: bool) -> dict[str, nn.Module]:
+def subjects(channels: int, size: int, device: torch.device, folded: bool) -> dict[str, nn.Module]:
     """Return each way to apply one kernel to all channels, on the same weight and bias."""
-    layer = SharedKernelConv2d(channels, size, padding=size // 2)
+    layer = SharedKernelConv2d(channels, size, padding=size // 2, device=device)
     padding, groups, many = size // 2, channels, (channels, 1, size, size)
 
     def expand(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -59,22 +59,28 @@ def subjects(channels: int, size: int, folded: bool) -> dict[str, nn.Module]:
     return {**ways, "fold": Recipe(layer, fold)} if folded else ways
 
 
-def measure(batch: int, channels: int, side: int, size: int, rounds: int, folded: bool) -> dict[str, list[float]]:
-    """Return each subject's times as ratios to the expand recipe's of the same round, sorted."""
-    images = torch.randn(batch, channels, side, side, requires_grad=True)
-    ways = subjects(channels, size, folded)
-    ratios: dict[str, list[float]] = {name: [] for name in ways}
-    order = list(ways.items())
-    for _ in range(rounds):
-        seconds = {}
-        random.shuffle(order)
-        for name, way in order:
-            start = time.perf_counter()
-            way(images).sum().backward()
-            seconds[name] = time.perf_counter() - start
-        for name, spent in seconds.items():
-            ratios[name].append(spent / seconds["expand"])
-    return {name: sorted(found) for name, found in ratios.items()}
+def shared(options: Options, folded: bool = False) -> Iterator[Case]:
+    """One kernel for all channels, as a layer, over an expanded view and repeated.
+
+    Must hold: the layer is never slower than either, within the quartiles of its time.
+    """
+    for batch, channels, side, size in SHAPES if options.sizes is FULL else SHAPES[1:2]:
+        images = torch.randn(batch, channels, side, side, device=options.device, requires_grad=True)
+        clock = Clock(options.device)
+        ways = subjects(channels, size, options.device, folded)
+        turns = {name: partial(_turn, way=way, images=images, clock=clock) for name, way in ways.items()}
+        timings = interleave(turns, *options.turns(301))
+        case = Case(f"{batch}x{channels}x{side}x{side}, kernel {size}x{size}", rows_of(timings, "expand"))
+        for peer in ("expand", "repeat"):
+            against = rows_of(timings, peer)["layer"].ratio
+            case.rows[peer].claim(f"layer no slower, {against.median:.2f} x", against.low <= 1)
+        yield case
+
+
+def _turn(number: int, way: nn.Module, images: Tensor, clock: Clock) -> Timing:  # noqa: ARG001  # all rounds are alike
+    start = clock()
+    way(images).sum().backward()
+    return Timing(clock() - start)
 
 
 def main() -> None:
@@ -82,17 +88,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=301, help="rounds for each shape (%(default)s)")
     parser.add_argument("--fold", action="store_true", help="measure folding into the batch too")
-    options = parser.parse_args()
+    arguments = parser.parse_args()
     torch.manual_seed(0)
-    random.seed(0)
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, one thread, {options.rounds} rounds, times over those of the expand recipe")
-    for batch, channels, side, size in SHAPES:
-        cells = []
-        for name, ratios in measure(batch, channels, side, size, options.rounds, options.fold).items():
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            cells.append(f"{name} {middle:.2f} ({low:.2f} to {high:.2f})")
-        print(f"{batch}x{channels}x{side}x{side}, {size}x{size}:  " + "  ".join(cells[1:]))
+    options = Options(torch.device("cpu"), arguments.rounds)
+    print(f"torch {torch.__version__}, one thread, {arguments.rounds} rounds, times over those of the expand recipe")
+    for case in shared(options, arguments.fold):
+        cells = [f"{r.name} {r.ratio.median:.2f} ({r.ratio.low:.2f} to {r.ratio.high:.2f})" for r in case.rows.values()]
+        print(f"{case.title}:  " + "  ".join(cells[1:]))
 
 
 if __name__ == "__main__":

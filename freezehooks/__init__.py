@@ -12,6 +12,7 @@ from ._errors import (
     SpecError,
     StateMismatchError,
     TargetError,
+    UnsupportedOptimizerError,
     UnsupportedParameterError,
 )
 from ._expressions import Region, border, center, cross, diagonal, entries, nm, smallest, tril, triu, zeros
@@ -40,6 +41,7 @@ __all__ = [
     "SpecError",
     "StateMismatchError",
     "TargetError",
+    "UnsupportedOptimizerError",
     "UnsupportedParameterError",
     "Violation",
     "border",

@@ -62,6 +62,10 @@ class OptimizerMismatchError(FreezeError, ValueError):
     """An optimizer that holds none of the frozen parameters."""
 
 
+class UnsupportedOptimizerError(FreezeError, TypeError):
+    """An optimizer that cannot hold the free entries alone."""
+
+
 class ParameterChangedError(FreezeError, RuntimeError):
     """A frozen parameter that has since been removed, or replaced by one of another shape."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,10 +33,13 @@ class Piece:
         places: Where its entries lie.
     """
 
+    __slots__ = ("_cast", "_is_zero", "_source", "places", "rule")
+
     def __init__(self, rule: Rule, places: Places, source: float | Tensor) -> None:
         self.rule = rule
         self.places = places
         self._source = source
+        self._is_zero = isinstance(source, float) and source == 0 and math.copysign(1, source) > 0
         self._cast: Tensor | None = None
 
     @staticmethod
@@ -74,6 +79,11 @@ class Piece:
             raise StateMismatchError("it was saved with other values", _SAME_TENSORS)
         return Piece(rule, places, own)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors that it holds in memory."""
+        values = [value for value in (self._source, self._cast) if isinstance(value, Tensor)]
+        return *self.places.tensors(), *values
+
     @property
     def keeps(self) -> bool:
         """Whether the value is whatever the entries held when they were frozen, or loaded since."""
@@ -85,7 +95,9 @@ class Piece:
 
     def impose_(self, tensor: Tensor) -> None:
         """Write the value into the frozen entries of a tensor of the parameter's shape."""
-        if isinstance(self._source, float):
+        if self._is_zero:
+            self.places.zero_(tensor)
+        elif isinstance(self._source, float):
             self.places.fill_(tensor, self._source)
         else:
             self.places.write_(tensor, self._values_like(tensor))
@@ -101,8 +113,8 @@ class Piece:
         source = self._source if isinstance(self._source, float) else self._source.clone()
         return {"places": self.places.state(), "value": source}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"rule": self.rule, "places": self.places, "_source": self._source, "_cast": None}
+    def __getstate__(self) -> Any:
+        return None, {"_cast": None, **{name: getattr(self, name) for name in self.__slots__ if name != "_cast"}}
 
 
 _SAME_TENSORS = "use the tensors of the saved run, or start from its weights alone"
@@ -130,7 +142,8 @@ def _source(rule: Rule, places: Places, frozen: Tensor, parameter: Tensor) -> fl
         )
     if value.is_complex() and not parameter.is_complex():
         raise FrozenValueError(f"a complex value for a parameter of {parameter.dtype}", "give its real part")
-    source = places.read(_spread(value.detach().to(parameter.device), rule.region, frozen, parameter))
+    spread = _spread(value.detach().to(parameter.device), rule.region, frozen, parameter)
+    source = places.read(torch.empty_like(parameter, dtype=spread.dtype).copy_(spread))  # laid out like the parameter
     _check_finite(source, parameter)
     return source
 
@@ -216,11 +229,25 @@ class FrozenPart:
         tie: What a rule ties of it, or None.
     """
 
+    __slots__ = (
+        "_cleaned",
+        "_device",
+        "_dtype",
+        "_members",
+        "frozen_count",
+        "name",
+        "names",
+        "pieces",
+        "shape",
+        "tie",
+    )
+
     def __init__(self, names: list[str], parameter: Tensor, members: Sequence[Piece | Tie]) -> None:
         self.name = names[0]
         self.names = tuple(names)
         self.shape = parameter.shape
-        self._like = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        self._dtype, self._device = parameter.dtype, parameter.device
+        self._cleaned: tuple[weakref.ref[Tensor], int] | None = None
         self.replace(members)
 
     def replace(self, members: Sequence[Piece | Tie]) -> None:
@@ -232,7 +259,7 @@ class FrozenPart:
         pieces = [member for member in members if isinstance(member, Piece)]
         ties = [member for member in members if isinstance(member, Tie)]
         self._check_ties(ties, pieces)
-        frozen = torch.zeros(self.shape, dtype=torch.bool, device=self._like.device)
+        frozen = torch.zeros(self.shape, dtype=torch.bool, device=self._device)
         held = self._blank()
         for n, piece in enumerate(pieces):
             own, changed = self._frozen_by(piece), held.clone()
@@ -293,8 +320,12 @@ class FrozenPart:
             f"FrozenPart({self.name!r}, shape={tuple(self.shape)}, frozen={self.frozen_count}, free={self.free_count})"
         )
 
+    def __getstate__(self) -> Any:
+        kept = {name: getattr(self, name) for name in self.__slots__ if name != "_cleaned"}
+        return None, {"_cleaned": None, **kept}
+
     def _blank(self) -> Tensor:
-        return torch.zeros(self.shape, dtype=self._like.dtype, device=self._like.device)
+        return torch.zeros(self.shape, dtype=self._dtype, device=self._device)
 
     @property
     def frozen(self) -> Tensor:
@@ -303,14 +334,14 @@ class FrozenPart:
         Shape:
             ``(*shape)``, bool, True at the frozen entries.
         """
-        frozen = torch.zeros(self.shape, dtype=torch.bool, device=self._like.device)
+        frozen = torch.zeros(self.shape, dtype=torch.bool, device=self._device)
         for piece in self.pieces:
             frozen |= self._frozen_by(piece)
         return frozen
 
     def _frozen_by(self, piece: Piece) -> Tensor:
         """Return the bool tensor of what one piece freezes."""
-        return piece.places.frozen(self.shape, self._like.device)
+        return piece.places.frozen(self.shape, self._device)
 
     @property
     def values(self) -> Tensor:
@@ -327,6 +358,12 @@ class FrozenPart:
     def free_count(self) -> int:
         """How many entries of the parameter train."""
         return self.shape.numel() - self.frozen_count
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that regions and values take, in bytes: none for a slice at a number."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for p in self.pieces for t in p.tensors()}
+        return sum(storage.nbytes() for storage in storages.values())
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -354,17 +391,21 @@ class FrozenPart:
         Raises:
             ParameterChangedError: The parameter now has another shape.
         """
-        self._follow(parameter)
-        if not parameter.is_meta:
-            self.impose_(parameter.data)
+        if parameter.shape != self.shape or parameter.is_meta:
+            self.check_shape(parameter)
+            return  # on the meta device it has no numbers, on its way through `to_empty`
+        self._dtype, self._device = parameter.dtype, parameter.device
+        tensor = parameter.data
+        if self.tie is not None:
+            self.tie.impose_(tensor)
+        for piece in self.pieces:
+            piece.impose_(tensor)
 
     def _follow(self, parameter: Tensor) -> None:
         """Take over the parameter's dtype and device."""
         self.check_shape(parameter)
-        if parameter.is_meta:
-            return  # on its way through `to_empty` it has no numbers, and nothing may be moved there
-        if parameter.dtype != self._like.dtype or parameter.device != self._like.device:
-            self._like = self._like.to(parameter.device, parameter.dtype)
+        if not parameter.is_meta:  # there it has no numbers, on its way through `to_empty`
+            self._dtype, self._device = parameter.dtype, parameter.device
 
     def check_shape(self, parameter: Tensor) -> None:
         """Refuse a parameter that was put in the place of the frozen one and does not have its shape.
@@ -393,7 +434,19 @@ class FrozenPart:
                 parameter.grad = gradient = (
                     gradient.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
                 )
-            self.zero_(gradient)
+            for piece in self.pieces:
+                piece.places.zero_(gradient)
+            self._cleaned = weakref.ref(gradient), gradient._version
+
+    def has_clean_gradient(self, parameter: Tensor) -> bool:
+        """Return whether nobody has touched the parameter's gradient since it was zeroed, as far as autograd counts.
+
+        Writes through `.data` and those of a reducer are not counted.
+        """
+        if self._cleaned is None:
+            return parameter.grad is None
+        gradient, version = self._cleaned
+        return gradient() is parameter.grad and (parameter.grad is None or parameter.grad._version == version)
 
     def zero_(self, tensor: Tensor) -> None:
         """Write +0.0 into the frozen entries of a tensor of the parameter's shape."""

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ._compact import Compaction, Held
 from ._errors import SpecError
+from ._formulas import is_elementwise
 from ._frozen import FrozenPart
 from ._hooks import watch_gradient
-
-_WEIGHTS: Final = frozenset({"ax", "slow_buffer", "slow_param", "master_param"})
-"""State that holds weights: the averages of ASGD, the slow weights of Lookahead, master copies."""
-
-_STARTS: Final = {"step_size": "lr", "sum": "initial_accumulator_value"}
-"""State that does not start at 0 but at an option of its group: Rprop's step sizes, Adagrad's sums."""
-
-_COUNTERS: Final = frozenset({"step", "eta", "mu", "mu_product"})
-"""State that counts steps: of the shape of a parameter without dimensions, yet none of its entries."""
+from ._narrow import read_state_dict
+from ._state import impose_on_weights, may_keep_weights, settle, settle_history
 
 
 class Guard:
@@ -33,15 +28,22 @@ class Guard:
         optimizer: The optimizer whose steps are guarded; only weakly referenced.
     """
 
-    def __init__(self, held: Callable[[], Iterable[tuple[FrozenPart, Tensor]]], optimizer: Optimizer) -> None:
+    def __init__(self, held: Held, optimizer: Optimizer) -> None:
         self._held = held
         self._optimizer: weakref.ref[Optimizer] | None = weakref.ref(optimizer)
+        self._compaction: Compaction | None = None
         self._handles: list[RemovableHandle] = []
+        self._stepped: list[tuple[FrozenPart, Tensor, dict[str, Any]]] | None = None
 
     @property
     def optimizer(self) -> Optimizer | None:
         """The guarded optimizer, or None where it or the guard is gone."""
         return None if self._optimizer is None else self._optimizer()
+
+    @property
+    def compaction(self) -> Compaction | None:
+        """What makes the optimizer hold the free entries alone, or None where it holds whole parameters."""
+        return self._compaction
 
     @property
     def is_over(self) -> bool:
@@ -59,6 +61,8 @@ class Guard:
             return
         for part, parameter, _ in self._held_by(optimizer):
             watch_gradient(parameter, part)
+        if self._compaction is not None:
+            self._compaction.join(self._held, optimizer)
         self.settle(optimizer)
         after = optimizer.register_step_post_hook(self.after_step)
         # first of all post-hooks: whoever looks after the step sees the values
@@ -66,8 +70,16 @@ class Guard:
         self._handles = [
             after,
             optimizer.register_step_pre_hook(self.before_step),
+            optimizer.register_load_state_dict_pre_hook(read_state_dict),
             optimizer.register_load_state_dict_post_hook(self.settle),
         ]
+
+    def compact(self, compaction: Compaction) -> None:
+        """Let the optimizer hold the free entries alone from here on."""
+        if self._compaction is None:
+            self._compaction = compaction
+            if self._handles and self.optimizer is not None:
+                compaction.join(self._held, self.optimizer)
 
     def remove(self) -> None:
         """Stop guarding the optimizer for good; the frozen entries are then held by the model's own hooks alone."""
@@ -78,64 +90,126 @@ class Guard:
         """Take the hooks off, until `install` puts them on again."""
         for handle in self._handles:
             handle.remove()
+        if self._handles and self._compaction is not None and self.optimizer is not None:
+            self._compaction.leave(self._held, self.optimizer)
         self._handles = []
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Clean the gradients once more, where a reducer or a hand put something back, and guard the closure."""
-        self._clean_gradients(optimizer)
+        """Clean the gradients once more, where a reducer or a hand put something back, and guard the closure.
+
+        In compact mode something else steps in the optimizer's place, and reads the gradients of free entries alone.
+        """
+        if self._compaction is not None and args[0] is optimizer:
+            args = (self._compaction.begin_step(optimizer), *args[1:])
+        self._stepped = list(self._held_by(optimizer))
+        # Where every entry is stepped by its own numbers, a write to a gradient that autograd did not count can do no
+        # more than dirty the moments of frozen entries: these are imposed after the step in any case.
+        trusting = is_elementwise(optimizer) and not _is_distributed()
+        for part, parameter, _ in self._stepped:
+            if not (trusting and part.has_clean_gradient(parameter)):
+                self._clean_gradient(part, parameter)
         if len(args) > 1 and callable(args[1]):
             return (args[0], self._guarded(args[1], optimizer), *args[2:]), kwargs
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": self._guarded(kwargs["closure"], optimizer)}
-        return None
+        return args, kwargs
 
     def _guarded(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
         """Return the closure, evaluated at imposed weights (LBFGS moves them in between), leaving clean gradients."""
 
         def guarded_closure() -> Any:
+            if self._compaction is not None:
+                self._compaction.before_closure()
             self._impose(optimizer)
             loss = closure()
+            self._stepped = None  # parameters may have come and gone
             self._clean_gradients(optimizer)
+            if self._compaction is not None:
+                self._compaction.after_closure()
             return loss
 
         return guarded_closure
 
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Impose the values on the parameters, and on state that holds weights."""
-        for part, parameter, group in self._held_by(optimizer):
-            part.impose(parameter)
-            for name, value in (optimizer.state.get(parameter) or {}).items():
-                if _holds_weights(name, group) and _is_entrywise(name, value, part):
-                    part.impose_(value)
+        if self._compaction is not None:
+            self._compaction.end_step()
+        held = self._held_by(optimizer) if self._stepped is None else self._stepped
+        self._stepped = None
+        keeps_weights = may_keep_weights(optimizer)
+        for part, parameter, group in held:
+            if not self._leaves_alone(parameter):
+                part.impose(parameter)
+                if keeps_weights:
+                    impose_on_weights(optimizer.state.get(parameter) or {}, part, group)
+
+    def _leaves_alone(self, parameter: Tensor) -> bool:
+        """Return whether the optimizer steps the parameter's free entries alone."""
+        return self._compaction is not None and self._compaction.holds(parameter)
 
     def _clean_gradients(self, optimizer: Optimizer) -> None:
         for part, parameter, _ in self._held_by(optimizer):
-            watch_gradient(parameter, part)
+            self._clean_gradient(part, parameter)
+
+    def _clean_gradient(self, part: FrozenPart, parameter: Tensor) -> None:
+        watch_gradient(parameter, part)
+        if not self._leaves_alone(parameter):
             part.clean_gradient(parameter)
 
     def _impose(self, optimizer: Optimizer) -> None:
         for part, parameter, _ in self._held_by(optimizer):
-            part.impose(parameter)
+            if not self._leaves_alone(parameter):
+                part.impose(parameter)
 
     def _held_by(self, optimizer: Optimizer) -> Iterator[tuple[FrozenPart, Tensor, dict[str, Any]]]:
         """Return each part with the parameter that it holds and the group in which the optimizer steps it."""
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         for part, parameter in self._held():
-            if id(parameter) in groups:
-                yield part, parameter, groups[id(parameter)]
+            group = groups.get(id(parameter))
+            if group is not None:
+                yield part, parameter, group
 
     def settle_now(self) -> None:
         """Settle the optimizer's state, where the optimizer still lives."""
-        if self.optimizer is not None:
+        if self.optimizer is not None and self._handles:
             self.settle(self.optimizer)
 
     def settle(self, optimizer: Optimizer) -> None:
         """Make the optimizer's state what it would be had the frozen entries never moved."""
-        held = list(self._held_by(optimizer))
+        if self._compaction is not None:
+            self._compaction.settle(optimizer)
+        held = [item for item in self._held_by(optimizer) if not self._leaves_alone(item[1])]
         for part, parameter, group in held:
-            _settle_state(optimizer.state.get(parameter) or {}, part, group)
-        for group in optimizer.param_groups:
-            _settle_history(optimizer, group["params"], [(part, parameter) for part, parameter, _ in held])
+            settle(optimizer.state.get(parameter) or {}, part, group)
+        if self._compaction is None:
+            settle_history(optimizer, [(part, parameter) for part, parameter, _ in held])
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def guards_on(optimizer: Optimizer) -> list[Guard]:
+    """Return the guards that handles have installed on an optimizer."""
+    hooks = optimizer._optimizer_step_pre_hooks.values()  # type: ignore[attr-defined]
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    return [owner for owner in owners if isinstance(owner, Guard)]
+
+
+def compact_guards(guards: list[Guard]) -> None:
+    """Let the optimizer of these guards hold the free entries alone, by one compaction that they share."""
+    known = [guard.compaction for guard in guards if guard.compaction is not None]
+    compaction = known[0] if known else Compaction()
+    for guard in guards:
+        guard.compact(compaction)
+
+
+def compact_state_dict(optimizer: Optimizer) -> dict[str, Any]:
+    """Return an optimizer's state dict, with flat tensors of the free entries where it holds those alone."""
+    for guard in guards_on(optimizer):
+        if guard.compaction is not None:
+            return guard.compaction.compact_state_dict(optimizer)
+    return optimizer.state_dict()
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -154,43 +228,3 @@ def check_optimizer(optimizer: Any) -> None:
             f"`{type(optimizer).__name__}` has no step hooks: its class skips `Optimizer.__init__`",
             "call super().__init__ in it, or guard the optimizer that it wraps",
         )
-
-
-def _is_entrywise(name: str, value: Any, part: FrozenPart) -> bool:
-    """Return whether an item of an optimizer's state has a number for each entry of the parameter."""
-    return isinstance(value, Tensor) and value.shape == part.shape and name not in _COUNTERS
-
-
-def _holds_weights(name: str, group: dict[str, Any]) -> bool:
-    """Return whether an item of an optimizer's state is weights; schedule-free's `z` is, that of others is not."""
-    return name in _WEIGHTS or (name == "z" and "train_mode" in group)
-
-
-def _settle_state(state: dict[str, Any], part: FrozenPart, group: dict[str, Any]) -> None:
-    for name, value in state.items():
-        if not _is_entrywise(name, value, part):
-            continue
-        if _holds_weights(name, group):
-            part.impose_(value)
-        else:
-            part.fill_(value, float(group.get(_STARTS.get(name, ""), 0.0)))
-
-
-def _settle_history(optimizer: Optimizer, parameters: list[Tensor], held: list[tuple[FrozenPart, Tensor]]) -> None:
-    """Drop the history of LBFGS where it moves frozen entries: curvature measured along them is no longer true."""
-    state = optimizer.state.get(parameters[0], {}) if parameters else {}
-    if "old_dirs" not in state:
-        return
-    frozen = torch.cat([_flat_frozen(parameter, held) for parameter in parameters])
-    history = [state.get("d"), state.get("prev_flat_grad"), *state["old_dirs"], *state["old_stps"]]
-    if any(bool(flat[frozen].any()) for flat in history if flat is not None):
-        state.clear()
-
-
-def _flat_frozen(parameter: Tensor, held: list[tuple[FrozenPart, Tensor]]) -> Tensor:
-    """Return which entries of the parameter are frozen, flattened as LBFGS flattens it: complex ones as two numbers."""
-    frozen = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
-    for part, its_parameter in held:
-        if its_parameter is parameter:
-            frozen |= part.frozen
-    return frozen.flatten().repeat_interleave(2 if parameter.is_complex() else 1)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ._compact import check_elementwise
 from ._errors import DriftError, OptimizerMismatchError, ParameterChangedError, SpecError, TargetError
 from ._frozen import FrozenPart, Violation
 from ._grammar import Spec, rules_of
-from ._guard import Guard, check_optimizer
+from ._guard import Guard, check_optimizer, compact_guards, guards_on
 from ._hooks import ModuleHooks, hooks_on, parts_watching, silent_callers, unwatch_gradient, watch_gradient
 from ._parts import Model, resolve, saved_pieces, state_of
 from ._rules import Rule
@@ -163,6 +164,11 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         return sum(part.frozen_count for part in self._parts.values())
 
     @property
+    def nbytes(self) -> int:
+        """The memory that regions and values take, in bytes, over all parameters: none for slices at a number."""
+        return sum(part.nbytes for part in self._parts.values())
+
+    @property
     def attached(self) -> bool:
         """Whether the entries are held now."""
         return self._attached and all(hooks.installed for hooks in self._modules.values())
@@ -218,7 +224,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
                 "guard every optimizer that steps them (MaskedOptimizer or frozen.guard), or call frozen.impose()",
             )
 
-    def guard(self, optimizer: Optimizer) -> Guard:
+    def guard(self, optimizer: Optimizer, *, compact: bool = False) -> Guard:
         """Hold the entries through every step of an optimizer, by the optimizer's own step hooks.
 
         Guarding an optimizer twice is guarding it once; one that holds another optimizer, as SAM and Lookahead do, is
@@ -226,37 +232,48 @@ class FrozenEntries(Mapping[str, FrozenPart]):
 
         Args:
             optimizer: Any optimizer that steps at least one of the frozen parameters.
+            compact: Whether the optimizer shall hold and step the free entries alone, as `MaskedOptimizer` says; once
+                for all handles that guard it.
 
         Returns:
             The guard, whose `remove()` takes the hooks off again.
 
         Raises:
             OptimizerMismatchError: The optimizer steps none of the frozen parameters.
+            UnsupportedOptimizerError: It does not work entry by entry, so that it cannot be compact.
             SpecError: `optimizer` is no optimizer.
         """
+        self.check_optimizer(optimizer, compact=compact)
+        guard = self._guard_of(optimizer)
+        if compact or any(other.compaction for other in guards_on(optimizer)):
+            compact_guards([guard, *guards_on(optimizer)])
+        if self.attached:
+            guard.install()
+        for inside in vars(optimizer).values():
+            if isinstance(inside, Optimizer):
+                with suppress(OptimizerMismatchError):  # it steps other parameters
+                    self.guard(inside, compact=compact)
+        return guard
+
+    def _guard_of(self, optimizer: Optimizer) -> Guard:
         self._guards = [guard for guard in self._guards if not guard.is_over]
         for guard in self._guards:
             if guard.optimizer is optimizer:
                 return guard
-        self.check_optimizer(optimizer)
-        guard = Guard(self.held, optimizer)
-        if self.attached:
-            guard.install()
-        self._guards.append(guard)
-        for inside in vars(optimizer).values():
-            if isinstance(inside, Optimizer):
-                with suppress(OptimizerMismatchError):  # it steps other parameters
-                    self.guard(inside)
-        return guard
+        self._guards.append(Guard(self.held, optimizer))
+        return self._guards[-1]
 
-    def check_optimizer(self, optimizer: Optimizer) -> None:
+    def check_optimizer(self, optimizer: Optimizer, *, compact: bool = False) -> None:
         """Check that an optimizer can be guarded, and that it steps at least one of the frozen parameters.
 
         Raises:
             OptimizerMismatchError: It steps none.
+            UnsupportedOptimizerError: It shall be compact, and does not work entry by entry.
             SpecError: It is no optimizer, or has no step hooks.
         """
         check_optimizer(optimizer)
+        if compact:
+            check_elementwise(optimizer)
         self._check_in_place()
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if self._parts and not any(id(parameter) in stepped for _, parameter in self.held()):

@@ -22,6 +22,8 @@ from ._tie import Tie
 class ZeroFrozenGradient:
     """After a gradient was accumulated: make it +0.0 at the frozen entries."""
 
+    __slots__ = ("part",)
+
     def __init__(self, part: FrozenPart) -> None:
         self.part = part
 
@@ -48,9 +50,9 @@ def watch_gradient(parameter: Tensor, part: FrozenPart) -> None:
     A tensor's hooks are lost on deepcopy, pickle, `load_state_dict(assign=True)` and swapped parameters, so this is
     asked again at every forward and every step.
     """
-    if torch.compiler.is_compiling() or not parameter.requires_grad:
-        return  # a compiled frame cannot register hooks; the next eager forward or step does
-    if not _gradient_hook_ids(parameter, part):
+    if not parameter.requires_grad:
+        return
+    if not _is_watched(parameter, part):
         others = dict(parameter._post_accumulate_grad_hooks or {})  # type: ignore[attr-defined]
         parameter.register_post_accumulate_grad_hook(ZeroFrozenGradient(part))
         # First of all: a hook that logs the gradient, or steps in backward, sees the clean one. Put in again behind
@@ -74,6 +76,13 @@ def unwatch_gradient(parameter: Tensor, part: FrozenPart) -> None:
     summing = parameter._backward_hooks or {}
     for hook_id in [n for n, hook in summing.items() if _is_of(hook, part)]:
         del summing[hook_id]
+
+
+def _is_watched(parameter: Tensor, part: FrozenPart) -> bool:
+    for hook in (parameter._post_accumulate_grad_hooks or {}).values():  # type: ignore[attr-defined]
+        if isinstance(hook, ZeroFrozenGradient) and hook.part is part:
+            return True
+    return False
 
 
 def _is_summed(parameter: Tensor, tie: Tie) -> bool:
@@ -104,6 +113,8 @@ class ModuleHooks:
         parts: The parts by the module's own attribute names.
         family: All parts of the handle, by qualified name: the same object in all of the handle's module hooks.
     """
+
+    __slots__ = ("_handles", "family", "parts")
 
     def __init__(self, family: dict[str, FrozenPart]) -> None:
         self.parts: dict[str, FrozenPart] = {}
@@ -147,9 +158,9 @@ class ModuleHooks:
 
     def hold(self, module: nn.Module) -> None:
         """Impose the module's frozen entries, and renew gradient hooks that were lost."""
-        if _is_exporting():
-            return  # an exported program holds the weights as constants: nobody writes into them
-        if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
+        if torch.compiler.is_compiling():
+            self._hold_compiled(module)
+        elif torch._C._functorch.maybe_current_level() is not None:
             # torch.func forbids writes to what a function captured, and has no public way to look or step outside
             with temporarily_clear_interpreter_stack():
                 self._hold(module)
@@ -161,6 +172,12 @@ class ModuleHooks:
             watch_gradient(parameter, part)
             part.impose(parameter)
 
+    def _hold_compiled(self, module: nn.Module) -> None:
+        """Impose alone: a compiled frame cannot register hooks; the next eager forward or step does."""
+        if not _is_exporting():  # an exported program holds the weights as constants: nobody writes into them
+            for part, parameter in self.bound(module):
+                part.impose(parameter)
+
     def bound(self, module: nn.Module) -> Iterator[tuple[FrozenPart, nn.Parameter]]:
         """Pair each part with the parameter it holds now.
 
@@ -171,11 +188,13 @@ class ModuleHooks:
             parameter = parameter_of(module, key)
             if parameter is None:
                 raise gone(part.name, module)
-            if isinstance(parameter, nn.Parameter):
+            if type(parameter) is nn.Parameter or isinstance(parameter, nn.Parameter):  # the first is far quicker
                 yield part, parameter
 
 
 class _ModuleHook:
+    __slots__ = ("hooks",)
+
     def __init__(self, hooks: ModuleHooks) -> None:
         self.hooks = hooks
 
@@ -183,12 +202,16 @@ class _ModuleHook:
 class ImposeBeforeForward(_ModuleHook):
     """Before a module's forward: impose, and renew lost gradient hooks."""
 
+    __slots__ = ()
+
     def __call__(self, module: nn.Module, args: Any) -> None:
         self.hooks.hold(module)
 
 
 class ImposeBeforeCaller(_ModuleHook):
     """Before the forward of a module that computes with another's parameters without calling it: impose there."""
+
+    __slots__ = ("path",)
 
     def __init__(self, hooks: ModuleHooks, path: str) -> None:
         super().__init__(hooks)
@@ -201,6 +224,8 @@ class ImposeBeforeCaller(_ModuleHook):
 class ImposeBeforeSaving(_ModuleHook):
     """Before `state_dict()`: impose, so that what is saved is exact even after a stray write."""
 
+    __slots__ = ()
+
     def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         self.hooks.hold(module)
 
@@ -208,12 +233,16 @@ class ImposeBeforeSaving(_ModuleHook):
 class ImposeBeforeLoading(_ModuleHook):
     """Before `load_state_dict()`: impose, so that `keep` never takes over a stray write where nothing is loaded."""
 
+    __slots__ = ()
+
     def __call__(self, module: nn.Module, *args: Any) -> None:
         self.hooks.hold(module)
 
 
 class FollowLoading(_ModuleHook):
     """After `load_state_dict()`: let `keep` follow what was loaded, impose the rest, hook what was assigned."""
+
+    __slots__ = ()
 
     def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
         for part, parameter in self.hooks.bound(module):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
 
 from ._errors import SpecError
-from ._guard import check_optimizer
+from ._guard import check_optimizer, compact_state_dict
 from ._handle import FrozenEntries
 
 
@@ -23,10 +24,15 @@ class MaskedOptimizer(Optimizer):
     Args:
         optimizer: The optimizer to wrap, reachable as `inner`. It is guarded too: stepping it directly holds as well.
         frozen: What `freeze_entries` returned, or a sequence of such handles; an empty one makes a transparent wrapper.
+        compact: Whether the optimizer shall hold and step the free entries alone: each parameter that has frozen ones
+            is stepped by a flat tensor of its free entries, and its state is of their size. The trajectory is the
+            same; time and memory of the step shrink with what is frozen. For optimizers that work entry by entry, and
+            LBFGS. Groups still hold the model's own parameters.
 
     Raises:
         SpecError: `optimizer` is no optimizer, or `frozen` no handle (rules, say).
         OptimizerMismatchError: The optimizer steps none of a handle's parameters.
+        UnsupportedOptimizerError: `compact`, for an optimizer that does not work entry by entry (Muon, say).
 
     Example:
         >>> import torch
@@ -42,17 +48,20 @@ class MaskedOptimizer(Optimizer):
 
     inner: Optimizer
     frozen: tuple[FrozenEntries, ...]
+    compact: bool
 
-    def __init__(self, optimizer: Optimizer, frozen: FrozenEntries | Iterable[FrozenEntries]) -> None:
+    def __init__(
+        self, optimizer: Optimizer, frozen: FrozenEntries | Iterable[FrozenEntries], *, compact: bool = False
+    ) -> None:
         # Not super().__init__(): it would give this face groups, state and hooks of its own, and the first
         # load_state_dict would part them from the inner optimizer's. Every attribute comes from there instead.
         check_optimizer(optimizer)
         handles = _handles(frozen)
         for handle in handles:  # all of them before the first change
-            handle.check_optimizer(optimizer)
-        vars(self).update(inner=optimizer, frozen=handles)
+            handle.check_optimizer(optimizer, compact=compact)
+        vars(self).update(inner=optimizer, frozen=handles, compact=compact)
         for handle in handles:
-            handle.guard(optimizer)
+            handle.guard(optimizer, compact=compact)
 
     # Everything that is not defined here is the inner optimizer's, for reading, writing and deleting.
 
@@ -114,12 +123,22 @@ class MaskedOptimizer(Optimizer):
         """Reset the gradients, as the inner optimizer does."""
         self.inner.zero_grad(*args, **kwargs)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the inner optimizer's state dict: a plain optimizer loads it, and this one loads a plain one's."""
+    def state_dict(self, *args: Any, compact: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """Return the inner optimizer's state dict: a plain optimizer loads it, and this one loads a plain one's.
+
+        Args:
+            args: What the inner optimizer takes.
+            compact: Whether the state of a compact optimizer shall stay as small as it is in memory. Such a state
+                dict says which entries it is of; every optimizer that is guarded loads it, compact or not, under these
+                rules or others. A plain optimizer does not.
+            kwargs: What the inner optimizer takes.
+        """
+        if compact:
+            return compact_state_dict(self.inner)
         return self.inner.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Load a state dict into the inner optimizer; moments at frozen entries become 0."""
+        """Load a state dict, plain or compact, into the inner optimizer; moments at frozen entries become 0."""
         self.inner.load_state_dict(*args, **kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -130,7 +149,17 @@ class MaskedOptimizer(Optimizer):
         return repr(self.inner)
 
     def __reduce__(self) -> Any:
-        return type(self), (self.inner, self.frozen)  # a copy wraps the copied optimizer and guards it anew
+        return _copied, (type(self), self.inner, self.frozen, self.compact)
+
+
+def _copied(
+    kind: type[MaskedOptimizer], inner: Optimizer, frozen: tuple[FrozenEntries, ...], compact: bool
+) -> MaskedOptimizer:
+    """Wrap a copied optimizer and guard it anew; its state is compact already, where that of the original was."""
+    state, inner.state = inner.state, defaultdict(dict)
+    optimizer = kind(inner, frozen, compact=compact)
+    inner.state = state
+    return optimizer
 
 
 def _handles(frozen: Any) -> tuple[FrozenEntries, ...]:

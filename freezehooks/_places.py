@@ -17,6 +17,8 @@ from torch import Tensor
 _FEW: Final = 0.05
 """Up to this fraction of a tensor, writing by position beats a pass over all of its bits."""
 
+_BITS: Final = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+
 _INTEGERS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -29,9 +31,11 @@ def bits(tensor: Tensor) -> Tensor:
 class Places(ABC):
     """The frozen entries of one tensor shape: a box, positions or bits.
 
-    What `read` returns, and `write_` takes, is in the form's own shape: the box, ``(count,)`` for positions, or the
-    tensor's shape with zeros at the free entries.
+    What `read` returns, and `write_` takes, is in the form's own shape: the box without dimensions of one position,
+    ``(count,)`` for positions, or the tensor's shape with zeros at the free entries.
     """
+
+    __slots__ = ()  # here and on whatever else every step comes by
 
     @staticmethod
     def of(frozen: Tensor) -> Places:
@@ -51,7 +55,7 @@ class Places(ABC):
         elif "positions" in state:
             frozen.view(-1)[state["positions"].cpu()] = True
         else:
-            frozen |= state["frozen"].cpu()
+            frozen |= _unpacked(state["packed"].cpu(), frozen.numel()).view(frozen.shape)
         return Places.like(parameter, frozen)
 
     @staticmethod
@@ -81,6 +85,10 @@ class Places(ABC):
         self.fill_(number, 1)
         return number.view(torch.bool)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors that this form holds in memory."""
+        return ()
+
     @abstractmethod
     def state(self) -> dict[str, Any]:
         """Return plain tensors and builtins from which `from_state` makes the same places."""
@@ -89,12 +97,16 @@ class Places(ABC):
 class Box(Places):
     """Entries that form a strided box: reached through a view, at no memory."""
 
+    __slots__ = ("_key", "_spans")
+
     def __init__(self, spans: tuple[slice, ...], shape: torch.Size) -> None:
         self._spans = spans
-        # the shortest key: full dimensions before the first other one are an ellipsis, those after the last left out
+        # the quickest key: full dimensions before the first other one are an ellipsis, those after the last left out,
+        # one position is a number
         full = [span == slice(0, size, 1) for span, size in zip(spans, shape, strict=True)]
         first, last = (full.index(False), len(full) - full[::-1].index(False)) if not all(full) else (0, 0)
-        self._key: tuple[Any, ...] = (..., *spans[first:]) if last == len(full) and first else spans[:last]
+        terse = tuple(span.start if span.stop == span.start + 1 else span for span in spans)
+        self._key: tuple[Any, ...] = (..., *terse[first:]) if last == len(full) and first else terse[:last]
 
     @staticmethod
     def around(frozen: Tensor) -> Box | None:
@@ -112,17 +124,21 @@ class Box(Places):
             spans.append(slice(int(hits[0]), int(hits[-1]) + 1, step))
         return Box(tuple(spans), frozen.shape) if volume == int(frozen.sum()) else None
 
+    def view(self, tensor: Tensor) -> Tensor:
+        """Return the entries themselves, as a view of the tensor."""
+        return tensor[self._key]
+
     def zero_(self, tensor: Tensor) -> None:
         tensor[self._key].zero_()
 
     def fill_(self, tensor: Tensor, number: float) -> None:
-        tensor[self._key].fill_(number)
+        self.view(tensor).fill_(number)
 
     def write_(self, tensor: Tensor, values: Tensor) -> None:
-        tensor[self._key].copy_(values)
+        self.view(tensor).copy_(values)
 
     def read(self, tensor: Tensor) -> Tensor:
-        return tensor[self._key].clone(memory_format=torch.contiguous_format)
+        return self.view(tensor).clone(memory_format=torch.contiguous_format)
 
     def state(self) -> dict[str, Any]:
         return {"box": [[span.start, span.stop, span.step] for span in self._spans]}
@@ -168,6 +184,9 @@ class Scattered(Places):
     def read(self, tensor: Tensor) -> Tensor:
         return tensor.take(self._flat(tensor))
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self._positions, *(self._index or ())
+
     def state(self) -> dict[str, Any]:
         return {"positions": self._positions.clone()}
 
@@ -177,6 +196,7 @@ class Dense(Places):
 
     def __init__(self, frozen: Tensor) -> None:
         self._free = ~frozen
+        self._filled: tuple[float, Tensor] | None = None
 
     def _free_bits(self, tensor: Tensor) -> Tensor:
         """Return the bits of the free entries, as wide as the tensor's numbers and broadcast to `bits(tensor)`."""
@@ -192,14 +212,22 @@ class Dense(Places):
         if number == 0 and math.copysign(1, number) > 0:
             self.zero_(tensor)
             return
-        own, pattern = bits(tensor), bits(torch.full((), number, dtype=tensor.dtype, device=tensor.device))
-        # (t ^ p) & free ^ p is p where frozen and t where free. One store of the final bits: the forward of another
-        # thread never sees anything in between.
-        torch.bitwise_xor((own ^ pattern).bitwise_and_(self._free_bits(tensor)), pattern, out=own)
+        self.write_(tensor, self._full_of(number, tensor))
+
+    def _full_of(self, number: float, tensor: Tensor) -> Tensor:
+        """Return the number at the frozen entries and zeros elsewhere, in the tensor's dtype."""
+        filled = self._filled
+        if filled is None or (filled[0], filled[1].dtype, filled[1].device) != (number, tensor.dtype, tensor.device):
+            values = torch.full_like(tensor, number, requires_grad=False)
+            bits(values).bitwise_and_(~self._free_bits(tensor))
+            self._filled = filled = number, values
+        return filled[1]
 
     def write_(self, tensor: Tensor, values: Tensor) -> None:
+        # values - free * own with free -1 or 0, in integers: exact. One pass, nothing allocated, and one store of the
+        # final bits: the forward of another thread never sees anything in between.
         own = bits(tensor)
-        torch.bitwise_or(own & self._free_bits(tensor), bits(values), out=own)
+        torch.addcmul(bits(values), self._free_bits(tensor), own, value=-1, out=own)
 
     def read(self, tensor: Tensor) -> Tensor:
         values = tensor.clone()
@@ -209,5 +237,22 @@ class Dense(Places):
     def frozen(self, shape: torch.Size, device: torch.device) -> Tensor:
         return (self._free == 0).to(device)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self._free,) if self._filled is None else (self._free, self._filled[1])
+
     def state(self) -> dict[str, Any]:
-        return {"frozen": self._free == 0}
+        return {"packed": _packed(self._free == 0)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_filled": None}
+
+
+def _packed(mask: Tensor) -> Tensor:
+    """Return a bool tensor as bytes, eight entries each, row by row."""
+    flat = mask.flatten()
+    padded = torch.cat([flat, flat.new_zeros(-len(flat) % 8)]).view(-1, 8)
+    return (padded * _BITS.to(mask.device)).sum(dim=1, dtype=torch.uint8)
+
+
+def _unpacked(packed: Tensor, count: int) -> Tensor:
+    return (packed.unsqueeze(1) & _BITS).ne(0).flatten()[:count]

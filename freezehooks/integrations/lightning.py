@@ -43,6 +43,8 @@ class FreezeEntries(_Callback):
     Args:
         spec: The rules, as for `freeze_entries`; names are those of the LightningModule's parameters.
         until_epoch: The epoch, counted from 0, at whose start all entries are let go. Left out: never.
+        compact: Whether the optimizers shall hold and step the free entries alone, as `MaskedOptimizer` says.
+            Checkpoints hold their state in the plain shapes.
 
     Attributes:
         frozen: The handle of the latest fit, detached after it; None before any, and where all entries were let go.
@@ -59,7 +61,9 @@ class FreezeEntries(_Callback):
         conv.weight[center] = 0
     """
 
-    def __init__(self, spec: str | list[Any] | dict[str, Any] | Any, *, until_epoch: int | None = None) -> None:
+    def __init__(
+        self, spec: str | list[Any] | dict[str, Any] | Any, *, until_epoch: int | None = None, compact: bool = False
+    ) -> None:
         if until_epoch is not None and (type(until_epoch) is not int or until_epoch < 0):
             raise SpecError(
                 f"`until_epoch` must be an epoch counted from 0, or None, found {until_epoch!r}",
@@ -67,6 +71,7 @@ class FreezeEntries(_Callback):
             )
         self.rules = rules_of(spec)
         self.until_epoch = until_epoch
+        self.compact = compact
         self.frozen: FrozenEntries | None = None
         self._released = False
         self._saved: dict[str, Any] | None = None
@@ -88,8 +93,7 @@ class FreezeEntries(_Callback):
         elif not self._is_due(trainer):
             self.frozen = freeze_entries(pl_module, self.rules, state=self._saved)
             self._freeze_averages(trainer, self.frozen)
-            for optimizer in trainer.optimizers:
-                self.on_before_optimizer_step(trainer, pl_module, optimizer)
+            self._guard(trainer.optimizers, compact=self.compact)
             self._report(trainer, pl_module, self.frozen)
 
     def _freeze_averages(self, trainer: Any, frozen: FrozenEntries) -> None:
@@ -101,9 +105,13 @@ class FreezeEntries(_Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Guard an optimizer that was made, or given frozen parameters, since the start of fit."""
+        self._guard([optimizer])  # in the middle of its step: too late to be compact
+
+    def _guard(self, optimizers: list[Any], compact: bool = False) -> None:
         if self.frozen is not None and self.frozen.attached:
-            with suppress(OptimizerMismatchError):  # the optimizer of another part of the module
-                self.frozen.guard(optimizer)
+            for optimizer in optimizers:
+                with suppress(OptimizerMismatchError):  # the optimizer of another part of the module
+                    self.frozen.guard(optimizer, compact=compact)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Let the entries go, where the epoch for it has come."""

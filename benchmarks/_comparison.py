@@ -1,0 +1,212 @@
+"""Compare subjects on one task: rows of figures, and the claims that the figures keep or break."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from freezehooks import FreezeError
+
+from ._measure import Clock, Spread, Timing, added_milliseconds, interleave, ratios
+from ._memory import peak_bytes, state_bytes
+from .models import FULL, Sizes
+from .subjects import FreezeHooks, Held, Plain, Task
+
+NOTHING = Spread.of([])
+"""A figure that was not measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to measure.
+
+    Attributes:
+        device: Where the models are.
+        rounds: How many rounds count, or None for what each scenario needs.
+        warm_up: How many come first and do not.
+        sizes: How large the models are.
+    """
+
+    device: torch.device
+    rounds: int | None = None
+    warm_up: int = 5
+    sizes: Sizes = FULL
+
+    def turns(self, usual: int) -> tuple[int, int]:
+        """Return the rounds of a scenario that needs so many, and those to warm up."""
+        return (usual if self.rounds is None else self.rounds), self.warm_up
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What must hold of a row, and whether it does, by the medians."""
+
+    text: str
+    held: bool
+
+    def __str__(self) -> str:
+        return f"{self.text}: {'held' if self.held else 'NOT HELD'}"
+
+
+@dataclass(slots=True)
+class Row:
+    """The figures of one subject.
+
+    Attributes:
+        name: The subject.
+        time: Milliseconds a round.
+        ratio: The time over that of the reference in the same round.
+        added: Milliseconds beyond the reference in the same round.
+        fastest: The time of the fastest round over that of the reference's fastest.
+        step: The time of the optimizer's step alone over the reference's.
+        state: Bytes of the optimizer's state; None where there is no optimizer.
+        extra: Bytes that freezing keeps beside model and optimizer.
+        peak: How many bytes a step has at once of what it allocates.
+        entries: Whether the frozen entries held.
+        claims: What must hold.
+    """
+
+    name: str
+    time: Spread = NOTHING
+    ratio: Spread = NOTHING
+    added: Spread = NOTHING
+    fastest: float = math.nan
+    step: Spread = NOTHING
+    state: int | None = None
+    extra: int | None = None
+    peak: int | None = None
+    entries: str = ""
+    claims: list[Claim] = field(default_factory=list)
+
+    def claim(self, text: str, held: bool) -> None:
+        """Note what must hold of this row."""
+        self.claims.append(Claim(text, held))
+
+    def claim_ratio(self, limit: float) -> None:
+        """Note that the whole may take at most so many times the plain one's time."""
+        self.claim(f"at most {limit:g} x plain", self.ratio.median <= limit)
+
+    def claim_step(self, limit: float) -> None:
+        """Note that the optimizer's step may take at most so many times the plain one's time."""
+        self.claim(f"step at most {limit:g} x plain", self.step.median <= limit)
+
+
+@dataclass(slots=True)
+class Case:
+    """One comparison.
+
+    Attributes:
+        title: What was compared.
+        rows: The figures, by subject.
+        notes: What was left out, and why.
+    """
+
+    title: str
+    rows: dict[str, Row]
+    notes: list[str] = field(default_factory=list)
+
+    def claim_less_than_peers(self, peers: Iterable[type[Plain]]) -> None:
+        """Note beside each peer that this library must add less time than it does."""
+        ours = self.rows[FreezeHooks.name]
+        for peer in peers:
+            row = self.rows[peer.name]
+            row.claim(f"{ours.name} adds less", ours.added.median < row.added.median)
+
+
+def rows_of(timings: Mapping[str, list[Timing]], reference: str) -> dict[str, Row]:
+    """Sum up timings, each round against the reference's time in it."""
+    base = timings[reference]
+    return {name: _row(name, found, base) for name, found in timings.items()}
+
+
+def _row(name: str, found: list[Timing], base: list[Timing]) -> Row:
+    own, its = [timing.whole for timing in found], [timing.whole for timing in base]
+    row = Row(name, Spread.of([1e3 * seconds for seconds in own]), ratios(own, its), added_milliseconds(own, its))
+    row.fastest = min(own) / min(its)
+    row.step = ratios([timing.step for timing in found], [timing.step for timing in base])
+    return row
+
+
+def compare(
+    title: str, kinds: Iterable[type[Plain]], task: Task, options: Options, rounds: int, parts: bool = False
+) -> Case:
+    """Train a task with every kind of subject, in turns.
+
+    Args:
+        title: What is compared.
+        kinds: The subjects; those that are missing here or refuse the task are left out with a note.
+        task: What they train.
+        options: How to measure.
+        rounds: How many rounds this comparison needs.
+        parts: Whether the optimizer's step must be timed by itself on every device.
+    """
+    subjects, notes = _built(kinds, task)
+    clock = Clock(options.device, parts)
+    turns = {name: partial(subject.turn, clock=clock) for name, subject in subjects.items()}
+    rows = rows_of(interleave(turns, *options.turns(rounds)), Plain.name)
+    for name, subject in subjects.items():
+        _look_at(subject, rows[name], partial(turns[name], 0), options.device)
+    return Case(title, rows, notes)
+
+
+def _built(kinds: Iterable[type[Plain]], task: Task) -> tuple[dict[str, Plain], list[str]]:
+    """Return the subjects by name, and why others were left out."""
+    subjects: dict[str, Plain] = {}
+    notes = []
+    for kind in kinds:
+        why = kind.missing()
+        try:
+            subjects |= {} if why else {kind.name: kind(task)}
+        except FreezeError as error:
+            why = str(error)
+        if why:
+            notes.append(f"{kind.name} left out: {why}")
+    return subjects, notes
+
+
+def _look_at(subject: Plain, row: Row, step: Callable[[], object], device: torch.device) -> None:
+    """Fill in what is not a time: bytes, and whether the subject did its work."""
+    row.state, row.extra = state_bytes(subject.optimizer), subject.extra_bytes()
+    row.entries, exact = whether_held(subject)
+    subject.optimizer.zero_grad()
+    row.peak = peak_bytes(step, device)
+    if isinstance(subject, FreezeHooks):
+        row.claim("entries held", exact)
+
+
+def whether_held(subject: Plain) -> tuple[str, bool]:
+    """Return how the frozen entries of a subject fared, in words, and whether they hold bit for bit everywhere."""
+    if not subject.freezes:
+        return "not frozen", False
+    seen, stored = _gaps(subject, subject.computed), _gaps(subject, subject.parameter)
+    if seen.largest:
+        return f"drifted by {seen.largest:.2g}", False
+    if stored.largest:
+        return f"in the forward; stored off by {stored.largest:.2g}", False
+    if not stored.same_bits:
+        return "but for the sign of 0", False
+    return "bit for bit", True
+
+
+@dataclass(frozen=True, slots=True)
+class _Gaps:
+    largest: float
+    same_bits: bool
+
+
+@torch.no_grad()
+def _gaps(subject: Plain, read: Callable[[Held], Tensor]) -> _Gaps:
+    """Return the largest distance of a frozen entry from its value, and whether all agree to the last bit."""
+    largest, same = 0.0, True
+    for held in subject.task.held:
+        found = read(held)[held.index]
+        wanted = torch.as_tensor(held.values(), dtype=found.dtype, device=found.device).expand_as(found)
+        gap = (found - wanted).abs().max().item()
+        largest = max(largest, math.inf if math.isnan(gap) else gap)
+        same = same and found.contiguous().view(torch.int32).equal(wanted.contiguous().view(torch.int32))
+    return _Gaps(largest, same)

@@ -1,0 +1,174 @@
+"""What is compared: a task, plain training of it, and training with this library."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from freezehooks import MaskedOptimizer, freeze_entries
+
+from ._measure import Clock, Timing
+from ._memory import held_bytes, tensor_bytes, tensors
+
+
+@dataclass(frozen=True)
+class Held:
+    """Entries of one parameter that are to be held.
+
+    Attributes:
+        name: The parameter's qualified name.
+        index: The entries, as one would index them: slices, or a bool tensor.
+        value: A number, or a tensor of the parameter's shape.
+    """
+
+    name: str
+    index: Any
+    value: float | Tensor = 0.0
+
+    def frozen(self, parameter: Tensor) -> Tensor:
+        """Return the bool tensor that is True at the held entries."""
+        frozen = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
+        frozen[self.index] = True
+        return frozen
+
+    def values(self) -> Any:
+        """Return what an indexed assignment writes: a number, or the values of the held entries."""
+        return self.value[self.index] if isinstance(self.value, Tensor) else self.value
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every subject of a comparison trains, each on a copy of its own.
+
+    Attributes:
+        model: The model, with the weights that all start from.
+        batches: The data; round by round they take turns.
+        loss: From the model and a batch to the loss.
+        optimizer: From the parameters to their optimizer.
+        held: What is to be held.
+        spec: The same as a user of this library writes it.
+        steps: How many training steps make a turn: short ones come several at a time, as in training, so that what is
+            measured is not how cold the others left the caches.
+    """
+
+    model: nn.Module
+    batches: Sequence[Any]
+    loss: Callable[[nn.Module, Any], Tensor]
+    optimizer: Callable[[Iterable[Tensor]], Optimizer]
+    held: Sequence[Held]
+    spec: Any
+    steps: int = 1
+
+
+class Plain:
+    """Trains with nothing frozen: the measure of the others."""
+
+    name = "plain"
+    freezes = False
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.model = copy.deepcopy(task.model)
+        self.prepare()
+        self.optimizer = task.optimizer([p for p in self.model.parameters() if p.requires_grad])
+        self.protect()
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Return why the subject cannot be measured here, or None."""
+        return None
+
+    def prepare(self) -> None:
+        """Change the model, before its optimizer is made."""
+
+    def protect(self) -> None:
+        """Change the optimizer."""
+
+    def before_forward(self) -> None:
+        """Do what comes before each forward."""
+
+    def step_optimizer(self) -> None:
+        """Step the optimizer, with what comes right before and after."""
+        self.optimizer.step()
+
+    def turn(self, number: int, clock: Clock) -> Timing:
+        """Take a turn's training steps and return how long one took."""
+        batch = self.task.batches[number % len(self.task.batches)]
+        timings = [self._train_on(batch, clock) for _ in range(self.task.steps)]
+        return Timing(*(sum(seconds) / len(timings) for seconds in zip(*map(astuple, timings), strict=True)))
+
+    def _train_on(self, batch: Any, clock: Clock) -> Timing:
+        start = clock()
+        self.optimizer.zero_grad()
+        self.before_forward()
+        self.task.loss(self.model, batch).backward()
+        middle = clock.between()
+        self.step_optimizer()
+        end = clock()
+        return Timing(end - start, end - middle)
+
+    def extra_bytes(self) -> int:
+        """Return how many bytes freezing keeps beside model and optimizer, between steps."""
+        return 0
+
+    def parameter(self, held: Held) -> Tensor:
+        """Return the tensor that the optimizer steps and a checkpoint would store."""
+        return self.model.get_parameter(held.name)
+
+    def computed(self, held: Held) -> Tensor:
+        """Return the weight that the next forward would compute with."""
+        return self.parameter(held)
+
+    def owner(self, held: Held) -> tuple[nn.Module, str]:
+        """Return the module that has the parameter, and the parameter's name there."""
+        path, _, key = held.name.rpartition(".")
+        return self.model.get_submodule(path), key
+
+
+class PlainAgain(Plain):
+    """The same once more: how far it comes out from the first is what differences mean nothing."""
+
+    name = "plain again"
+
+
+class FreezeHooks(Plain):
+    """This library."""
+
+    name = "freezehooks"
+    freezes = True
+    options: dict[str, Any] = {}  # noqa: RUF012  # read only
+
+    def prepare(self) -> None:
+        self.frozen = freeze_entries(self.model, self.task.spec)
+
+    def protect(self) -> None:
+        self.optimizer = MaskedOptimizer(self.optimizer, self.frozen, **self.options)
+
+    def extra_bytes(self) -> int:
+        return held_bytes(self.frozen)
+
+
+class FreezeHooksCompact(FreezeHooks):
+    """This library, with optimizer state for the free entries alone."""
+
+    name = "freezehooks compact"
+    options = {"compact": True}  # noqa: RUF012  # read only
+
+    @classmethod
+    def missing(cls) -> str | None:
+        takes_it = "compact" in inspect.signature(MaskedOptimizer).parameters
+        return None if takes_it else "this version's MaskedOptimizer does not take `compact`"
+
+    def extra_bytes(self) -> int:
+        state = tensors(dict(self.optimizer.state))
+        return tensor_bytes(self.optimizer, beyond=[*self.model.parameters(), *self.model.buffers(), *state])
+
+
+OURS: tuple[type[Plain], ...] = (Plain, PlainAgain, FreezeHooks, FreezeHooksCompact)

@@ -1,0 +1,330 @@
+"""An optimizer that holds the free entries alone: it steps flat tensors of them, and its state is of their size.
+
+The optimizer's groups always hold the model's own parameters, and its state lies under them, as flat tensors. At each
+step the optimizer's own `step` runs on a stand-in for the optimizer, whose groups hold the flat tensors in the place
+of the parameters. Whatever happens in a step, an error included, the optimizer itself never changes hands.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, Final, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ._errors import UnsupportedOptimizerError, UnsupportedParameterError
+from ._formulas import ELEMENTWISE, is_elementwise, steps_like
+from ._free import FreeEntries
+from ._frozen import FrozenPart
+from ._narrow import compact_state_dict, reformed, whole_state_dict
+
+Held: TypeAlias = "Callable[[], Iterable[tuple[FrozenPart, Tensor]]]"
+"""Returns each part with the parameter that it holds now."""
+
+_REFUSED: Final = {
+    "Muon": "it orthogonalises the update of a whole matrix",
+    "Adafactor": "it keeps one number for each row and column, and scales by the size of the whole update",
+    "SparseAdam": "it takes sparse gradients, and moves only what they name",
+}
+
+
+def check_elementwise(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose free entries would train otherwise in a flat tensor of their own.
+
+    Raises:
+        UnsupportedOptimizerError: It is one, or it is not known that it is none.
+    """
+    kind = type(optimizer)
+    if not is_elementwise(optimizer) and not steps_like(kind, torch.optim.LBFGS):
+        why = _REFUSED.get(kind.__name__, "it is not known to work entry by entry")
+        raise UnsupportedOptimizerError(
+            f"`{kind.__name__}` cannot hold the free entries alone: {why}",
+            "leave out compact=True, or take one of "
+            f"{', '.join(kind.__name__ for kind in ELEMENTWISE)}, LBFGS (the same method in any subspace)",
+        )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise UnsupportedOptimizerError(
+            f"`{kind.__name__}(differentiable=True)` cannot hold the free entries alone: its step is part of a graph",
+            "leave out compact=True",
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One parameter
+
+
+class Slot:
+    """One parameter, and the flat tensor of its free entries that the optimizer steps in its place.
+
+    Attributes:
+        parameter: The parameter.
+        parts: What the handles freeze of it.
+        free: Which of its entries are free.
+    """
+
+    def __init__(self, parameter: Tensor, parts: list[FrozenPart]) -> None:
+        self.parameter = parameter
+        self.parts = parts
+        self.free = FreeEntries.of(self.frozen, parameter)
+        self._made_for = _makings(parameter, parts)
+        self._version = -1
+        self._is_stray = True
+
+    @property
+    def frozen(self) -> Tensor:
+        """The bool tensor that is True where any of the parts freezes an entry."""
+        frozen = self.parts[0].frozen
+        for part in self.parts[1:]:
+            frozen = frozen | part.frozen
+        return frozen
+
+    def fits(self, parts: list[FrozenPart]) -> bool:
+        """Return whether these parts freeze the same entries, of a parameter that still lies as it did."""
+        return self._made_for == _makings(self.parameter, parts)
+
+    def flat(self) -> Tensor:
+        """Return the free entries and their gradient as a tensor of their own, or as a view of the parameter."""
+        self._is_stray = self.parameter._version != self._version
+        flat = self.free.take(self.parameter.detach())
+        flat.grad = self.flat_gradient()
+        return flat
+
+    def flat_gradient(self) -> Tensor | None:
+        """Return the gradient of the free entries.
+
+        Raises:
+            UnsupportedParameterError: It is sparse.
+        """
+        gradient = self.parameter.grad
+        if gradient is None or not self.free.count:
+            return None
+        if gradient.layout != torch.strided:
+            raise UnsupportedParameterError(
+                f"`{self.parts[0].name}` has a gradient of layout {gradient.layout}, and compact=True needs dense ones",
+                "make the layer without sparse=True, or leave out compact=True",
+            )
+        return self.free.take(gradient.detach().resolve_conj().resolve_neg())
+
+    def write_back(self, flat: Tensor) -> None:
+        """Write a flat tensor into the free entries; impose the frozen ones if something else was written meanwhile.
+
+        The optimizer never reads or writes a frozen entry. What somebody wrote there through `.data` leaves no trace,
+        and is put right by the next forward.
+        """
+        self.free.put_(self.parameter.detach(), flat)  # counted by autograd, as every step is
+        if self._is_stray:
+            for part in self.parts:
+                part.impose(self.parameter)
+        self._version, self._is_stray = self.parameter._version, False
+
+
+def _makings(parameter: Tensor, parts: list[FrozenPart]) -> tuple[Any, ...]:
+    """Return what a slot is made from; places are compared by identity, because a part gets new ones to change."""
+    return parameter.shape, parameter.stride(), parameter.device, [p.places for part in parts for p in part.pieces]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One step
+
+
+class _Stage:
+    """One step of an optimizer on the flat tensors: from the gradients it finds to the weights it leaves."""
+
+    def __init__(self, optimizer: Optimizer, slots: dict[Tensor, Slot]) -> None:
+        self._optimizer = optimizer
+        self._slots = slots
+        self._flats: dict[Tensor, Tensor] = {}
+        self._groups: list[dict[str, Any]] | None = None
+        self.state: dict[Tensor, Any] = defaultdict(dict)
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups, with flat tensors in the place of parameters.
+
+        They are made when the step first asks for them, which is after every step-pre-hook and every closure but
+        that of LBFGS: what those do to gradients and weights is seen.
+        """
+        if self._groups is None:
+            self._flats = {parameter: slot.flat() for parameter, slot in self._slots.items()}
+            self._groups = [
+                {**group, "params": [self._flats.get(parameter, parameter) for parameter in group["params"]]}
+                for group in self._optimizer.param_groups
+            ]
+            for parameter, state in self._optimizer.state.items():
+                self.state[self._flats.get(parameter, parameter)] = state
+        return self._groups
+
+    def write_weights(self) -> None:
+        """Write the flat tensors into the parameters."""
+        for parameter, flat in self._flats.items():
+            self._slots[parameter].write_back(flat)
+
+    def renew_gradients(self) -> None:
+        """Take the gradients anew: a closure has made others."""
+        for parameter, flat in self._flats.items():
+            flat.grad = self._slots[parameter].flat_gradient()
+
+    def end(self) -> None:
+        """Hand weights, state and options over to the optimizer."""
+        self.write_weights()
+        parameters = {id(flat): parameter for parameter, flat in self._flats.items()}
+        for key, state in self.state.items():
+            if state:
+                self._optimizer.state[parameters.get(id(key), key)] = state
+        for group, stepped in zip(self._optimizer.param_groups, self._groups or (), strict=False):
+            group.update({name: option for name, option in stepped.items() if name != "params"})
+
+
+class _StandIn:
+    """Mixed into the class of an optimizer: has all that the optimizer has, and the groups and state of a stage."""
+
+    _stage: _Stage
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._stage.groups
+
+    @property
+    def state(self) -> dict[Tensor, Any]:
+        return self._stage.state
+
+    @property
+    def _params(self) -> list[Tensor]:  # what LBFGS steps
+        params: list[Tensor] = self._stage.groups[0]["params"]
+        return params
+
+
+@cache
+def _stand_in_class(kind: Any) -> Any:
+    return type(kind.__name__, (_StandIn, kind), {})
+
+
+def _stand_in(optimizer: Optimizer, stage: _Stage) -> Any:
+    kind: Any = type(optimizer)
+    stand_in: Any = object.__new__(_stand_in_class(kind))
+    vars(stand_in).update(vars(optimizer), _stage=stage, _numel_cache=None)  # LBFGS counts its entries once
+    return stand_in
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One optimizer
+
+
+class Compaction:
+    """What makes an optimizer hold the free entries alone; shared by the guards of all handles on it.
+
+    Attributes:
+        members: What each handle holds.
+    """
+
+    def __init__(self) -> None:
+        self.members: list[Held] = []
+        self._slots: dict[Tensor, Slot] = {}
+        self._stage: _Stage | None = None
+        self._saves_compact = False
+        self._handles: list[RemovableHandle] = []
+
+    def join(self, held: Held, optimizer: Optimizer) -> None:
+        """Step what a handle holds by its free entries too."""
+        self.members.append(held)
+        if not self._handles:
+            self._handles = [
+                optimizer.register_state_dict_post_hook(self._after_saving),
+                optimizer.register_load_state_dict_post_hook(self._after_loading),
+            ]
+        self.settle(optimizer)
+
+    def leave(self, held: Held, optimizer: Optimizer) -> None:
+        """Let go what a handle holds; with the last one the optimizer holds whole parameters again."""
+        self.members.remove(held)
+        self.settle(optimizer)
+        if not self.members:
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
+
+    def holds(self, parameter: Tensor) -> bool:
+        """Return whether the optimizer steps a parameter by its free entries, so never reads or writes the others."""
+        return parameter in self._slots
+
+    # State
+
+    def settle(self, optimizer: Optimizer) -> None:
+        """Bring the optimizer's state into line with what the handles hold now.
+
+        Entries that stay free keep their state; those that were frozen start anew, as if they had never moved.
+        """
+        wanted = {}
+        for parameter, parts in self._frozen_in(optimizer).items():
+            slot = self._slots.get(parameter)
+            wanted[parameter] = slot if slot is not None and slot.fits(parts) else Slot(parameter, parts)
+        if any(wanted.get(parameter) is not self._slots.get(parameter) for parameter in {**wanted, **self._slots}):
+            changed = reformed(optimizer.param_groups, optimizer.state, _free(self._slots), _free(wanted))
+            optimizer.state.update(changed)
+            self._slots = wanted
+
+    def _frozen_in(self, optimizer: Optimizer) -> dict[Tensor, list[FrozenPart]]:
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        found: dict[Tensor, list[FrozenPart]] = {}
+        for held in self.members:
+            for part, parameter in held():
+                if id(parameter) in stepped:
+                    found.setdefault(parameter, []).append(part)
+        # tied copies are summed and made one as whole parameters
+        return {parameter: parts for parameter, parts in found.items() if all(part.tie is None for part in parts)}
+
+    def _after_loading(self, optimizer: Optimizer) -> None:
+        """Take over a state that was loaded: it is whole."""
+        self._slots = {}
+        self.settle(optimizer)
+
+    def compact_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the optimizer's state dict with flat tensors of the free entries, and which those are."""
+        self._saves_compact = True
+        try:
+            return optimizer.state_dict()
+        finally:
+            self._saves_compact = False
+
+    def _after_saving(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the optimizer's state dict as it is to be saved: whole, unless it was asked for compact."""
+        if not self._saves_compact:
+            return whole_state_dict(optimizer, state_dict, _free(self._slots))
+        places = {
+            parameter: [piece.places for part in slot.parts for piece in part.pieces]
+            for parameter, slot in self._slots.items()
+        }
+        return compact_state_dict(optimizer, state_dict, _free(self._slots), places)
+
+    # Steps
+
+    def begin_step(self, optimizer: Optimizer) -> Any:
+        """Return what steps in the optimizer's place."""
+        self.settle(optimizer)
+        self._stage = _Stage(optimizer, self._slots)
+        return _stand_in(optimizer, self._stage)
+
+    def before_closure(self) -> None:
+        """Let a closure see the weights of this moment: LBFGS moves them between its closures."""
+        if self._stage is not None:
+            self._stage.write_weights()
+
+    def after_closure(self) -> None:
+        """Let the step see the gradients that a closure made."""
+        if self._stage is not None:
+            self._stage.renew_gradients()
+
+    def end_step(self) -> None:
+        """Hand weights and state over to the optimizer."""
+        if self._stage is not None:
+            self._stage.end()
+            self._stage = None
+
+
+def _free(slots: dict[Tensor, Slot]) -> dict[Tensor, FreeEntries]:
+    return {parameter: slot.free for parameter, slot in slots.items()}

@@ -1,0 +1,201 @@
+"""The benchmarks run, and say what they are there to say; how long anything takes is nothing to test."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from benchmarks.__main__ import SCENARIOS
+from benchmarks._comparison import Case, Claim, Options, Row, whether_held
+from benchmarks._measure import Clock, Spread, Timing, added_milliseconds, interleave, ratios
+from benchmarks._memory import held_bytes, peak_bytes, state_bytes, tensor_bytes
+from benchmarks._report import broken, table
+from benchmarks.models import TINY
+from benchmarks.peers import AT_VALUES, AT_ZERO, MaskAroundStep, Parametrize, Prune, TrainableTokens
+from benchmarks.subjects import FreezeHooks, FreezeHooksCompact, Held, Plain, Task
+from freezehooks import entries, freeze_entries
+
+ROOT = Path(__file__).parents[1]
+ONCE = Options(torch.device("cpu"), rounds=1, warm_up=0, sizes=TINY)
+
+
+def _run(*options: str) -> str:
+    command = [sys.executable, "-m", "benchmarks", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _task(held: Held) -> Task:
+    """A layer to train with momentum and weight decay, which move what is frozen by its gradient alone."""
+    region = entries[held.index] if isinstance(held.index, tuple) else held.index
+    return Task(
+        nn.Linear(4, 3, bias=False),
+        [torch.randn(5, 4) for _ in range(2)],
+        lambda model, rows: model(rows).square().sum(),
+        lambda parameters: SGD(parameters, lr=0.01, momentum=0.9, weight_decay=0.1),
+        [held],
+        {held.name: (region, held.value)},
+    )
+
+
+def _trained(kind: type[Plain], task: Task) -> Plain:
+    subject = kind(task)
+    for number in range(3):
+        subject.turn(number, Clock(torch.device("cpu")))
+    return subject
+
+
+# The command
+
+
+def test_the_command_measures_prints_and_writes(tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    output = _run("--quick", "--scenario", "install", "--json", str(found))
+    for said in ("torch: ", "threads: 1", "allocator: ", "1,000 parameters", "10,000,000 entries", "claims not held"):
+        assert said in output
+    written = json.loads(found.read_text())
+    assert written["environment"]["torch"] == torch.__version__
+    rows = written["scenarios"]["install"][0]["rows"]
+    assert rows["1,000 parameters"]["time"]["median"] > 0
+    assert rows["1,000 parameters"]["ratio"]["median"] is None
+
+
+def test_the_command_lists_what_must_hold() -> None:
+    output = _run("--list")
+    for name in SCENARIOS:
+        assert f"{name}: " in output
+    assert output.count("Must hold: ") == len(SCENARIOS)
+
+
+@pytest.mark.filterwarnings("default")  # those of PEFT and of what it imports are not ours
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_scenario_runs_and_every_subject_holds_what_it_must(name: str) -> None:
+    cases = list(SCENARIOS[name](ONCE))
+    assert cases
+    assert any(row.claims for case in cases for row in case.rows.values())
+    for case in cases:
+        assert case.title in table(case)
+        for row in case.rows.values():
+            assert not row.entries.startswith("drifted"), row.name
+            assert row.claims[:1] == [Claim("entries held", held=True)] or "freezehooks" not in row.name
+
+
+# The subjects
+
+
+@pytest.mark.parametrize("kind", [FreezeHooks, FreezeHooksCompact, *AT_ZERO], ids=lambda kind: kind.name)
+def test_subject_holds_zeros(kind: type[Plain]) -> None:
+    if kind.missing():
+        pytest.skip(str(kind.missing()))
+    subject = _trained(kind, _task(Held("weight", torch.rand(3, 4) < 0.5)))
+    assert not whether_held(subject)[0].startswith("drifted")
+
+
+@pytest.mark.parametrize("kind", [FreezeHooks, FreezeHooksCompact, *AT_VALUES], ids=lambda kind: kind.name)
+def test_subject_holds_values(kind: type[Plain]) -> None:
+    if kind.missing():
+        pytest.skip(str(kind.missing()))
+    subject = _trained(kind, _task(Held("weight", torch.rand(3, 4) < 0.5, torch.randn(3, 4))))
+    assert not whether_held(subject)[0].startswith("drifted")
+
+
+def test_every_subject_computes_the_same_free_entries() -> None:
+    held = Held("weight", (slice(None), 0))
+    task = _task(held)
+    with torch.no_grad():
+        task.model.get_parameter("weight")[held.index] = 0  # for those that look at it before they hold it
+    kinds: list[type[Plain]] = [FreezeHooks, *AT_ZERO]
+    subjects = [_trained(kind, task) for kind in kinds]
+    for subject in subjects:
+        torch.testing.assert_close(subject.computed(held), subjects[0].computed(held), rtol=0, atol=1e-6)
+
+
+def test_what_a_peer_lets_drift_is_said() -> None:
+    task = _task(Held("weight", (slice(None), 0)))
+    assert whether_held(_trained(Plain, task)) == ("not frozen", False)
+    assert whether_held(_trained(FreezeHooks, task)) == ("bit for bit", True)
+    assert whether_held(_trained(MaskAroundStep, task))[0] == "but for the sign of 0"
+    for kind in (Prune, Parametrize):
+        assert whether_held(_trained(kind, task))[0].startswith("in the forward; stored off by ")
+    moved = _trained(FreezeHooks, task)
+    moved.parameter(task.held[0]).data.add_(0.5)
+    assert whether_held(moved) == ("drifted by 0.5", False)
+
+
+@pytest.mark.filterwarnings("default")  # as above
+def test_trainable_tokens_learn_the_free_rows_alone() -> None:
+    pytest.importorskip("peft")
+    model = nn.Sequential(nn.Embedding(6, 4))
+    held = Held("0.weight", slice(None, -2), model.get_parameter("0.weight").detach().clone())
+    batches = [torch.tensor([[0, 4, 5]])]
+    task = Task(model, batches, lambda model, tokens: model(tokens).square().sum(), SGD, [held], None)
+    subject = _trained(TrainableTokens, task)
+    assert whether_held(subject) == ("bit for bit", True)
+    assert not subject.computed(held)[-2:].equal(model.get_parameter("0.weight")[-2:])
+
+
+# Measuring
+
+
+def test_rounds_are_paired_and_the_first_do_not_count() -> None:
+    calls: list[tuple[str, int]] = []
+
+    def turn(number: int, name: str, seconds: float) -> Timing:
+        calls.append((name, number))
+        return Timing(seconds * (number + 1))
+
+    turns = {"a": partial(turn, name="a", seconds=1), "b": partial(turn, name="b", seconds=3)}
+    found = interleave(turns, rounds=4, warm_up=2)
+    own, base = ([timing.whole for timing in found[name]] for name in ("b", "a"))
+    assert base == [3, 4, 5, 6]
+    assert ratios(own, base) == Spread(3, 3, 3)
+    assert added_milliseconds(own, base).median == 9000
+    assert [number for _, number in calls] == [n for n in range(6) for _ in "ab"]
+    assert len({tuple(name for name, n in calls if n == number) for number in range(6)}) == 2
+
+
+def test_bytes_count_each_storage_once() -> None:
+    tensor = torch.zeros(10)
+    assert tensor_bytes({"a": tensor, "b": [tensor[:3], (tensor,)]}) == 40
+    assert tensor_bytes([tensor, torch.zeros(2)], beyond=[tensor]) == 8
+    layer = nn.Linear(4, 3, bias=False)
+    optimizer = SGD(layer.parameters(), momentum=0.9)
+    layer(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert state_bytes(optimizer) == 48
+
+
+def test_a_slice_keeps_no_bytes_and_kept_values_theirs() -> None:
+    assert held_bytes(freeze_entries(nn.Linear(4, 3), "weight[:, 0] = 0")) == 0
+    assert held_bytes(freeze_entries(nn.Linear(4, 3), "weight[:, 0] = keep")) == 12
+
+
+def test_peak_is_what_a_step_has_at_once() -> None:
+    def step() -> None:
+        first = torch.zeros(1000)
+        second = torch.zeros(1000)
+        del first, second
+        torch.zeros(500)
+
+    assert peak_bytes(step, torch.device("cpu")) == pytest.approx(8000, abs=200)
+
+
+def test_claims_are_printed_with_their_row_and_counted() -> None:
+    case = Case("title", {"fast": Row("fast"), "slow": Row("slow")}, ["one left out"])
+    case.rows["fast"].claim("quick", held=True)
+    case.rows["slow"].claim("quick", held=False)
+    lines = table(case).splitlines()
+    assert lines[0] == "title"
+    assert lines[2].split() == ["fast", "quick:", "held"]
+    assert lines[3].endswith("quick: NOT HELD")
+    assert lines[4] == "  (one left out)"
+    assert broken([case]) == [Claim("quick", held=False)]
