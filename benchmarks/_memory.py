@@ -16,7 +16,7 @@ from freezehooks import FrozenEntries
 
 
 def held_bytes(frozen: FrozenEntries) -> int:
-    """Return how many bytes a handle holds beyond its model: positions, bits and values; none for slices at a number."""
+    """Return how many bytes a handle holds beyond its model: positions, bits and values."""
     return frozen.nbytes
 
 

@@ -69,10 +69,10 @@ def residual_net(widths: tuple[int, ...]) -> nn.Module:
 
 
 def perceptron(width: int, layers: int = 6) -> nn.Module:
-    """Return square linear layers with ReLU in between."""
+    """Return square linear layers with GELU in between."""
     stack: list[nn.Module] = []
     for _ in range(layers):
-        stack += [nn.Linear(width, width), nn.ReLU()]
+        stack += [nn.Linear(width, width), nn.GELU()]
     return nn.Sequential(*stack[:-1])
 
 

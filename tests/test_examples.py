@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -9,9 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from freezehooks import MaskedOptimizer
+
 pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
+pytest.importorskip("transformers")
+
+needs_compact = pytest.mark.skipif(
+    "compact" not in inspect.signature(MaskedOptimizer).parameters, reason="MaskedOptimizer keeps no compact state yet"
+)
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -96,3 +104,17 @@ def test_the_layer_and_the_rule_learn_the_same_kernel(tmp_path: Path) -> None:
     assert "same to the last bit: True" in output
     assert float(re.findall(r"from the kernel that blurred: (\d\.\d+)", output)[0]) < 0.02
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@needs_compact
+def test_new_token_rows_learn_and_old_ones_stay() -> None:
+    output = _run("new_token_rows.py", "--steps", "10")
+    heads = dict(re.findall(r"^(tied|untied) head, 10 steps\n((?:  .*\n)+)", output, re.MULTILINE))
+    for head, matrices in (("tied", 1), ("untied", 2)):
+        entries = matrices * 3 * 64
+        assert f"entries that train: {entries} of" in heads[head]
+        taken = int(re.findall(r"bytes of optimizer state: ([\d,]+)", heads[head])[0].replace(",", ""))
+        assert taken < 3 * 4 * entries
+        before, after = re.findall(r"chance of a new token: (\S+) before, (\S+) after", heads[head])[0]
+        assert float(after) > float(before)
+        assert heads[head].count("320 old rows bit-equal: True; new rows that moved: 3 of 3") == 2

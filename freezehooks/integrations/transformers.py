@@ -1,0 +1,225 @@
+"""Freeze entries inside the Trainer of Hugging Face transformers: one callback."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from .._errors import DriftError, SpecError, StateMismatchError
+from .._grammar import Spec, rules_of
+from .._handle import FrozenEntries, freeze_entries
+
+try:
+    from accelerate.optimizer import AcceleratedOptimizer
+    from transformers import TrainerCallback
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "freezehooks.integrations.transformers needs transformers and accelerate: "
+        "pip install 'freezehooks[transformers]'"
+    ) from error
+
+_FILE: Final = "freezehooks.pt"
+"""What a checkpoint folder has beside the Trainer's own files: regions and values, which its JSON cannot hold."""
+
+
+class FreezeEntriesCallback(TrainerCallback):
+    """Hold some entries of the model's parameters through `Trainer.train`.
+
+    At the start of every training the rules are read, the gradient hooks and forward hooks go onto the named layers,
+    and the optimizer is guarded through its own step hooks: it stays the object that the Trainer made or was given. At
+    the end of every epoch each frozen entry is compared with its value, bit for bit. At the end of training every hook
+    comes off again.
+
+    Regions and values go into the file `freezehooks.pt` of every checkpoint folder. A run resumed from it takes them
+    from there.
+
+    Args:
+        spec: The rules, as for `freeze_entries`; names are those of the model's parameters.
+        until_epoch: The epoch, counted from 0, at whose start all entries are let go. Left out: never.
+        compact: Keep the optimizer's state for the free entries alone, as `FrozenEntries.guard` does when it is asked.
+
+    Attributes:
+        frozen: The handle of the latest training, detached after it; None before any, and where all entries were let
+            go. The Trainer tells no callback of an exception: where training broke off the entries are still held,
+            until `frozen.remove()` or the next training of this callback.
+
+    Raises:
+        FreezeError: Text that is no rule, when the callback is made; anything else, at the start of training.
+        DriftError: At the end of an epoch, where a frozen entry does not hold its value.
+        StateMismatchError: On resuming from a checkpoint that was saved under other rules, or whose `freezehooks.pt`
+            is nowhere to be found.
+
+    Example:
+        >>> from freezehooks.integrations.transformers import FreezeEntriesCallback
+        >>> callback = FreezeEntriesCallback("transformer.wte[~50257:]", until_epoch=2)
+        >>> print(*callback.rules)
+        transformer.wte[~50257:] = keep
+    """
+
+    def __init__(self, spec: Spec, *, until_epoch: int | None = None, compact: bool = False) -> None:
+        if until_epoch is not None and (type(until_epoch) is not int or until_epoch < 0):
+            raise SpecError(
+                f"`until_epoch` must be an epoch counted from 0, or None, found {until_epoch!r}",
+                "give a whole number, 0 or more",
+            )
+        self.rules = rules_of(spec)
+        self.until_epoch = until_epoch
+        self.compact = compact
+        self.frozen: FrozenEntries | None = None
+        self._released = False
+        self._run = ""
+
+    @property
+    def state_key(self) -> str:
+        """The name of this callback's entry in a checkpoint: it says the rules."""
+        return f"{type(self).__qualname__}{[str(rule) for rule in self.rules]}"
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Freeze the entries and guard the optimizer, after the Trainer has loaded what it resumes from."""
+        self._remove()  # an earlier training may have broken off
+        self.frozen, self._released, self._run = None, False, uuid.uuid4().hex
+        entry = self._entry(state)
+        if entry is not None and entry["released"]:
+            self._released = True
+            self._warn_of_release()
+        elif not self._is_due(state):
+            self.frozen = self._freeze(model, optimizer, entry and self._saved(args, state, entry))
+            self._report(state, model, self.frozen)
+
+    def _entry(self, state: Any) -> dict[str, Any] | None:
+        """Return what a checkpoint says of this callback; None in a fresh run, or after one without frozen entries.
+
+        Raises:
+            StateMismatchError: It speaks of other rules alone.
+        """
+        saved = [key for key in state.stateful_callbacks if key.startswith(f"{type(self).__qualname__}[")]
+        if saved and self.state_key not in saved:
+            raise StateMismatchError(
+                f"the checkpoint was saved under other rules: {', '.join(saved)}; this run has {self.state_key}",
+                "give the callback the rules of the checkpoint, or start a new training from its weights alone",
+            )
+        return state.stateful_callbacks.get(self.state_key)  # type: ignore[no-any-return]  # it came from JSON
+
+    def _saved(self, args: Any, state: Any, entry: dict[str, Any]) -> dict[str, Any]:
+        """Return regions and values from the checkpoint that the run resumes from.
+
+        The Trainer does not say which folder that is: it is looked for where it may be and known by the run's mark.
+
+        Raises:
+            StateMismatchError: It is in none of them.
+        """
+        folders = [_checkpoint(args.output_dir, state), _checkpoint(entry["output_dir"], state)]
+        if isinstance(args.resume_from_checkpoint, str):
+            folders.insert(0, Path(args.resume_from_checkpoint))
+        for folder in folders:
+            saved = _read(folder).get(self.state_key, {})
+            if saved.get("run") == entry["run"]:
+                return saved["frozen"]  # type: ignore[no-any-return]  # a file says what it says
+        raise StateMismatchError(
+            f"the `{_FILE}` of the checkpoint is not in {', '.join(dict.fromkeys(map(str, folders)))}",
+            "say where it is, as in TrainingArguments(resume_from_checkpoint=folder), or copy the file from another "
+            "checkpoint of the same run",
+        )
+
+    def _freeze(self, model: Any, optimizer: Any, saved: dict[str, Any] | None) -> FrozenEntries:
+        frozen = freeze_entries(model, self.rules, state=saved)
+        options: dict[str, Any] = {"compact": True} if self.compact else {}
+        try:
+            frozen.guard(_unwrapped(optimizer), **options)
+        except Exception:
+            frozen.remove()
+            raise
+        return frozen
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let the entries go, where the epoch for it has come."""
+        if self._is_due(state) and not self._released:
+            self._released = True
+            self._remove()
+            _log(state, f"{type(self).__name__}: all entries train from epoch {int(state.epoch)} on")
+        # not before: at the start of training other callbacks still read what the checkpoint says
+        state.stateful_callbacks[self.state_key] = {
+            "released": self._released,
+            "run": self._run,
+            "output_dir": str(Path(args.output_dir).resolve()),
+        }
+
+    def _is_due(self, state: Any) -> bool:
+        return self.until_epoch is not None and int(state.epoch or 0) >= self.until_epoch
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check that every frozen entry holds its value."""
+        if self.frozen is not None and self.frozen.attached:
+            try:
+                self.frozen.assert_frozen()
+            except DriftError:
+                self._remove()
+                raise
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write regions and values beside the weights, in the processes that write weights."""
+        folder = _checkpoint(args.output_dir, state)
+        if args.should_save and folder.is_dir() and self.frozen is not None:
+            saved = {"run": self._run, "frozen": self.frozen.state_dict()}
+            _write(folder, {**_read(folder), self.state_key: saved})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the hooks off, after imposing once more: other callbacks may have written averages into the model."""
+        if self.frozen is not None and self.frozen.attached:
+            self.frozen.impose()
+            self._remove()
+
+    def _remove(self) -> None:
+        if self.frozen is not None:
+            self.frozen.remove()
+
+    def _warn_of_release(self) -> None:
+        if self.until_epoch is None:
+            warnings.warn(
+                f"{type(self).__name__}: the checkpoint was saved after `until_epoch` had let all entries go; nothing "
+                "is frozen in this run either. To freeze again start a new training from its weights alone.",
+                stacklevel=2,
+            )
+
+    def _report(self, state: Any, model: Any, frozen: FrozenEntries) -> None:
+        total = sum(parameter.numel() for parameter in model.parameters())
+        _log(state, f"{type(self).__name__}: {frozen.frozen_count:,} of {total:,} entries are frozen\n{frozen}")
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """Return the optimizer inside Accelerate's wrapper, which has no step hooks of its own."""
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _checkpoint(output_dir: str, state: Any) -> Path:
+    """Return the folder in which the Trainer keeps the checkpoint of the present step."""
+    return Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """Return what the callbacks wrote into a checkpoint folder: an item each; nothing where there is none."""
+    path = folder / _FILE
+    return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
+
+
+def _write(folder: Path, items: dict[str, Any]) -> None:
+    """Write all of the file or nothing: a process that is killed here leaves no half of it."""
+    unfinished = folder / f"{_FILE}.tmp"
+    torch.save(items, unfinished)
+    unfinished.replace(folder / _FILE)
+
+
+def _log(state: Any, message: str) -> None:
+    """Say something once, in the log of transformers."""
+    if state.is_world_process_zero:
+        logging.getLogger("transformers").info(message)
