@@ -22,6 +22,7 @@ from ._formulas import ELEMENTWISE, is_elementwise, steps_like
 from ._free import FreeEntries
 from ._frozen import FrozenPart
 from ._narrow import compact_state_dict, reformed, whole_state_dict
+from ._shards import is_sharded
 
 Held: TypeAlias = "Callable[[], Iterable[tuple[FrozenPart, Tensor]]]"
 """Returns each part with the parameter that it holds now."""
@@ -52,6 +53,20 @@ def check_elementwise(optimizer: Optimizer) -> None:
             f"`{kind.__name__}(differentiable=True)` cannot hold the free entries alone: its step is part of a graph",
             "leave out compact=True",
         )
+
+
+def check_whole(held: Iterable[tuple[FrozenPart, Tensor]]) -> None:
+    """Refuse parameters that are spread over ranks: how many entries are free differs from rank to rank.
+
+    Raises:
+        UnsupportedParameterError: One is.
+    """
+    for part, parameter in held:
+        if is_sharded(parameter):
+            raise UnsupportedParameterError(
+                f"`{part.name}` is spread over ranks ({type(parameter).__name__}), and compact=True needs it whole",
+                "leave out compact=True, or train with DistributedDataParallel",
+            )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -272,6 +287,7 @@ class Compaction:
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         found: dict[Tensor, list[FrozenPart]] = {}
         for held in self.members:
+            check_whole(held())
             for part, parameter in held():
                 if id(parameter) in stepped:
                     found.setdefault(parameter, []).append(part)

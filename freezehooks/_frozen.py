@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._errors import (
     FrozenValueError,
@@ -17,11 +17,13 @@ from ._errors import (
     RuleConflictError,
     SpecError,
     StateMismatchError,
+    UnsupportedParameterError,
 )
 from ._expressions import Index, Pattern
 from ._places import Places, bits
 from ._regions import kernel_center, positions, select
 from ._rules import Keep, Rule
+from ._shards import Layout, cut, is_sharded, joined, layout_of, local, local_gradient
 from ._tie import Tie
 
 
@@ -79,6 +81,22 @@ class Piece:
             raise StateMismatchError("it was saved with other values", _SAME_TENSORS)
         return Piece(rule, places, own)
 
+    def resized(self, before: torch.Size, after: Tensor, change: Callable[[Tensor], Tensor]) -> Piece:
+        """Return the piece on another part of the parameter.
+
+        Args:
+            before: The shape of the part that this piece is of.
+            after: The part that the new one is of.
+            change: From a tensor of the first shape to one of the second.
+        """
+        frozen = self.places.frozen(before, after.device)
+        places = Places.like(after, change(frozen))
+        if not isinstance(self._source, Tensor):
+            return Piece(self.rule, places, self._source)
+        values = torch.zeros(before, dtype=self._source.dtype, device=after.device)
+        self.places.write_(values, self._source.to(after.device))
+        return Piece(self.rule, places, places.read(torch.empty_like(after, dtype=values.dtype).copy_(change(values))))
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors that it holds in memory."""
         values = [value for value in (self._source, self._cast) if isinstance(value, Tensor)]
@@ -90,8 +108,8 @@ class Piece:
         return self.rule.value is Keep.KEEP
 
     def recapture(self, parameter: Tensor) -> None:
-        """Make what the entries hold now the value to keep."""
-        self._source, self._cast = self.places.read(parameter.data), None
+        """Make what the entries of a plain tensor hold now the value to keep."""
+        self._source, self._cast = self.places.read(parameter), None
 
     def impose_(self, tensor: Tensor) -> None:
         """Write the value into the frozen entries of a tensor of the parameter's shape."""
@@ -219,7 +237,7 @@ class FrozenPart:
     """The frozen entries of one parameter and the values they are held at, or the copies in it that are one.
 
     It knows the parameter's shape but not the parameter, so that a copy of a model and its copied parts never reach
-    back into the original.
+    back into the original. Of a parameter that is spread over ranks it holds this rank's part alone.
 
     Attributes:
         name: The parameter's qualified name; the first one of a tied parameter.
@@ -233,7 +251,10 @@ class FrozenPart:
         "_cleaned",
         "_device",
         "_dtype",
+        "_extent",
+        "_layout",
         "_members",
+        "_sharded",
         "frozen_count",
         "name",
         "names",
@@ -248,6 +269,9 @@ class FrozenPart:
         self.shape = parameter.shape
         self._dtype, self._device = parameter.dtype, parameter.device
         self._cleaned: tuple[weakref.ref[Tensor], int] | None = None
+        self._layout: Layout | None = None
+        self._sharded: weakref.ref[Tensor] | None = None
+        self._extent = parameter.shape
         self.replace(members)
 
     def replace(self, members: Sequence[Piece | Tie]) -> None:
@@ -258,6 +282,7 @@ class FrozenPart:
         """
         pieces = [member for member in members if isinstance(member, Piece)]
         ties = [member for member in members if isinstance(member, Tie)]
+        self._layout, self._extent = None, self.shape  # of the whole parameter, until it is seen again
         self._check_ties(ties, pieces)
         frozen = torch.zeros(self.shape, dtype=torch.bool, device=self._device)
         held = self._blank()
@@ -321,27 +346,27 @@ class FrozenPart:
         )
 
     def __getstate__(self) -> Any:
-        kept = {name: getattr(self, name) for name in self.__slots__ if name != "_cleaned"}
-        return None, {"_cleaned": None, **kept}
+        kept = {name: getattr(self, name) for name in self.__slots__ if name not in ("_cleaned", "_sharded")}
+        return None, {"_cleaned": None, "_sharded": None, **kept}
 
     def _blank(self) -> Tensor:
-        return torch.zeros(self.shape, dtype=self._dtype, device=self._device)
+        return torch.zeros(self._extent, dtype=self._dtype, device=self._device)
 
     @property
     def frozen(self) -> Tensor:
-        """Where the entries are frozen.
+        """Where the entries are frozen; of a parameter that is spread over ranks, where in this rank's part.
 
         Shape:
             ``(*shape)``, bool, True at the frozen entries.
         """
-        frozen = torch.zeros(self.shape, dtype=torch.bool, device=self._device)
+        frozen = torch.zeros(self._extent, dtype=torch.bool, device=self._device)
         for piece in self.pieces:
             frozen |= self._frozen_by(piece)
         return frozen
 
     def _frozen_by(self, piece: Piece) -> Tensor:
         """Return the bool tensor of what one piece freezes."""
-        return piece.places.frozen(self.shape, self._device)
+        return piece.places.frozen(self._extent, self._device)
 
     @property
     def values(self) -> Tensor:
@@ -372,8 +397,16 @@ class FrozenPart:
 
     def state(self) -> dict[str, Any]:
         """Return plain tensors and builtins that say what is frozen, in the order of the rules."""
-        pieces = [{"rule": str(member.rule), **member.state()} for member in self._members]
+        pieces = [{"rule": str(member.rule), **member.state()} for member in self._whole_members()]
         return {"shape": list(self.shape), "pieces": pieces}
+
+    def _whole_members(self) -> Sequence[Piece | Tie]:
+        """Return the members of the whole parameter: gathered, where it is spread over ranks."""
+        like = None if self._layout is None or self._sharded is None else self._sharded()
+        if like is None:
+            return self._members
+        full = torch.empty((), dtype=self._dtype, device=self._device).expand(self.shape)
+        return [piece.resized(self._extent, full, lambda part: joined(part, like)) for piece in self.pieces]
 
     def impose_(self, tensor: Tensor) -> None:
         """Write the values into the frozen entries of a plain tensor of the parameter's shape; make copies one."""
@@ -394,18 +427,48 @@ class FrozenPart:
         if parameter.shape != self.shape or parameter.is_meta:
             self.check_shape(parameter)
             return  # on the meta device it has no numbers, on its way through `to_empty`
-        self._dtype, self._device = parameter.dtype, parameter.device
-        tensor = parameter.data
+        if self._layout is None and type(parameter) is nn.Parameter:
+            tensor = parameter.data
+        elif self.follow(parameter):
+            tensor = local(parameter).data
+        else:
+            return
+        self._dtype, self._device = tensor.dtype, tensor.device
         if self.tie is not None:
             self.tie.impose_(tensor)
         for piece in self.pieces:
             piece.impose_(tensor)
 
-    def _follow(self, parameter: Tensor) -> None:
-        """Take over the parameter's dtype and device."""
-        self.check_shape(parameter)
-        if not parameter.is_meta:  # there it has no numbers, on its way through `to_empty`
-            self._dtype, self._device = parameter.dtype, parameter.device
+    def follow(self, parameter: Tensor) -> bool:
+        """Become of the part of the parameter that lies on this rank, where it was spread over ranks or is otherwise.
+
+        Returns:
+            Whether the parameter is the one to write to: not the whole that FSDP2 gathers for a while from the parts.
+        """
+        layout = layout_of(parameter)
+        if layout is None:
+            return self._layout is None
+        self._sharded = weakref.ref(parameter)
+        if layout != self._layout:
+            if self.tie is not None:
+                raise not_spread(self.tie.rule)
+            if self._layout is not None:
+                raise ParameterChangedError(
+                    f"`{self.name}` was spread over ranks as {self._layout[1]} when it was frozen, and is as "
+                    f"{layout[1]} now",
+                    "freeze before the first of parallelize_module and fully_shard, or after the last",
+                )
+            part = local(parameter).data
+            self.pieces = [piece.resized(self.shape, part, lambda full: cut(full, layout)) for piece in self.pieces]
+            self._members, self._layout, self._extent = list(self.pieces), layout, part.shape
+        return True
+
+    def current(self, parameter: Tensor) -> Tensor:
+        """Return the spread parameter in whose place FSDP2 has put the whole for a while; any other as it is."""
+        if self._sharded is None or is_sharded(parameter):
+            return parameter
+        sharded = self._sharded()
+        return parameter if sharded is None else sharded
 
     def check_shape(self, parameter: Tensor) -> None:
         """Refuse a parameter that was put in the place of the frozen one and does not have its shape.
@@ -421,7 +484,10 @@ class FrozenPart:
 
     def zero_gradient(self, parameter: Tensor) -> None:
         """Make the parameter's gradient exactly +0.0 at the frozen entries, whatever stands there (inf and nan too)."""
-        gradient = parameter.grad
+        if self._layout is None and type(parameter) is nn.Parameter:
+            gradient = parameter.grad
+        else:
+            gradient = local_gradient(parameter) if self.follow(parameter) else None
         if gradient is None or gradient.is_meta:
             return
         if gradient.layout != torch.strided:
@@ -494,30 +560,56 @@ class FrozenPart:
 
     def recapture(self, parameter: Tensor) -> None:
         """Let `keep` follow numbers that were loaded into the parameter; other values are imposed on them."""
-        self._follow(parameter)
+        self.check_shape(parameter)
+        if not self.follow(parameter):
+            return
         if self.tie is not None:
             try:
                 self.tie.check_start(parameter)
             except FrozenValueError as error:
                 raise error.within(f"rule `{self.tie.rule}`", f"loaded into `{self.name}`") from None
             self.tie.begin_(parameter.data)
+        tensor = local(parameter).data
+        if not tensor.is_meta:
+            self._dtype, self._device = tensor.dtype, tensor.device
         for piece in self.pieces:
             if not piece.keeps:
-                piece.impose_(parameter.data)
+                piece.impose_(tensor)
         for piece in self.pieces:
             if piece.keeps:
-                piece.recapture(parameter)
+                piece.recapture(tensor)
 
     def violation(self, parameter: Tensor) -> Violation | None:
-        """Return what of the parameter has drifted, bit for bit, or None where every frozen entry holds."""
-        held = parameter.detach().clone()
+        """Return what of the parameter has drifted, bit for bit, or None where every frozen entry holds.
+
+        Of a parameter that is spread over ranks, each rank looks at its own part.
+        """
+        if not self.follow(parameter):
+            return None
+        found = local(parameter.detach())
+        held = found.clone()
         self.impose_(held)
-        drifted = _differ(held, parameter.detach())
+        drifted = _differ(held, found)
         if not bool(drifted.any()):
             return None
-        gap = (held - parameter.detach()).abs().nan_to_num(nan=torch.inf).where(drifted, -1)
-        index = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
-        return Violation(self.name, int(drifted.sum()), index, parameter.detach()[index].item(), held[index].item())
+        gap = (held - found).abs().nan_to_num(nan=torch.inf).where(drifted, -1)
+        place = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
+        index = place if self._layout is None else _index_in_whole(place, self.shape, self._layout)
+        return Violation(self.name, int(drifted.sum()), index, found[place].item(), held[place].item())
+
+
+def _index_in_whole(place: tuple[int, ...], shape: torch.Size, layout: Layout) -> tuple[int, ...]:
+    """Return where in the whole tensor an entry of this rank's part lies."""
+    numbers = cut(torch.arange(shape.numel()).view(shape), layout)
+    return tuple(int(i) for i in torch.unravel_index(numbers[place], shape))
+
+
+def not_spread(rule: Rule) -> UnsupportedParameterError:
+    """Return the error for tied copies in a parameter that is spread over ranks."""
+    return UnsupportedParameterError(
+        f"rule `{rule}`: the copies lie on several ranks, where their gradients are not summed",
+        "tie parameters that FSDP2 and tensor parallelism leave whole, or use DistributedDataParallel",
+    )
 
 
 def _owns_its_entries(tensor: Tensor) -> bool:

@@ -60,6 +60,7 @@ class Guard:
         if optimizer is None or self._handles:
             return
         for part, parameter, _ in self._held_by(optimizer):
+            part.follow(parameter)
             watch_gradient(parameter, part)
         if self._compaction is not None:
             self._compaction.join(self._held, optimizer)

@@ -11,15 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ._compact import check_elementwise
+from ._compact import check_elementwise, check_whole
 from ._errors import DriftError, OptimizerMismatchError, ParameterChangedError, SpecError, TargetError
 from ._frozen import FrozenPart, Violation
 from ._grammar import Spec, rules_of
 from ._guard import Guard, check_optimizer, compact_guards, guards_on
-from ._hooks import ModuleHooks, hooks_on, parts_watching, silent_callers, unwatch_gradient, watch_gradient
+from ._hooks import (
+    ImposeBeforeModel,
+    ModuleHooks,
+    hooks_on,
+    parts_watching,
+    remove_before_model,
+    silent_callers,
+    unwatch_gradient,
+    watch_gradient,
+)
 from ._parts import Model, resolve, saved_pieces, state_of
 from ._rules import Rule
-from ._targets import Site, matching
+from ._targets import Site, matching, unwrapped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -91,6 +100,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         self._modules: dict[nn.Module, ModuleHooks] = {}
         self._guards: list[Guard] = []
         self._attached = False
+        self._family = self._parts  # by which module hooks know one another
         for part, sites in parts:
             self._parts[part.name] = part
             self._sites.extend((part, site) for site in sites)
@@ -112,6 +122,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
 
     def _take_over(self, module: nn.Module, hooks: ModuleHooks) -> None:
         self._modules[module] = hooks
+        self._family = hooks.family
         self._attached = True
         for key, part in hooks.parts.items():
             self._parts[part.name] = part
@@ -123,7 +134,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
 
     def __getitem__(self, name: str) -> FrozenPart:
         for part in self._parts.values():
-            if name in part.names:
+            if name in part.names or unwrapped(name) in map(unwrapped, part.names):
                 return part
         raise self._not_frozen(name)
 
@@ -179,7 +190,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         """Pair each part with each parameter it holds now."""
         seen: set[tuple[int, int]] = set()
         for part, site in self._sites:
-            parameter = site.tensor()
+            parameter = part.current(site.tensor())
             pair = id(part), id(parameter)
             if pair not in seen:
                 seen.add(pair)
@@ -197,7 +208,9 @@ class FrozenEntries(Mapping[str, FrozenPart]):
             ParameterChangedError: A parameter is gone, has another shape, or lies in a module that was replaced.
         """
         self._check_in_place()
-        found = {(part.name, id(site.find())): part.violation(site.computed()) for part, site in self._sites}
+        found = {
+            (part.name, id(site.find())): part.violation(part.current(site.computed())) for part, site in self._sites
+        }
         return tuple(filter(None, found.values()))
 
     def _check_in_place(self) -> None:
@@ -274,6 +287,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         check_optimizer(optimizer)
         if compact:
             check_elementwise(optimizer)
+            check_whole(self.held())
         self._check_in_place()
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if self._parts and not any(id(parameter) in stepped for _, parameter in self.held()):
@@ -320,6 +334,8 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         for module, hooks in by_module.items():
             hooks.install(module, callers.get(module, []))
         self._modules = by_module
+        if isinstance(self._model, nn.Module) and by_module:
+            self._model.register_forward_pre_hook(ImposeBeforeModel(self._parts), prepend=True)
 
     def remove(self) -> None:
         """Let the entries go: take off every hook, from module, parameters and guarded optimizers.
@@ -333,6 +349,8 @@ class FrozenEntries(Mapping[str, FrozenPart]):
             guard.suspend()
         for part, site in self._sites:
             self._let_go(part, site)
+        if isinstance(self._model, nn.Module):
+            remove_before_model(self._model, self._family)
         self._attached = False
 
     def thaw(self, target: str) -> None:
@@ -345,7 +363,8 @@ class FrozenEntries(Mapping[str, FrozenPart]):
             TargetError: Nothing of it is frozen.
         """
         known = [name for part in self._parts.values() for name in part.names]
-        names = {self[name].name for name in matching(target, known)}
+        plain = [unwrapped(name) for name in known]
+        names = {self[name].name for name in matching(target, known) or matching(unwrapped(target), plain)}
         if not names:
             raise self._not_frozen(target)
         if self._attached:
@@ -398,7 +417,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
             StateMismatchError: It was made under other rules or for another model; nothing is changed then.
         """
         asked = {part.name: (parameter, part.rules) for part, parameter in self.held()}
-        for name, pieces in saved_pieces(asked, state).items():
+        for name, pieces in list(saved_pieces(asked, state)):  # all of them before the first change
             self._parts[name].replace(pieces)
         if self.attached:
             for part, parameter in self.held():

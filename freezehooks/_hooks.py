@@ -6,6 +6,7 @@ pickle take hooks along, and a copy must not write into the original.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils.hooks import RemovableHandle
 
 from ._frozen import FrozenPart
+from ._ranks import check_same_parts, is_distributed
+from ._shards import is_sharded, local
 from ._targets import gone, parameter_of
 from ._tie import Tie
 
@@ -29,6 +32,19 @@ class ZeroFrozenGradient:
 
     def __call__(self, parameter: Tensor) -> None:
         self.part.zero_gradient(parameter)
+        if is_distributed():
+            clean_after_reducer(self.part, parameter)
+
+
+def clean_after_reducer(part: FrozenPart, parameter: Tensor) -> None:
+    """Zero the gradient once more before `backward()` returns: some ways to compress it give back what was not there.
+
+    DistributedDataParallel reduces gradients after their hooks, and takes the result over in a callback at the end of
+    backward. A callback that was queued by a callback comes after that.
+    """
+    queue = torch.autograd.Variable._execution_engine.queue_callback  # type: ignore[attr-defined]
+    if not is_sharded(parameter):
+        queue(lambda: queue(lambda: part.zero_gradient(parameter)))
 
 
 class SumTiedGradient:
@@ -178,7 +194,7 @@ class ModuleHooks:
             for part, parameter in self.bound(module):
                 part.impose(parameter)
 
-    def bound(self, module: nn.Module) -> Iterator[tuple[FrozenPart, nn.Parameter]]:
+    def bound(self, module: nn.Module) -> Iterator[tuple[FrozenPart, Tensor]]:
         """Pair each part with the parameter it holds now.
 
         `torch.func.functional_call` and `nn.DataParallel` put plain tensors in a parameter's place for one call;
@@ -189,7 +205,7 @@ class ModuleHooks:
             if parameter is None:
                 raise gone(part.name, module)
             if type(parameter) is nn.Parameter or isinstance(parameter, nn.Parameter):  # the first is far quicker
-                yield part, parameter
+                yield part, part.current(parameter)
 
 
 class _ModuleHook:
@@ -231,12 +247,22 @@ class ImposeBeforeSaving(_ModuleHook):
 
 
 class ImposeBeforeLoading(_ModuleHook):
-    """Before `load_state_dict()`: impose, so that `keep` never takes over a stray write where nothing is loaded."""
+    """Before `load_state_dict()`: impose, so that `keep` never takes over a stray write where nothing is loaded.
+
+    What was loaded into the parameter itself, as torch.distributed.checkpoint does, is not a stray write.
+    """
 
     __slots__ = ()
 
-    def __call__(self, module: nn.Module, *args: Any) -> None:
-        self.hooks.hold(module)
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for key, part in self.hooks.parts.items():
+            parameter = parameter_of(module, key)
+            if parameter is not None and not _shares_memory(state_dict.get(prefix + key), part.current(parameter)):
+                part.impose(part.current(parameter))
+
+
+def _shares_memory(loaded: Any, parameter: Tensor) -> bool:
+    return isinstance(loaded, Tensor) and local(loaded).data_ptr() == local(parameter).data_ptr() != 0
 
 
 class FollowLoading(_ModuleHook):
@@ -248,6 +274,55 @@ class FollowLoading(_ModuleHook):
         for part, parameter in self.hooks.bound(module):
             watch_gradient(parameter, part)
             part.recapture(parameter)
+
+
+class ImposeBeforeModel:
+    """Before the forward of the whole model: impose on what FSDP2 gathers before the owner's own hook.
+
+    Args:
+        family: The parts that the handle holds.
+    """
+
+    def __init__(self, family: dict[str, FrozenPart]) -> None:
+        self.family = family
+        self._compared = False
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling() or not is_distributed():
+            return
+        self._compare_ranks()
+        if has_fsdp2(model):
+            self._come_first(model)
+            for module in model.modules():
+                for hooks in hooks_on(module):
+                    if hooks.family is self.family:
+                        hooks.hold(module)
+
+    def _compare_ranks(self) -> None:
+        """Compare the rules of a model that was frozen before DistributedDataParallel took it."""
+        if not self._compared and nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
+            self._compared = True
+            check_same_parts(self.family.values())
+
+    def _come_first(self, model: nn.Module) -> None:
+        """Be the first of the hooks from the next forward on: `fully_shard` has put its own before."""
+        found = next(key for key, hook in model._forward_pre_hooks.items() if hook is self)
+        if next(iter(model._forward_pre_hooks)) != found:
+            model._forward_pre_hooks.move_to_end(found, last=False)  # type: ignore[attr-defined]
+
+
+def remove_before_model(model: nn.Module, family: dict[str, FrozenPart]) -> None:
+    """Take the hook of a family of parts off the model again."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, ImposeBeforeModel) and hook.family is family:
+                del module._forward_pre_hooks[key]
+
+
+def has_fsdp2(model: nn.Module) -> bool:
+    """Return whether FSDP2 holds the parameters of some module of the model."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # without which it does not
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
 def hooks_on(module: nn.Module) -> list[ModuleHooks]:

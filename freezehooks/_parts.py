@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ._errors import FreezeError, StateMismatchError
 from ._frozen import FrozenPart, Piece
+from ._ranks import check_same_on_ranks
 from ._rules import Rule, Tied
-from ._targets import Site, Targets, check_no_fsdp1, check_supported
+from ._shards import whole
+from ._targets import Site, Targets, check_supported, check_wrappers, unwrapped
 from ._tie import Tie
 
 Model: TypeAlias = "nn.Module | Mapping[str, Tensor]"
@@ -33,12 +35,19 @@ def resolve(model: Model, rules: Iterable[Rule], state: Any = None) -> list[tupl
     Raises:
         FreezeError: A rule, or the state, that does not fit the model.
     """
-    check_no_fsdp1(model)
+    check_wrappers(model)
     targets = Targets(model)
     asked = _asked(targets, rules)
+    check_same_on_ranks(model, asked)
     pieces = _chosen_pieces(asked) if state is None else saved_pieces(asked, state)
-    parts = [FrozenPart(targets.names_of(name), parameter, pieces[name]) for name, (parameter, _) in asked.items()]
+    parts = [_part(targets.names_of(name), asked[name][0], members) for name, members in pieces]
     return [(part, [targets.sites[name] for name in part.names]) for part in parts]
+
+
+def _part(names: list[str], parameter: Tensor, members: Sequence[Piece | Tie]) -> FrozenPart:
+    part = FrozenPart(names, parameter, members)
+    part.follow(parameter)
+    return part
 
 
 def _asked(targets: Targets, rules: Iterable[Rule]) -> Asked:
@@ -54,8 +63,14 @@ def _asked(targets: Targets, rules: Iterable[Rule]) -> Asked:
     return asked
 
 
-def _chosen_pieces(asked: Asked) -> dict[str, list[Piece | Tie]]:
-    return {name: [_piece(rule, name, parameter) for rule in rules] for name, (parameter, rules) in asked.items()}
+Chosen: TypeAlias = "Iterator[tuple[str, list[Piece | Tie]]]"
+"""One parameter after another: what is frozen of the whole of it, before it is cut to what lies on this rank."""
+
+
+def _chosen_pieces(asked: Asked) -> Chosen:
+    for name, (parameter, rules) in asked.items():
+        full = whole(parameter)
+        yield name, [_piece(rule, name, full) for rule in rules]
 
 
 def _piece(rule: Rule, name: str, parameter: Tensor) -> Piece | Tie:
@@ -85,8 +100,8 @@ def state_of(parts: Iterable[FrozenPart]) -> dict[str, Any]:
     return {"format": _FORMAT, "rules": list(rules), "parameters": {part.name: part.state() for part in parts}}
 
 
-def saved_pieces(asked: Asked, state: Any) -> dict[str, list[Piece | Tie]]:
-    """Return the pieces that a state wrote down.
+def saved_pieces(asked: Asked, state: Any) -> Chosen:
+    """Yield the pieces that a state wrote down.
 
     Raises:
         StateMismatchError: The state was made under other rules or for another model, or cannot be read.
@@ -97,14 +112,12 @@ def saved_pieces(asked: Asked, state: Any) -> dict[str, list[Piece | Tie]]:
                 f"the state has format {state['format']!r}, expected {_FORMAT}",
                 "load it with the version of freezehooks that saved it",
             )
-        _check_same_rules(asked, state["parameters"])
-        return {
-            name: [
-                _saved_piece(rule, name, parameter, item)
-                for rule, item in zip(rules, state["parameters"][name]["pieces"], strict=True)
-            ]
-            for name, (parameter, rules) in asked.items()
-        }
+        parameters = {unwrapped(name): item for name, item in state["parameters"].items()}
+        _check_same_rules(asked, parameters)
+        for name, (parameter, rules) in asked.items():
+            full = whole(parameter)
+            saved = zip(rules, parameters[unwrapped(name)]["pieces"], strict=True)
+            yield name, [_saved_piece(rule, name, full, item) for rule, item in saved]
 
 
 def _saved_piece(rule: Rule, name: str, parameter: Tensor, item: dict[str, Any]) -> Piece | Tie:
@@ -128,8 +141,13 @@ def _readable() -> Iterator[None]:
 
 
 def _check_same_rules(asked: Asked, saved: dict[str, Any]) -> None:
-    now = {name: (list(parameter.shape), list(map(str, rules))) for name, (parameter, rules) in asked.items()}
-    then = {name: (item["shape"], [piece["rule"] for piece in item["pieces"]]) for name, item in saved.items()}
+    now = {
+        unwrapped(name): (list(parameter.shape), [unwrapped(str(rule)) for rule in rules])
+        for name, (parameter, rules) in asked.items()
+    }
+    then = {
+        name: (item["shape"], [unwrapped(piece["rule"]) for piece in item["pieces"]]) for name, item in saved.items()
+    }
     for name in dict.fromkeys([*then, *now]):
         if now.get(name) != then.get(name):
             raise StateMismatchError(

@@ -40,6 +40,8 @@ class Places(ABC):
     @staticmethod
     def of(frozen: Tensor) -> Places:
         """Return the cheapest form of what is True in the bool tensor `frozen`."""
+        if not bool(frozen.any()):
+            return Nothing()
         box = Box.around(frozen)
         if box is not None:
             return box
@@ -92,6 +94,27 @@ class Places(ABC):
     @abstractmethod
     def state(self) -> dict[str, Any]:
         """Return plain tensors and builtins from which `from_state` makes the same places."""
+
+
+class Nothing(Places):
+    """No entry at all: what a rank may hold of a region that lies on others."""
+
+    __slots__ = ()
+
+    def zero_(self, tensor: Tensor) -> None:
+        pass
+
+    def fill_(self, tensor: Tensor, number: float) -> None:
+        pass
+
+    def write_(self, tensor: Tensor, values: Tensor) -> None:
+        pass
+
+    def read(self, tensor: Tensor) -> Tensor:
+        return tensor.new_empty(0)
+
+    def state(self) -> dict[str, Any]:
+        return {"positions": torch.empty(0, dtype=torch.int64)}
 
 
 class Box(Places):

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ._formulas import is_elementwise, steps_like
 from ._frozen import FrozenPart
+from ._shards import local
 
 _WEIGHTS: Final = frozenset({"ax", "slow_buffer", "slow_param", "master_param"})
 """State that holds weights: the averages of ASGD, the slow weights of Lookahead, master copies."""
@@ -57,9 +58,9 @@ def settle(state: dict[str, Any], part: FrozenPart, group: dict[str, Any]) -> No
     """Make a parameter's state what it would be had the frozen entries never moved."""
     for name, value in entrywise(state, part.shape):
         if holds_weights(name, group):
-            part.impose_(value)
+            part.impose_(local(value))
         else:
-            part.fill_(value, _start_of(name, group))
+            part.fill_(local(value), _start_of(name, group))
 
 
 def may_keep_weights(optimizer: Optimizer) -> bool:
@@ -71,7 +72,7 @@ def impose_on_weights(state: dict[str, Any], part: FrozenPart, group: dict[str, 
     """Write the values into those items of a parameter's state that hold weights."""
     for name, value in entrywise(state, part.shape):
         if holds_weights(name, group):
-            part.impose_(value)
+            part.impose_(local(value))
 
 
 # --------------------------------------------------------------------------------------------------------------------

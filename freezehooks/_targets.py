@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ._errors import ParameterChangedError, SpecError, TargetError, UnsupportedParameterError
+from ._shards import is_sharded, local
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class Targets:
             TargetError: It speaks of none.
             UnsupportedParameterError: It speaks of a tensor that is computed from other parameters.
         """
-        names = matching(target, [*self.sites, *self._computed])
+        names = matching(target, [*self.sites, *self._computed]) or self._matching_unwrapped(target)
         for name in names:
             if name in self._computed:
                 fact, advice = self._computed[name]
@@ -97,12 +98,26 @@ class Targets:
             raise self._unknown(target)
         return list(dict.fromkeys(self._aliases[name][0] for name in names))
 
+    def _matching_unwrapped(self, target: str) -> list[str]:
+        """Return what a target speaks of, where it or the model has names of wrappers and the other has not."""
+        plain = {unwrapped(name): name for name in [*self.sites, *self._computed]}
+        return [plain[name] for name in matching(unwrapped(target), list(plain))]
+
     def _unknown(self, target: str) -> TargetError:
         known = [*self.sites, *(name.removesuffix(".weight") for name in self.sites if name.endswith(".weight"))]
         kind = "matches no parameter" if {"*", "?"} & set(target) else "is no parameter of the model"
         close = difflib.get_close_matches(target, known, n=3) or known[:5]
         listed = ", ".join(f"`{name}`" for name in close)
         return TargetError(f"`{target}` {kind}", f"did you mean {listed}?" if close else "the model has no parameters")
+
+
+_WRAPPERS: Final = re.compile(r"(^|(?<=\.))(module|_orig_mod|_checkpoint_wrapped_module)\.")
+"""The names under which DataParallel and its kin, torch.compile and activation checkpointing hold what they wrap."""
+
+
+def unwrapped(name: str) -> str:
+    """Return a name without the names of wrappers in it."""
+    return _WRAPPERS.sub("", name)
 
 
 def matching(target: str, names: list[str]) -> list[str]:
@@ -173,21 +188,21 @@ def check_supported(parameter: Tensor) -> None:
         UnsupportedParameterError: With what was found and the way out.
     """
     for found, fact, advice in _REFUSALS:
-        if found(parameter):
+        if found(local(parameter)) or (found(parameter) and not is_sharded(parameter)):
             raise UnsupportedParameterError(fact.format(parameter=parameter), advice)
 
 
 _REFUSALS: Final[tuple[tuple[Callable[[Tensor], bool], str, str], ...]] = (
     (is_lazy, "the parameter is lazy and has no shape yet", "run one forward first, then freeze"),
     (
-        lambda p: getattr(p, "_is_flat_param", False),
-        "the parameter is an FSDP1 flat parameter, which joins many tensors into one",
-        "freeze before wrapping with FSDP2's `fully_shard`, or train without FSDP1",
+        lambda p: getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False),
+        "the parameter is of FSDP1, which joins many tensors into one flat parameter",
+        "use FSDP2 (torch.distributed.fsdp.fully_shard) or DistributedDataParallel",
     ),
     (
-        lambda p: hasattr(p, "ds_id"),
-        "the parameter is partitioned by DeepSpeed ZeRO, which keeps its entries elsewhere",
-        "train without ZeRO stage 3, or with FSDP2",
+        lambda p: hasattr(p, "ds_id") or hasattr(p, "_hp_mapping"),
+        "the parameter is one of DeepSpeed ZeRO, which steps copies of it that it keeps elsewhere",
+        "use FSDP2 (torch.distributed.fsdp.fully_shard) or DistributedDataParallel",
     ),
     (
         lambda p: is_traceable_wrapper_subclass(p),
@@ -228,14 +243,20 @@ _REFUSALS: Final[tuple[tuple[Callable[[Tensor], bool], str, str], ...]] = (
 )
 
 
-def check_no_fsdp1(model: nn.Module | Mapping[str, Tensor]) -> None:
-    """Refuse a model wrapped in FSDP1: also with `use_orig_params` its parameters are views of flat ones.
+def check_wrappers(model: nn.Module | Mapping[str, Tensor]) -> None:
+    """Refuse a model wrapped in FSDP1, or DeepSpeed: what the optimizer steps are not its parameters.
 
     Raises:
         UnsupportedParameterError: It is.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in modules):
+    kinds = {kind.__name__ for module in modules for kind in type(module).__mro__}
+    if "DeepSpeedEngine" in kinds:
+        raise UnsupportedParameterError(
+            "the model is a DeepSpeedEngine, whose ZeRO steps copies of the parameters that it keeps elsewhere",
+            "use FSDP2 (torch.distributed.fsdp.fully_shard) or DistributedDataParallel",
+        )
+    if "FullyShardedDataParallel" in kinds:
         raise UnsupportedParameterError(
             "the model is wrapped in FSDP1 (FullyShardedDataParallel), which joins many parameters into a flat one",
             "use FSDP2 (torch.distributed.fsdp.fully_shard) or DistributedDataParallel",
