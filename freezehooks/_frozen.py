@@ -23,7 +23,7 @@ from ._expressions import Index, Pattern
 from ._places import Places, bits
 from ._regions import kernel_center, positions, select
 from ._rules import Keep, Rule
-from ._shards import Layout, cut, is_sharded, joined, layout_of, local, local_gradient
+from ._shards import Layout, cut, is_stand_in, joined, layout_of, local, local_gradient
 from ._tie import Tie
 
 
@@ -397,16 +397,9 @@ class FrozenPart:
 
     def state(self) -> dict[str, Any]:
         """Return plain tensors and builtins that say what is frozen, in the order of the rules."""
-        pieces = [{"rule": str(member.rule), **member.state()} for member in self._whole_members()]
+        members = self._members if self._layout is None else self._whole_pieces()
+        pieces = [{"rule": str(member.rule), **member.state()} for member in members]
         return {"shape": list(self.shape), "pieces": pieces}
-
-    def _whole_members(self) -> Sequence[Piece | Tie]:
-        """Return the members of the whole parameter: gathered, where it is spread over ranks."""
-        like = None if self._layout is None or self._sharded is None else self._sharded()
-        if like is None:
-            return self._members
-        full = torch.empty((), dtype=self._dtype, device=self._device).expand(self.shape)
-        return [piece.resized(self._extent, full, lambda part: joined(part, like)) for piece in self.pieces]
 
     def impose_(self, tensor: Tensor) -> None:
         """Write the values into the frozen entries of a plain tensor of the parameter's shape; make copies one."""
@@ -446,26 +439,34 @@ class FrozenPart:
             Whether the parameter is the one to write to: not the whole that FSDP2 gathers for a while from the parts.
         """
         layout = layout_of(parameter)
-        if layout is None:
-            return self._layout is None
-        self._sharded = weakref.ref(parameter)
-        if layout != self._layout:
-            if self.tie is not None:
-                raise not_spread(self.tie.rule)
-            if self._layout is not None:
-                raise ParameterChangedError(
-                    f"`{self.name}` was spread over ranks as {self._layout[1]} when it was frozen, and is as "
-                    f"{layout[1]} now",
-                    "freeze before the first of parallelize_module and fully_shard, or after the last",
-                )
-            part = local(parameter).data
-            self.pieces = [piece.resized(self.shape, part, lambda full: cut(full, layout)) for piece in self.pieces]
-            self._members, self._layout, self._extent = list(self.pieces), layout, part.shape
+        if is_stand_in(layout, self._layout):
+            return False
+        if layout is not None:
+            self._sharded = weakref.ref(parameter)
+            if layout != self._layout:
+                self._cut(local(parameter).data, layout)
         return True
+
+    def _cut(self, part: Tensor, layout: Layout) -> None:
+        if self.tie is not None:
+            raise not_spread(self.tie.rule)
+        pieces = self._whole_pieces()
+        self.pieces = [piece.resized(self.shape, part, lambda full: cut(full, layout)) for piece in pieces]
+        self._members, self._layout, self._extent = list(self.pieces), layout, part.shape
+
+    def _whole_pieces(self) -> list[Piece]:
+        """Return the pieces of the whole parameter: gathered, where it is spread over ranks."""
+        layout = self._layout
+        if layout is None:
+            return self.pieces
+        full = torch.empty((), dtype=self._dtype, device=self._device).expand(self.shape)
+        return [
+            piece.resized(self._extent, full, lambda part: joined(part, layout, self.shape)) for piece in self.pieces
+        ]
 
     def current(self, parameter: Tensor) -> Tensor:
         """Return the spread parameter in whose place FSDP2 has put the whole for a while; any other as it is."""
-        if self._sharded is None or is_sharded(parameter):
+        if self._sharded is None or not is_stand_in(layout_of(parameter), self._layout):
             return parameter
         sharded = self._sharded()
         return parameter if sharded is None else sharded

@@ -50,14 +50,22 @@ def cut(full: Tensor, layout: Layout) -> Tensor:
     return part.contiguous()
 
 
-def joined(part: Tensor, like: Tensor) -> Tensor:
-    """Return the full tensor of which each rank holds the part that it holds of another; every rank must take part."""
-    spread: Any = like
+def joined(part: Tensor, layout: Layout, shape: torch.Size) -> Tensor:
+    """Return the full tensor of which each rank holds a part; every rank must take part."""
+    mesh, placements = layout
     numbers = part.view(torch.uint8) if part.dtype == torch.bool else part  # not every backend gathers truth values
-    made = type(spread).from_local(
-        numbers, spread.device_mesh, spread.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    stride = torch.empty(shape, device="meta").stride()
+    kind = sys.modules["torch.distributed.tensor"].DTensor
+    made = kind.from_local(numbers, mesh, placements, run_check=False, shape=shape, stride=stride)
     return whole(made).view(part.dtype)
+
+
+def is_stand_in(layout: Layout | None, known: Layout | None) -> bool:
+    """Return whether what is laid out so stands for a while in the place of what is known to be spread further.
+
+    FSDP2 gathers the parts of a parameter before a forward; what tensor parallelism has spread stays so meanwhile.
+    """
+    return known is not None and (layout is None or layout[0].ndim < known[0].ndim)
 
 
 def local_gradient(parameter: Tensor) -> Tensor | None:
