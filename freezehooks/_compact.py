@@ -17,11 +17,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ._errors import UnsupportedOptimizerError, UnsupportedParameterError
+from ._errors import StateMismatchError, UnsupportedOptimizerError, UnsupportedParameterError
 from ._formulas import ELEMENTWISE, is_elementwise, steps_like
 from ._free import FreeEntries
 from ._frozen import FrozenPart
-from ._narrow import compact_state_dict, reformed, whole_state_dict
+from ._narrow import (
+    NarrowState,
+    check_in_plain_shapes,
+    compact_state_dict,
+    read_state_dict,
+    reformed,
+    whole_state_dict,
+)
 from ._shards import is_sharded
 
 Held: TypeAlias = "Callable[[], Iterable[tuple[FrozenPart, Tensor]]]"
@@ -106,10 +113,17 @@ class Slot:
         """Return the free entries and their gradient as a tensor of their own, or as a view of the parameter."""
         self._is_stray = self.parameter._version != self._version
         flat = self.free.take(self.parameter.detach())
-        flat.grad = self.flat_gradient()
+        self.give_gradient(flat)
         return flat
 
-    def flat_gradient(self) -> Tensor | None:
+    def give_gradient(self, flat: Tensor) -> None:
+        """Give a flat tensor the gradient of the free entries."""
+        gradient = self._flat_gradient()
+        if gradient is not None and gradient.dtype != flat.dtype:
+            flat.grad_dtype = gradient.dtype  # type: ignore[attr-defined]  # since torch 2.10, and so is such a gradient
+        flat.grad = gradient
+
+    def _flat_gradient(self) -> Tensor | None:
         """Return the gradient of the free entries.
 
         Raises:
@@ -125,6 +139,11 @@ class Slot:
             )
         return self.free.take(gradient.detach().resolve_conj().resolve_neg())
 
+    def impose(self) -> None:
+        """Write the values into the frozen entries."""
+        for part in self.parts:
+            part.impose(self.parameter)
+
     def write_back(self, flat: Tensor) -> None:
         """Write a flat tensor into the free entries; impose the frozen ones if something else was written meanwhile.
 
@@ -133,8 +152,7 @@ class Slot:
         """
         self.free.put_(self.parameter.detach(), flat)  # counted by autograd, as every step is
         if self._is_stray:
-            for part in self.parts:
-                part.impose(self.parameter)
+            self.impose()
         self._version, self._is_stray = self.parameter._version, False
 
 
@@ -150,12 +168,18 @@ def _makings(parameter: Tensor, parts: list[FrozenPart]) -> tuple[Any, ...]:
 class _Stage:
     """One step of an optimizer on the flat tensors: from the gradients it finds to the weights it leaves."""
 
-    def __init__(self, optimizer: Optimizer, slots: dict[Tensor, Slot]) -> None:
+    def __init__(self, optimizer: Optimizer, slots: Callable[[], dict[Tensor, Slot]]) -> None:
         self._optimizer = optimizer
-        self._slots = slots
+        self._slots_now = slots
+        self._slots: dict[Tensor, Slot] = {}
         self._flats: dict[Tensor, Tensor] = {}
         self._groups: list[dict[str, Any]] | None = None
         self.state: dict[Tensor, Any] = defaultdict(dict)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the flat tensors are made."""
+        return self._groups is not None
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -165,6 +189,7 @@ class _Stage:
         that of LBFGS: what those do to gradients and weights is seen.
         """
         if self._groups is None:
+            self._slots = self._slots_now()
             self._flats = {parameter: slot.flat() for parameter, slot in self._slots.items()}
             self._groups = [
                 {**group, "params": [self._flats.get(parameter, parameter) for parameter in group["params"]]}
@@ -182,17 +207,15 @@ class _Stage:
     def renew_gradients(self) -> None:
         """Take the gradients anew: a closure has made others."""
         for parameter, flat in self._flats.items():
-            flat.grad = self._slots[parameter].flat_gradient()
+            self._slots[parameter].give_gradient(flat)
 
     def end(self) -> None:
-        """Hand weights, state and options over to the optimizer."""
+        """Hand weights and state over to the optimizer."""
         self.write_weights()
         parameters = {id(flat): parameter for parameter, flat in self._flats.items()}
         for key, state in self.state.items():
             if state:
                 self._optimizer.state[parameters.get(id(key), key)] = state
-        for group, stepped in zip(self._optimizer.param_groups, self._groups or (), strict=False):
-            group.update({name: option for name, option in stepped.items() if name != "params"})
 
 
 class _StandIn:
@@ -242,21 +265,29 @@ class Compaction:
         self._slots: dict[Tensor, Slot] = {}
         self._stage: _Stage | None = None
         self._saves_compact = False
+        self._is_behind = False
         self._handles: list[RemovableHandle] = []
 
     def join(self, held: Held, optimizer: Optimizer) -> None:
         """Step what a handle holds by its free entries too."""
         self.members.append(held)
+        try:
+            self.settle(optimizer)
+        except StateMismatchError:
+            self.members.remove(held)
+            raise
         if not self._handles:
+            # first of all such hooks: every other one sees a whole state that is saved, and a settled one after a load
             self._handles = [
-                optimizer.register_state_dict_post_hook(self._after_saving),
-                optimizer.register_load_state_dict_post_hook(self._after_loading),
+                optimizer.register_state_dict_post_hook(self._after_saving, prepend=True),
+                optimizer.register_load_state_dict_pre_hook(self._before_loading),
+                optimizer.register_load_state_dict_post_hook(self._after_loading, prepend=True),
             ]
-        self.settle(optimizer)
 
     def leave(self, held: Held, optimizer: Optimizer) -> None:
         """Let go what a handle holds; with the last one the optimizer holds whole parameters again."""
         self.members.remove(held)
+        self._interrupt()
         self.settle(optimizer)
         if not self.members:
             for handle in self._handles:
@@ -272,16 +303,31 @@ class Compaction:
     def settle(self, optimizer: Optimizer) -> None:
         """Bring the optimizer's state into line with what the handles hold now.
 
-        Entries that stay free keep their state; those that were frozen start anew, as if they had never moved.
+        Entries that stay free keep their state; those that were frozen start anew, as if they had never moved. A step
+        that has begun ends with what it began with; what a closure changes waits for its end.
         """
-        wanted = {}
-        for parameter, parts in self._frozen_in(optimizer).items():
-            slot = self._slots.get(parameter)
-            wanted[parameter] = slot if slot is not None and slot.fits(parts) else Slot(parameter, parts)
+        self._is_behind = self._stage is not None and self._stage.has_begun
+        if self._is_behind:
+            return
+        if not isinstance(optimizer.state, NarrowState):
+            self._slots = {}  # it was replaced, by a load or by hand: it is whole
+        wanted = self._wanted(optimizer)
         if any(wanted.get(parameter) is not self._slots.get(parameter) for parameter in {**wanted, **self._slots}):
             changed = reformed(optimizer.param_groups, optimizer.state, _free(self._slots), _free(wanted))
             optimizer.state.update(changed)
             self._slots = wanted
+            optimizer.state = NarrowState(optimizer, _free(wanted)) if wanted else defaultdict(dict, optimizer.state)
+
+    def _wanted(self, optimizer: Optimizer) -> dict[Tensor, Slot]:
+        """Return a slot for each parameter to step by its free entries: the present one, where it still fits."""
+        wanted = {}
+        for parameter, parts in self._frozen_in(optimizer).items():
+            slot = self._slots.get(parameter)
+            wanted[parameter] = slot if slot is not None and slot.fits(parts) else Slot(parameter, parts)
+        others = any(parameter not in wanted for group in optimizer.param_groups for parameter in group["params"])
+        if others or any(slot.free.count for slot in wanted.values()) or is_elementwise(optimizer):
+            return wanted
+        return {}  # nothing is free: LBFGS asks for the largest gradient, and there must be one
 
     def _frozen_in(self, optimizer: Optimizer) -> dict[Tensor, list[FrozenPart]]:
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -294,9 +340,15 @@ class Compaction:
         # tied copies are summed and made one as whole parameters
         return {parameter: parts for parameter, parts in found.items() if all(part.tie is None for part in parts)}
 
+    def _before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a state that is to be loaded in the plain shapes, or refuse it."""
+        whole = read_state_dict(optimizer, state_dict)
+        check_in_plain_shapes(optimizer, whole)
+        return whole
+
     def _after_loading(self, optimizer: Optimizer) -> None:
-        """Take over a state that was loaded: it is whole."""
-        self._slots = {}
+        """Take over a state that was loaded."""
+        self._interrupt()
         self.settle(optimizer)
 
     def compact_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -321,8 +373,9 @@ class Compaction:
 
     def begin_step(self, optimizer: Optimizer) -> Any:
         """Return what steps in the optimizer's place."""
+        self._interrupt()
         self.settle(optimizer)
-        self._stage = _Stage(optimizer, self._slots)
+        self._stage = _Stage(optimizer, lambda: self._slots)
         return _stand_in(optimizer, self._stage)
 
     def before_closure(self) -> None:
@@ -335,10 +388,19 @@ class Compaction:
         if self._stage is not None:
             self._stage.renew_gradients()
 
-    def end_step(self) -> None:
+    def end_step(self, optimizer: Optimizer) -> None:
         """Hand weights and state over to the optimizer."""
         if self._stage is not None:
             self._stage.end()
+            self._stage = None
+            if self._is_behind:  # a closure has frozen more, or less
+                self.settle(optimizer)
+                for slot in self._slots.values():
+                    slot.impose()
+
+    def _interrupt(self) -> None:
+        """Leave off a step that has begun: it failed, or what it steps is about to change."""
+        if self._stage is not None and self._stage.has_begun:
             self._stage = None
 
 

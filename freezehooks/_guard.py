@@ -62,6 +62,7 @@ class Guard:
         for part, parameter, _ in self._held_by(optimizer):
             part.follow(parameter)
             watch_gradient(parameter, part)
+        self._share_compaction(optimizer)
         if self._compaction is not None:
             self._compaction.join(self._held, optimizer)
         self.settle(optimizer)
@@ -74,6 +75,14 @@ class Guard:
             optimizer.register_load_state_dict_pre_hook(read_state_dict),
             optimizer.register_load_state_dict_post_hook(self.settle),
         ]
+
+    def _share_compaction(self, optimizer: Optimizer) -> None:
+        """Take over what makes the optimizer compact already, or let the other guards on it take over this one's."""
+        others = guards_on(optimizer)
+        self._compaction = next((guard.compaction for guard in others if guard.compaction), self._compaction)
+        if self._compaction is not None:
+            for guard in others:
+                guard.compact(self._compaction)
 
     def compact(self, compaction: Compaction) -> None:
         """Let the optimizer hold the free entries alone from here on."""
@@ -134,7 +143,7 @@ class Guard:
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Impose the values on the parameters, and on state that holds weights."""
         if self._compaction is not None:
-            self._compaction.end_step()
+            self._compaction.end_step(optimizer)
         held = self._held_by(optimizer) if self._stepped is None else self._stepped
         self._stepped = None
         keeps_weights = may_keep_weights(optimizer)

@@ -64,9 +64,9 @@ def watch_gradient(parameter: Tensor, part: FrozenPart) -> None:
     """Make sure the parameter's gradient is zeroed, by the first of its hooks, and summed over tied copies.
 
     A tensor's hooks are lost on deepcopy, pickle, `load_state_dict(assign=True)` and swapped parameters, so this is
-    asked again at every forward and every step.
+    asked again at every forward and every step; but not in a compiled one, which cannot register hooks.
     """
-    if not parameter.requires_grad:
+    if not parameter.requires_grad or torch.compiler.is_compiling():
         return
     if not _is_watched(parameter, part):
         others = dict(parameter._post_accumulate_grad_hooks or {})  # type: ignore[attr-defined]

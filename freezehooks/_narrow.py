@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, TypeAlias
 
@@ -18,7 +20,11 @@ Narrow: TypeAlias = "Mapping[Tensor, FreeEntries]"
 """The parameters whose state is narrow, each with the free entries that it is of; that of others is whole."""
 
 _KEY: Final = "freezehooks"
-"""Under it a compact state dict says which entries its flat tensors are of."""
+"""Under it a compact state dict says which entries its flat tensors are of.
+
+It also stands in one more group, of no parameters: without it a plain optimizer would load the state dict, and its
+fused kernels would read and write beyond the ends of the flat tensors.
+"""
 
 _FORMAT: Final = 1
 
@@ -68,16 +74,19 @@ def _reformed_items(
     shape = parameter.shape if before is None else torch.Size([before.count])
     changed = dict(state)
     for name, value in state.items():
-        if not isinstance(value, Tensor) or is_counter(name):
-            continue
-        if value.shape != shape:
-            raise StateMismatchError(
-                f"the optimizer's `{name}` has shape {tuple(value.shape)} for a parameter of shape "
-                f"{tuple(parameter.shape)}, expected {tuple(shape)}",
-                "load the state by load_state_dict, from a plain run's or what state_dict(compact=True) returned",
-            )
-        changed[name] = _reformed(value, started(name, parameter, group, value), before, after)
+        if isinstance(value, Tensor) and not is_counter(name):
+            _check_shape(name, value, parameter, shape)
+            changed[name] = _reformed(value, started(name, parameter, group, value), before, after)
     return changed
+
+
+def _check_shape(name: str, value: Tensor, parameter: Tensor, shape: torch.Size) -> None:
+    if value.shape != shape:
+        raise StateMismatchError(
+            f"the optimizer's `{name}` has shape {tuple(value.shape)} for a parameter of shape "
+            f"{tuple(parameter.shape)}, expected {tuple(shape)}",
+            "load the state by load_state_dict, from a plain run's or what state_dict(compact=True) returned",
+        )
 
 
 def _reformed(value: Tensor, start: Tensor, before: FreeEntries | None, after: FreeEntries | None) -> Tensor:
@@ -120,6 +129,23 @@ def _reformed_part(part: Tensor, parameter: Tensor, before: FreeEntries | None, 
     return torch.view_as_real(flat).view(-1) if parameter.is_complex() else flat
 
 
+class NarrowState(defaultdict[Any, Any]):
+    """The state of an optimizer that holds free entries alone; a copy of it is whole.
+
+    A copied or unpickled optimizer has lost every hook, and with them what knows how to step flat tensors.
+    """
+
+    def __init__(self, optimizer: Optimizer, narrow: Narrow) -> None:
+        super().__init__(dict, optimizer.state)
+        self._optimizer = weakref.ref(optimizer)
+        self._narrow = narrow
+
+    def __reduce__(self) -> Any:
+        optimizer = self._optimizer()
+        groups = [] if optimizer is None else optimizer.param_groups
+        return defaultdict, (dict,), None, None, iter({**self, **reformed(groups, self, self._narrow, {})}.items())
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # State dicts
 
@@ -149,7 +175,12 @@ def compact_state_dict(
         for parameter, found in places.items()
     }
     description = {"format": _FORMAT, "parameters": described}
-    return {**state_dict, "state": {**state_dict["state"], **state}, _KEY: description}
+    return {
+        **state_dict,
+        "state": {**state_dict["state"], **state},
+        "param_groups": [*state_dict["param_groups"], {"params": [], _KEY: _FORMAT}],
+        _KEY: description,
+    }
 
 
 def read_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -172,6 +203,7 @@ def read_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[st
             parameters[index]: _described(parameters[index], item) for index, item in description["parameters"].items()
         }
         plain = {name: item for name, item in state_dict.items() if name != _KEY}
+        plain["param_groups"] = [group for group in plain["param_groups"] if _KEY not in group]
         return whole_state_dict(optimizer, plain, narrow)
     except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, ValueError) as error:
         if isinstance(error, StateMismatchError):
@@ -180,6 +212,26 @@ def read_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[st
             f"the compact optimizer state cannot be read ({type(error).__name__}: {error})",
             "pass what MaskedOptimizer.state_dict(compact=True) returned, for the same parameters in the same order",
         ) from error
+
+
+def check_in_plain_shapes(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Refuse a state dict that is not in the plain shapes, before an optimizer that is to narrow it has loaded it.
+
+    Raises:
+        StateMismatchError: It is not.
+    """
+    index_of = _indices(optimizer)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = state_dict["state"].get(index_of[parameter]) or {}
+            if has_history(state):
+                expected = torch.Size([sum(_length(each, None) for each in group["params"])])
+                for vector in history_vectors(state):
+                    _check_shape("history", vector, parameter, expected)
+                continue
+            for name, value in state.items():
+                if isinstance(value, Tensor) and not is_counter(name):
+                    _check_shape(name, value, parameter, parameter.shape)
 
 
 def _described(parameter: Tensor, item: dict[str, Any]) -> FreeEntries:

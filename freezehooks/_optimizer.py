@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -155,11 +154,8 @@ class MaskedOptimizer(Optimizer):
 def _copied(
     kind: type[MaskedOptimizer], inner: Optimizer, frozen: tuple[FrozenEntries, ...], compact: bool
 ) -> MaskedOptimizer:
-    """Wrap a copied optimizer and guard it anew; its state is compact already, where that of the original was."""
-    state, inner.state = inner.state, defaultdict(dict)
-    optimizer = kind(inner, frozen, compact=compact)
-    inner.state = state
-    return optimizer
+    """Wrap a copied optimizer and guard it anew."""
+    return kind(inner, frozen, compact=compact)
 
 
 def _handles(frozen: Any) -> tuple[FrozenEntries, ...]:

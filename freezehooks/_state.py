@@ -47,10 +47,13 @@ def started(name: str, parameter: Tensor, group: dict[str, Any], like: Tensor) -
     """Return an item of a parameter's state as it starts: of the parameter's shape and layout, like another tensor."""
     if holds_weights(name, group):
         return parameter.detach().to(like.device, like.dtype, copy=True)
-    return torch.full_like(parameter, _start_of(name, group), dtype=like.dtype, device=like.device)
+    start = _start_of(name, group)
+    number = complex(start, start) if like.is_complex() else start
+    return torch.full_like(parameter, number, dtype=like.dtype, device=like.device)
 
 
 def _start_of(name: str, group: dict[str, Any]) -> float:
+    """Return what an item starts at; that of complex entries, in their real and in their imaginary part."""
     return float(group.get(_STARTS.get(name, ""), 0.0))
 
 
@@ -60,7 +63,9 @@ def settle(state: dict[str, Any], part: FrozenPart, group: dict[str, Any]) -> No
         if holds_weights(name, group):
             part.impose_(local(value))
         else:
-            part.fill_(local(value), _start_of(name, group))
+            here = local(value)
+            for real in (here.real, here.imag) if here.is_complex() else (here,):
+                part.fill_(real, _start_of(name, group))
 
 
 def may_keep_weights(optimizer: Optimizer) -> bool:
