@@ -9,7 +9,8 @@ from typing import Any, Final, TypeAlias
 from torch import Tensor, nn
 
 from ._errors import FreezeError, StateMismatchError
-from ._frozen import FrozenPart, Piece
+from ._frozen import FrozenPart
+from ._piece import Piece
 from ._ranks import check_same_on_ranks
 from ._rules import Rule, Tied
 from ._shards import whole
