@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from freezehooks import MaskedOptimizer, freeze_entries
 
 from ._measure import Clock, Timing
-from ._memory import held_bytes, tensor_bytes, tensors
+from ._memory import held_bytes
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,8 @@ class FreezeHooks(Plain):
     def prepare(self) -> None:
         self.frozen = freeze_entries(self.model, self.task.spec)
 
+    optimizer: MaskedOptimizer
+
     def protect(self) -> None:
         self.optimizer = MaskedOptimizer(self.optimizer, self.frozen, **self.options)
 
@@ -167,8 +169,8 @@ class FreezeHooksCompact(FreezeHooks):
         return None if takes_it else "this version's MaskedOptimizer does not take `compact`"
 
     def extra_bytes(self) -> int:
-        state = tensors(dict(self.optimizer.state))
-        return tensor_bytes(self.optimizer, beyond=[*self.model.parameters(), *self.model.buffers(), *state])
+        guard = self.frozen.guard(self.optimizer.inner, compact=True)  # the one that guards it already
+        return held_bytes(self.frozen) + guard.nbytes
 
 
 OURS: tuple[type[Plain], ...] = (Plain, PlainAgain, FreezeHooks, FreezeHooksCompact)

@@ -121,6 +121,11 @@ class Compaction:
         """Return whether the optimizer steps a parameter by its free entries, so never reads or writes the others."""
         return parameter in self._slots
 
+    @property
+    def nbytes(self) -> int:
+        """The memory that positions of free entries take, in bytes: none where they lie in a few runs."""
+        return sum(slot.free.nbytes for slot in self._slots.values())
+
     # State
 
     def settle(self, optimizer: Optimizer) -> None:

@@ -60,8 +60,9 @@ class FreeEntries(ABC):
             self._put_(whole, flat)
             block.copy_(whole)
 
+    @property
     def nbytes(self) -> int:
-        """Return the memory that it holds, in bytes."""
+        """The memory that it holds, in bytes."""
         return 0
 
     @abstractmethod
@@ -133,6 +134,7 @@ class _Scattered(FreeEntries):
             self._positions = self._positions.to(device)
         return self._positions
 
+    @property
     def nbytes(self) -> int:
         return self._positions.nbytes
 

@@ -46,6 +46,11 @@ class Guard:
         return self._compaction
 
     @property
+    def nbytes(self) -> int:
+        """The memory that compact mode takes between steps, in bytes, beside the optimizer's state."""
+        return 0 if self._compaction is None else self._compaction.nbytes
+
+    @property
     def is_over(self) -> bool:
         """Whether there is nothing left to guard: the guard was removed, or the optimizer is gone with its hooks.
 

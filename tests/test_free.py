@@ -150,13 +150,13 @@ def test_one_piece_in_memory_is_a_view_in_a_permuted_layout_too() -> None:
 
 @pytest.mark.parametrize("name", set(MASKS) - {"scattered"})
 def test_a_few_runs_need_no_memory(name: str) -> None:
-    assert FreeEntries.of(MASKS[name], _numbers(_SHAPE)).nbytes() == 0
+    assert FreeEntries.of(MASKS[name], _numbers(_SHAPE)).nbytes == 0
 
 
 def test_scattered_entries_need_at_most_one_position_each() -> None:
     tensor = _numbers(_SHAPE)
     free = FreeEntries.of(_RANDOM, tensor)
-    assert free.nbytes() in (4 * free.count, 8 * free.count)
+    assert free.nbytes in (4 * free.count, 8 * free.count)
 
 
 def test_inf_nan_and_minus_zero_come_and_go_unchanged() -> None:
