@@ -1,0 +1,87 @@
+"""On a CUDA device: a step never waits for it, and can be captured in a graph. Skipped without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from freezehooks import FrozenEntries, MaskedOptimizer, Rule, freeze_entries
+
+from .claims import same_bits
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+_HALF = torch.rand(16, 32, generator=torch.Generator().manual_seed(0)) < 0.5
+_FEW = torch.rand(16, 32, generator=torch.Generator().manual_seed(1)) < 0.03
+
+SPECS: dict[str, Any] = {
+    "box at 0": "0.weight[:, 3] = 0",
+    "box at 1": "0.weight[:, 3] = 1",
+    "kept rows": "0.weight[2:]",
+    "few": {"0.weight": (_FEW, 0.5)},
+    "half at 0": {"0.weight": (_HALF, 0.0)},
+    "half at 1": {"0.weight": (_HALF, 1.0)},
+    "half at numbers": Rule("0.weight", _HALF, torch.randn(16, 32, generator=torch.Generator().manual_seed(2))),
+}
+
+specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+modes = pytest.mark.parametrize("compact", [False, True], ids=["masked", "compact"])
+
+
+def _training(spec: Any, compact: bool) -> tuple[nn.Module, FrozenEntries, Callable[[], Tensor]]:
+    """Return a model on the device, its frozen entries, and a function that takes one training step on fixed data."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 4)).cuda()
+    frozen = freeze_entries(model, spec)
+    optimizer = MaskedOptimizer(torch.optim.AdamW(model.parameters(), capturable=True), frozen, compact=compact)
+    rows = torch.randn(8, 32, device="cuda")
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = model(rows).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return model, frozen, step
+
+
+@specs
+@modes
+def test_a_step_never_waits_for_the_device(spec: Any, compact: bool) -> None:
+    _, frozen, step = _training(spec, compact)
+    step()
+    step()  # by now every mask and value is on the device
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    frozen.assert_frozen()
+
+
+@specs
+@modes
+def test_a_step_captured_in_a_graph_trains_as_one_that_is_not(spec: Any, compact: bool) -> None:
+    model, frozen, step = _training(spec, compact)
+    expected, _, plain_step = _training(spec, compact)
+    aside = torch.cuda.Stream()
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            step()
+            plain_step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(4):  # capturing runs nothing
+        graph.replay()
+        plain_step()
+    frozen.assert_frozen()
+    for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        assert same_bits(found.cpu(), wanted.cpu())
