@@ -195,6 +195,11 @@ class FrozenPart:
         return imposed[self.frozen]
 
     @property
+    def is_spread(self) -> bool:
+        """Whether it holds this rank's part alone of a parameter that is spread over ranks."""
+        return self._layout is not None
+
+    @property
     def free_count(self) -> int:
         """How many entries of the parameter train."""
         return self.shape.numel() - self.frozen_count

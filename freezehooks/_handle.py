@@ -17,15 +17,14 @@ from ._frozen import FrozenPart, Violation
 from ._grammar import Spec, rules_of
 from ._guard import Guard, check_optimizer, compact_guards, guards_on
 from ._hooks import (
-    ImposeBeforeModel,
     ModuleHooks,
     hooks_on,
     parts_watching,
-    remove_before_model,
     silent_callers,
     unwatch_gradient,
     watch_gradient,
 )
+from ._model_hook import ImposeBeforeModel, remove_before_model
 from ._parts import Model, resolve, saved_pieces, state_of
 from ._rules import Rule
 from ._targets import Site, matching, unwrapped

@@ -6,7 +6,6 @@ pickle take hooks along, and a copy must not write into the original.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils.hooks import RemovableHandle
 
 from ._frozen import FrozenPart
-from ._ranks import check_same_parts, is_distributed
+from ._ranks import is_distributed
 from ._shards import is_sharded, local
 from ._targets import gone, parameter_of
 from ._tie import Tie
@@ -274,55 +273,6 @@ class FollowLoading(_ModuleHook):
         for part, parameter in self.hooks.bound(module):
             watch_gradient(parameter, part)
             part.recapture(parameter)
-
-
-class ImposeBeforeModel:
-    """Before the forward of the whole model: impose on what FSDP2 gathers before the owner's own hook.
-
-    Args:
-        family: The parts that the handle holds.
-    """
-
-    def __init__(self, family: dict[str, FrozenPart]) -> None:
-        self.family = family
-        self._compared = False
-
-    def __call__(self, model: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or not is_distributed():
-            return
-        self._compare_ranks()
-        if has_fsdp2(model):
-            self._come_first(model)
-            for module in model.modules():
-                for hooks in hooks_on(module):
-                    if hooks.family is self.family:
-                        hooks.hold(module)
-
-    def _compare_ranks(self) -> None:
-        """Compare the rules of a model that was frozen before DistributedDataParallel took it."""
-        if not self._compared and nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
-            self._compared = True
-            check_same_parts(self.family.values())
-
-    def _come_first(self, model: nn.Module) -> None:
-        """Be the first of the hooks from the next forward on: `fully_shard` has put its own before."""
-        found = next(key for key, hook in model._forward_pre_hooks.items() if hook is self)
-        if next(iter(model._forward_pre_hooks)) != found:
-            model._forward_pre_hooks.move_to_end(found, last=False)  # type: ignore[attr-defined]
-
-
-def remove_before_model(model: nn.Module, family: dict[str, FrozenPart]) -> None:
-    """Take the hook of a family of parts off the model again."""
-    for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, ImposeBeforeModel) and hook.family is family:
-                del module._forward_pre_hooks[key]
-
-
-def has_fsdp2(model: nn.Module) -> bool:
-    """Return whether FSDP2 holds the parameters of some module of the model."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # without which it does not
-    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
 def hooks_on(module: nn.Module) -> list[ModuleHooks]:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from .ranks import Launches
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="the device that the promises are tested on (default: cpu)")
@@ -11,6 +13,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def launches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    """The processes that run the tests marked `on_ranks`."""
+    return Launches(request.session.items, tmp_path_factory.mktemp("launches"))
 
 
 @pytest.fixture(autouse=True)

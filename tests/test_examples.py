@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -24,16 +27,28 @@ needs_compact = pytest.mark.skipif(
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def _run(name: str, *options: str) -> str:
-    command = [sys.executable, str(EXAMPLES / name), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def _run(name: str, *options: str, ranks: int = 0) -> str:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    command = [sys.executable, *launcher, str(EXAMPLES / name), *options]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=300)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the ranks too, where they hang
+    assert process.returncode == 0, errors
+    return output
+
+
+def _names() -> list[str]:
+    return [path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.py")]
 
 
 def test_every_example_is_run_here() -> None:
     source = Path(__file__).read_text()
-    assert [path.name for path in EXAMPLES.glob("*.py") if f'_run("{path.name}"' not in source] == []
+    assert [path for path in _names() if f'_run("{path}"' not in source] == []
 
 
 def test_digits_holds_the_centre_and_draws_it(tmp_path: Path) -> None:
@@ -118,3 +133,21 @@ def test_new_token_rows_learn_and_old_ones_stay() -> None:
         before, after = re.findall(r"chance of a new token: (\S+) before, (\S+) after", heads[head])[0]
         assert float(after) > float(before)
         assert heads[head].count("320 old rows bit-equal: True; new rows that moved: 3 of 3") == 2
+
+
+def _assert_as_one_process(output: str) -> None:
+    assert "2 ranks against one process, 5 steps" in output
+    assert "largest difference of a frozen entry: 0.0e+00" in output
+    (free,) = re.findall(r"largest difference of a free entry:   (\S+)", output)
+    assert float(free) < 1e-9
+
+
+def test_two_ranks_train_as_one_process() -> None:
+    _assert_as_one_process(_run("distributed/train_ddp.py", "--steps", "5", ranks=2))
+
+
+def test_two_ranks_with_shards_train_as_one_process() -> None:
+    output = _run("distributed/train_fsdp2.py", "--steps", "5", ranks=2)
+    _assert_as_one_process(output)
+    taken = re.findall(r"take (\d+) bytes, in one process (\d+)", output)
+    assert [2 * int(here) for here, _ in taken] == [int(alone) for _, alone in taken] != []

@@ -27,6 +27,7 @@ FLOORS = {
     "_frozen": 3,
     "_parts": 3.1,
     "_formulas": 2,
+    "_model_hook": 4.1,
     "_hooks": 4,
     "_state": 4,
     "_narrow": 4.1,
