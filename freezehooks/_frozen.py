@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ._errors import (
     FrozenValueError,
@@ -83,9 +83,10 @@ class FrozenPart:
         self.names = tuple(names)
         self.shape = parameter.shape
         self._dtype, self._device = parameter.dtype, parameter.device
-        self._cleaned: tuple[weakref.ref[Tensor], int] | None = None
+        # Python's weak references would keep torch from swapping a tensor (torch.utils.swap_tensors), as conversions do
+        self._cleaned: tuple[int, StorageWeakRef, int] | None = None
         self._layout: Layout | None = None
-        self._sharded: weakref.ref[Tensor] | None = None
+        self._sharded: Tensor | None = None
         self._extent = parameter.shape
         self.replace(members)
 
@@ -262,7 +263,7 @@ class FrozenPart:
         if is_stand_in(layout, self._layout):
             return False
         if layout is not None:
-            self._sharded = weakref.ref(parameter)
+            self._sharded = parameter
             if layout != self._layout:
                 self._cut(local(parameter).data, layout)
         return True
@@ -288,8 +289,7 @@ class FrozenPart:
         """Return the spread parameter in whose place FSDP2 has put the whole for a while; any other as it is."""
         if self._sharded is None or not is_stand_in(layout_of(parameter), self._layout):
             return parameter
-        sharded = self._sharded()
-        return parameter if sharded is None else sharded
+        return self._sharded
 
     def check_shape(self, parameter: Tensor) -> None:
         """Refuse a parameter that was put in the place of the frozen one and does not have its shape.
@@ -323,17 +323,24 @@ class FrozenPart:
                 )
             for piece in self.pieces:
                 piece.places.zero_(gradient)
-            self._cleaned = weakref.ref(gradient), gradient._version
+            self._cleaned = None if self.tie is not None else _seen(gradient)  # a tie has sums to make up for
 
     def has_clean_gradient(self, parameter: Tensor) -> bool:
         """Return whether nobody has touched the parameter's gradient since it was zeroed, as far as autograd counts.
 
         Writes through `.data` and those of a reducer are not counted.
         """
-        if self._cleaned is None:
-            return parameter.grad is None
-        gradient, version = self._cleaned
-        return gradient() is parameter.grad and (parameter.grad is None or parameter.grad._version == version)
+        gradient = parameter.grad
+        if gradient is None:
+            return True
+        if self._cleaned is None or torch.compiler.is_compiling():
+            return False
+        number, storage, version = self._cleaned
+        return (
+            id(gradient) == number
+            and gradient.untyped_storage()._cdata == storage.cdata
+            and gradient._version == version
+        )
 
     def zero_(self, tensor: Tensor) -> None:
         """Write +0.0 into the frozen entries of a tensor of the parameter's shape."""
@@ -434,8 +441,21 @@ def not_spread(rule: Rule) -> UnsupportedParameterError:
 
 
 def _owns_its_entries(tensor: Tensor) -> bool:
-    """Return whether each entry has memory of its own, which holds just that entry: no lazy conjugate, no expansion."""
-    return not (tensor.is_conj() or tensor.is_neg() or 0 in tensor.stride())
+    """Return whether each entry has memory of its own, which holds just that entry and may be written to.
+
+    Not so in a lazy conjugate, an expanded tensor, and one made under torch.inference_mode.
+    """
+    return not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference() or 0 in tensor.stride())
+
+
+def _seen(gradient: Tensor) -> tuple[int, StorageWeakRef, int] | None:
+    """Return by what to know a gradient that nobody has touched since, or None where that cannot be told.
+
+    The storage tells it from a later tensor that Python puts in the same place.
+    """
+    if gradient.is_inference() or torch.compiler.is_compiling():  # the second with compiled autograd
+        return None
+    return id(gradient), StorageWeakRef(gradient.untyped_storage()), gradient._version
 
 
 def _differ(first: Tensor, second: Tensor) -> Tensor:

@@ -116,18 +116,24 @@ class Guard:
         """
         if self._compaction is not None and args[0] is optimizer:
             args = (self._compaction.begin_step(optimizer), *args[1:])
-        self._stepped = list(self._held_by(optimizer))
+        held = list(self._held_by(optimizer))
         # Where every entry is stepped by its own numbers, a write to a gradient that autograd did not count can do no
         # more than dirty the moments of frozen entries: these are imposed after the step in any case.
         trusting = is_elementwise(optimizer) and not _is_distributed()
-        for part, parameter, _ in self._stepped:
+        for part, parameter, _ in held:
             if not (trusting and part.has_clean_gradient(parameter)):
                 self._clean_gradient(part, parameter)
+        # a hook behind this one, or a step of its own, may add parameters, put others in their place or thaw some
+        self._stepped = held if is_elementwise(optimizer) and self._comes_last(optimizer) else None
         if len(args) > 1 and callable(args[1]):
             return (args[0], self._guarded(args[1], optimizer), *args[2:]), kwargs
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": self._guarded(kwargs["closure"], optimizer)}
         return args, kwargs
+
+    def _comes_last(self, optimizer: Optimizer) -> bool:
+        hooks = optimizer._optimizer_step_pre_hooks  # type: ignore[attr-defined]
+        return next(reversed(hooks.values()), None) == self.before_step
 
     def _guarded(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
         """Return the closure, evaluated at imposed weights (LBFGS moves them in between), leaving clean gradients."""

@@ -27,7 +27,7 @@ from ._hooks import (
 from ._model_hook import ImposeBeforeModel, remove_before_model
 from ._parts import Model, resolve, saved_pieces, state_of
 from ._rules import Rule
-from ._targets import Site, matching, unwrapped
+from ._targets import Site, matching, matching_unwrapped, unwrapped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -133,7 +133,10 @@ class FrozenEntries(Mapping[str, FrozenPart]):
 
     def __getitem__(self, name: str) -> FrozenPart:
         for part in self._parts.values():
-            if name in part.names or unwrapped(name) in map(unwrapped, part.names):
+            if name in part.names:
+                return part
+        for part in self._parts.values():
+            if unwrapped(name) in map(unwrapped, part.names):
                 return part
         raise self._not_frozen(name)
 
@@ -332,7 +335,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         callers = silent_callers(self._model) if isinstance(self._model, nn.Module) else {}
         for module, hooks in by_module.items():
             hooks.install(module, callers.get(module, []))
-        self._modules = by_module
+        self._modules, self._family = by_module, self._parts
         if isinstance(self._model, nn.Module) and by_module:
             self._model.register_forward_pre_hook(ImposeBeforeModel(self._parts), prepend=True)
 
@@ -362,8 +365,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
             TargetError: Nothing of it is frozen.
         """
         known = [name for part in self._parts.values() for name in part.names]
-        plain = [unwrapped(name) for name in known]
-        names = {self[name].name for name in matching(target, known) or matching(unwrapped(target), plain)}
+        names = {self[name].name for name in matching(target, known) or matching_unwrapped(target, known)}
         if not names:
             raise self._not_frozen(target)
         if self._attached:

@@ -7,6 +7,7 @@ pickle take hooks along, and a copy must not write into the original.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -179,6 +180,9 @@ class ModuleHooks:
             # torch.func forbids writes to what a function captured, and has no public way to look or step outside
             with temporarily_clear_interpreter_stack():
                 self._hold(module)
+        elif torch._C._get_tracing_state() is not None:
+            with _untraced():
+                self._hold(module)
         else:
             self._hold(module)
 
@@ -205,6 +209,17 @@ class ModuleHooks:
                 raise gone(part.name, module)
             if type(parameter) is nn.Parameter or isinstance(parameter, nn.Parameter):  # the first is far quicker
                 yield part, part.current(parameter)
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Keep what happens inside out of the program that torch.jit.trace writes down."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 class _ModuleHook:

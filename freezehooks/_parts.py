@@ -113,12 +113,18 @@ def saved_pieces(asked: Asked, state: Any) -> Chosen:
                 f"the state has format {state['format']!r}, expected {_FORMAT}",
                 "load it with the version of freezehooks that saved it",
             )
-        parameters = {unwrapped(name): item for name, item in state["parameters"].items()}
+        parameters = _under_present_names(state["parameters"], asked)
         _check_same_rules(asked, parameters)
         for name, (parameter, rules) in asked.items():
             full = whole(parameter)
-            saved = zip(rules, parameters[unwrapped(name)]["pieces"], strict=True)
+            saved = zip(rules, parameters[name]["pieces"], strict=True)
             yield name, [_saved_piece(rule, name, full, item) for rule, item in saved]
+
+
+def _under_present_names(saved: dict[str, Any], asked: Asked) -> dict[str, Any]:
+    """Return what was saved under the names that the parameters have now: a wrapper may have come or gone since."""
+    present = {unwrapped(name): name for name in asked}
+    return {name if name in asked else present.get(unwrapped(name), name): item for name, item in saved.items()}
 
 
 def _saved_piece(rule: Rule, name: str, parameter: Tensor, item: dict[str, Any]) -> Piece | Tie:
@@ -143,7 +149,7 @@ def _readable() -> Iterator[None]:
 
 def _check_same_rules(asked: Asked, saved: dict[str, Any]) -> None:
     now = {
-        unwrapped(name): (list(parameter.shape), [unwrapped(str(rule)) for rule in rules])
+        name: (list(parameter.shape), [unwrapped(str(rule)) for rule in rules])
         for name, (parameter, rules) in asked.items()
     }
     then = {

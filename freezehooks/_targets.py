@@ -99,9 +99,18 @@ class Targets:
         return list(dict.fromkeys(self._aliases[name][0] for name in names))
 
     def _matching_unwrapped(self, target: str) -> list[str]:
-        """Return what a target speaks of, where it or the model has names of wrappers and the other has not."""
-        plain = {unwrapped(name): name for name in [*self.sites, *self._computed]}
-        return [plain[name] for name in matching(unwrapped(target), list(plain))]
+        """Return what a target speaks of, where it or the model has names of wrappers and the other has not.
+
+        Raises:
+            TargetError: Without the names of wrappers, two parameters have one name.
+        """
+        found = matching_unwrapped(target, [*self.sites, *self._computed])
+        known: dict[str, str] = {}
+        for name in found:
+            other = known.setdefault(unwrapped(name), name)
+            if self._aliases.get(name) != self._aliases.get(other):
+                raise TargetError(f"`{target}` may be `{other}` or `{name}`", "write the whole name")
+        return found
 
     def _unknown(self, target: str) -> TargetError:
         known = [*self.sites, *(name.removesuffix(".weight") for name in self.sites if name.endswith(".weight"))]
@@ -127,6 +136,12 @@ def matching(target: str, names: list[str]) -> list[str]:
     return [name for name in names if pattern.fullmatch(name)] or [
         name for name in weights if pattern.fullmatch(name.removesuffix(".weight"))
     ]
+
+
+def matching_unwrapped(target: str, names: list[str]) -> list[str]:
+    """Return the names a target speaks of once the names of wrappers are left out of both."""
+    found = set(matching(unwrapped(target), [unwrapped(name) for name in names]))
+    return [name for name in names if unwrapped(name) in found]
 
 
 def _sites(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, Site]]:

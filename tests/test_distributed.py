@@ -1,4 +1,4 @@
-"""On two processes: the layers and tied kernels under DistributedDataParallel."""
+"""Under torch.distributed: layers and tied kernels on two processes, and a spread model that is converted."""
 
 from __future__ import annotations
 
@@ -66,3 +66,31 @@ def test_layers_and_ties_hold_and_agree_on_two_ranks(tmp_path: Path) -> None:
     done = subprocess.run(launcher, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(path.name for path in tmp_path.glob("rank*")) == ["rank 0 held", "rank 1 held"]
+
+
+_CONVERT = """
+import os, torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from freezehooks import freeze_entries
+
+dist.init_process_group("gloo")
+model = nn.Sequential(nn.Linear(4, 4))
+fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+frozen = freeze_entries(model, "0.weight[0] = 1")
+model(torch.ones(1, 4)).sum().backward()
+model.to(torch.float64)
+frozen.assert_frozen()
+print("held", flush=True)
+os._exit(0)
+"""
+
+
+def test_a_spread_model_is_converted_after_a_forward() -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python", sys.executable]
+    done = subprocess.run(
+        [*launcher, "-c", _CONVERT], capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[1]
+    )
+    assert "held" in done.stdout, done.stderr[-3000:]

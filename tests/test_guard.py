@@ -293,3 +293,60 @@ def test_a_compiled_step_holds() -> None:
         step()
         assert same_bits(weight[MASK], torch.full((8,), 0.5))
     assert bool((weight[~MASK] != before[~MASK]).all())
+
+
+def test_a_parameter_that_joins_or_is_replaced_in_a_step_hook_is_held() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    frozen = freeze_entries(model, "*.weight[0] = 1")
+    optimizer = AdamW(model[0].parameters(), lr=0.1, weight_decay=0.5)
+    frozen.guard(optimizer)
+
+    def change(*args: object) -> None:
+        if len(optimizer.param_groups) == 1:
+            optimizer.add_param_group({"params": list(model[1].parameters())})
+        optimizer.param_groups[0]["params"][0] = model[0].weight = nn.Parameter(torch.ones(2, 2))
+        model[0].weight.grad = torch.ones(2, 2)
+
+    optimizer.register_step_pre_hook(change)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    frozen.assert_frozen()
+
+
+def test_what_is_thawed_in_a_step_hook_is_stepped_freely() -> None:
+    model = nn.Linear(2, 2)
+    frozen = freeze_entries(model, "weight[0] = 1\nbias[0] = 1")
+    optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    frozen.guard(optimizer)
+    optimizer.register_step_pre_hook(lambda *args: frozen.thaw("weight"))
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert model.weight[0].tolist() == pytest.approx([0.95, 0.95])
+    frozen.assert_frozen()
+
+
+@pytest.mark.parametrize("step_inside", [False, True])
+def test_gradients_made_in_inference_mode_are_cleaned(step_inside: bool) -> None:
+    weight = nn.Parameter(torch.zeros(4, 5))
+    frozen = freeze_entries({"weight": weight}, {"weight": MASK})
+    optimizer = MaskedOptimizer(Adam([weight]), frozen)
+    with torch.inference_mode():
+        weight.grad = torch.ones(4, 5)
+        if step_inside:
+            optimizer.step()
+    if not step_inside:
+        optimizer.step()
+    frozen.assert_frozen()
+    assert not optimizer.state[weight]["exp_avg"][MASK].any()
+    assert bool((weight[~MASK] != 0).all())
+
+
+def test_a_gradient_in_the_memory_of_one_that_was_cleaned_is_cleaned() -> None:
+    weight = nn.Parameter(torch.zeros(4, 4))
+    frozen = freeze_entries({"weight": weight}, "weight[0] = 0")
+    optimizer = MaskedOptimizer(Adam([weight]), frozen)
+    weight.sum().backward()
+    assert weight.grad is not None
+    weight.grad = weight.grad.t()  # counts the writes of both
+    optimizer.step()
+    assert not optimizer.state[weight]["exp_avg"][0].any()

@@ -604,3 +604,40 @@ def test_a_spectral_norm_put_on_later_is_refused() -> None:
 def test_a_part_shows_what_it_is() -> None:
     frozen = freeze_entries(nn.Linear(3, 2), "weight[0] = 1")
     assert repr(frozen["weight"]) == "FrozenPart('weight', shape=(2, 3), frozen=3, free=3)"
+
+
+class _Namesakes(nn.Module):
+    """A parameter, and another whose name differs by that of a wrapper."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(2, 2)
+        self.module = nn.ModuleDict({"a": nn.Linear(2, 2)})
+
+
+def test_names_that_differ_by_a_wrapper_are_told_apart() -> None:
+    model = _Namesakes()
+    frozen = freeze_entries(model, "*a.weight[0]")
+    assert [frozen[name].name for name in frozen] == ["a.weight", "module.a.weight"]
+    kept = [frozen[name].values for name in frozen]
+    frozen.load_state_dict(frozen.state_dict())
+    assert all(same_bits(frozen[name].values, values) for name, values in zip(frozen, kept, strict=True))
+    frozen.thaw("module.a.weight")
+    assert list(frozen) == ["a.weight"]
+
+
+def test_a_name_without_its_wrapper_that_fits_two_parameters_is_refused() -> None:
+    model = nn.ModuleDict({"module": nn.Linear(2, 2), "_orig_mod": nn.Linear(2, 2)})
+    with pytest.raises(TargetError, match=r"`weight` may be `module\.weight` or `_orig_mod\.weight`"):
+        freeze_entries(model, "weight = 0")
+
+
+def test_a_copys_handle_that_was_removed_and_attached_leaves_no_hook() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    freeze_entries(model, "0.weight[0]")
+    twin = copy.deepcopy(model)
+    (frozen,) = FrozenEntries.of(twin)
+    frozen.remove()
+    frozen.attach()
+    frozen.remove()
+    assert not any(module._forward_pre_hooks for module in twin.modules())

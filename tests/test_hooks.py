@@ -541,3 +541,29 @@ def test_hooks_that_were_there_before_see_the_clean_gradient() -> None:
     freeze_entries(model, "weight[0] = 1")
     model(torch.ones(1, 2)).sum().backward()
     assert seen == [[0, 0]]
+
+
+def test_a_model_with_gradients_is_converted_by_swapping() -> None:
+    model = nn.Linear(3, 2)
+    frozen = freeze_entries(model, "weight[0] = 1")
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model(torch.ones(1, 3)).sum().backward()
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    optimizer = MaskedOptimizer(torch.optim.Adam(model.parameters()), frozen)
+    optimizer.step()
+    frozen.assert_frozen()
+    assert not optimizer.state[model.weight]["exp_avg"][0].any()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_program_has_no_trace_of_what_holds_the_entries() -> None:
+    model = nn.Sequential(nn.Linear(64, 4))
+    frozen = freeze_entries(model, "0.weight[nm(1, 2)] = 0")
+    batch = torch.randn(2, 64)
+    program = torch.jit.trace(model, (batch,))
+    assert "copy_" not in str(program.inlined_graph)
+    assert same_bits(program(batch), model(batch))
+    frozen.assert_frozen()

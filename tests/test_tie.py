@@ -356,3 +356,14 @@ def test_a_tied_tensor_saves_without_a_warning() -> None:
 def test_an_empty_dimension_is_refused() -> None:
     with pytest.raises(RegionError, match="dimension 0 has size 0: there is no slice to tie"):
         freeze_entries({"w": nn.Parameter(torch.empty(0, 3))}, "w = tied(0)")
+
+
+def test_a_gradient_set_by_hand_before_a_state_is_loaded_is_summed() -> None:
+    layer = nn.Linear(3, 2, bias=False)
+    frozen = freeze_entries(layer, "weight = tied(0, start=first)")
+    optimizer = MaskedOptimizer(torch.optim.SGD(layer.parameters(), lr=1.0), frozen)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.tensor([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]])
+    frozen.load_state_dict(frozen.state_dict())
+    optimizer.step()
+    assert torch.allclose(before - layer.weight, torch.full((2, 3), 3.0))
