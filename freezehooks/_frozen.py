@@ -62,22 +62,6 @@ class FrozenPart:
         tie: What a rule ties of it, or None.
     """
 
-    __slots__ = (
-        "_cleaned",
-        "_device",
-        "_dtype",
-        "_extent",
-        "_layout",
-        "_members",
-        "_sharded",
-        "frozen_count",
-        "name",
-        "names",
-        "pieces",
-        "shape",
-        "tie",
-    )
-
     def __init__(self, names: list[str], parameter: Tensor, members: Sequence[Piece | Tie]) -> None:
         self.name = names[0]
         self.names = tuple(names)
@@ -161,9 +145,8 @@ class FrozenPart:
             f"FrozenPart({self.name!r}, shape={tuple(self.shape)}, frozen={self.frozen_count}, free={self.free_count})"
         )
 
-    def __getstate__(self) -> Any:
-        kept = {name: getattr(self, name) for name in self.__slots__ if name not in ("_cleaned", "_sharded")}
-        return None, {"_cleaned": None, "_sharded": None, **kept}
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_cleaned": None, "_sharded": None}
 
     def _blank(self) -> Tensor:
         return torch.zeros(self._extent, dtype=self._dtype, device=self._device)

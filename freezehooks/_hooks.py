@@ -25,8 +25,6 @@ from ._tie import Tie
 class ZeroFrozenGradient:
     """After a gradient was accumulated: make it +0.0 at the frozen entries."""
 
-    __slots__ = ("part",)
-
     def __init__(self, part: FrozenPart) -> None:
         self.part = part
 
@@ -130,8 +128,6 @@ class ModuleHooks:
         family: All parts of the handle, by qualified name: the same object in all of the handle's module hooks.
     """
 
-    __slots__ = ("_handles", "family", "parts")
-
     def __init__(self, family: dict[str, FrozenPart]) -> None:
         self.parts: dict[str, FrozenPart] = {}
         self.family = family
@@ -223,8 +219,6 @@ def _untraced() -> Iterator[None]:
 
 
 class _ModuleHook:
-    __slots__ = ("hooks",)
-
     def __init__(self, hooks: ModuleHooks) -> None:
         self.hooks = hooks
 
@@ -232,16 +226,12 @@ class _ModuleHook:
 class ImposeBeforeForward(_ModuleHook):
     """Before a module's forward: impose, and renew lost gradient hooks."""
 
-    __slots__ = ()
-
     def __call__(self, module: nn.Module, args: Any) -> None:
         self.hooks.hold(module)
 
 
 class ImposeBeforeCaller(_ModuleHook):
     """Before the forward of a module that computes with another's parameters without calling it: impose there."""
-
-    __slots__ = ("path",)
 
     def __init__(self, hooks: ModuleHooks, path: str) -> None:
         super().__init__(hooks)
@@ -254,8 +244,6 @@ class ImposeBeforeCaller(_ModuleHook):
 class ImposeBeforeSaving(_ModuleHook):
     """Before `state_dict()`: impose, so that what is saved is exact even after a stray write."""
 
-    __slots__ = ()
-
     def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         self.hooks.hold(module)
 
@@ -265,8 +253,6 @@ class ImposeBeforeLoading(_ModuleHook):
 
     What was loaded into the parameter itself, as torch.distributed.checkpoint does, is not a stray write.
     """
-
-    __slots__ = ()
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for key, part in self.hooks.parts.items():
@@ -281,8 +267,6 @@ def _shares_memory(loaded: Any, parameter: Tensor) -> bool:
 
 class FollowLoading(_ModuleHook):
     """After `load_state_dict()`: let `keep` follow what was loaded, impose the rest, hook what was assigned."""
-
-    __slots__ = ()
 
     def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
         for part, parameter in self.hooks.bound(module):

@@ -24,8 +24,6 @@ class Piece:
         places: Where its entries lie.
     """
 
-    __slots__ = ("_cast", "_is_zero", "_source", "places", "rule")
-
     def __init__(self, rule: Rule, places: Places, source: float | Tensor) -> None:
         self.rule = rule
         self.places = places
@@ -120,8 +118,8 @@ class Piece:
         source = self._source if isinstance(self._source, float) else self._source.clone()
         return {"places": self.places.state(), "value": source}
 
-    def __getstate__(self) -> Any:
-        return None, {"_cast": None, **{name: getattr(self, name) for name in self.__slots__ if name != "_cast"}}
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_cast": None}
 
 
 _SAME_TENSORS = "use the tensors of the saved run, or start from its weights alone"

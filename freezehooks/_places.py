@@ -35,8 +35,6 @@ class Places(ABC):
     ``(count,)`` for positions, or the tensor's shape with zeros at the free entries.
     """
 
-    __slots__ = ()  # here and on whatever else every step comes by
-
     @staticmethod
     def of(frozen: Tensor) -> Places:
         """Return the cheapest form of what is True in the bool tensor `frozen`."""
@@ -99,8 +97,6 @@ class Places(ABC):
 class Nothing(Places):
     """No entry at all: what a rank may hold of a region that lies on others."""
 
-    __slots__ = ()
-
     def zero_(self, tensor: Tensor) -> None:
         pass
 
@@ -119,8 +115,6 @@ class Nothing(Places):
 
 class Box(Places):
     """Entries that form a strided box: reached through a view, at no memory."""
-
-    __slots__ = ("_key", "_spans")
 
     def __init__(self, spans: tuple[slice, ...], shape: torch.Size) -> None:
         self._spans = spans
