@@ -160,9 +160,10 @@ class Compaction:
     def _frozen_in(self, optimizer: Optimizer) -> dict[Tensor, list[FrozenPart]]:
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         found: dict[Tensor, list[FrozenPart]] = {}
-        for held in self.members:
-            check_whole(held())
-            for part, parameter in held():
+        for member in self.members:
+            held = list(member())
+            check_whole(held)
+            for part, parameter in held:
                 if id(parameter) in stepped:
                     found.setdefault(parameter, []).append(part)
         # tied copies are summed and made one as whole parameters

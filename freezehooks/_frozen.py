@@ -231,10 +231,7 @@ class FrozenPart:
         else:
             return
         self._dtype, self._device = tensor.dtype, tensor.device
-        if self.tie is not None:
-            self.tie.impose_(tensor)
-        for piece in self.pieces:
-            piece.impose_(tensor)
+        self.impose_(tensor)
 
     def follow(self, parameter: Tensor) -> bool:
         """Become of the part of the parameter that lies on this rank, where it was spread over ranks or is otherwise.
@@ -304,8 +301,7 @@ class FrozenPart:
                 parameter.grad = gradient = (
                     gradient.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
                 )
-            for piece in self.pieces:
-                piece.places.zero_(gradient)
+            self.zero_(gradient)
             self._cleaned = None if self.tie is not None else _seen(gradient)  # a tie has sums to make up for
 
     def has_clean_gradient(self, parameter: Tensor) -> bool:
