@@ -12,6 +12,7 @@ from ._errors import (
     SpecError,
     StateMismatchError,
     TargetError,
+    UnguardedError,
     UnsupportedOptimizerError,
     UnsupportedParameterError,
 )
@@ -20,8 +21,11 @@ from ._frozen import FrozenPart, Violation
 from ._grammar import parse_region, parse_rule
 from ._guard import Guard
 from ._handle import FrozenEntries, freeze_entries
+from ._mechanisms import Mechanisms
 from ._optimizer import MaskedOptimizer
+from ._report import PartReport, Report
 from ._rules import Rule, keep, tied
+from ._trainable import Trainable
 
 __all__ = [
     "DriftError",
@@ -31,16 +35,21 @@ __all__ = [
     "FrozenValueError",
     "Guard",
     "MaskedOptimizer",
+    "Mechanisms",
     "OptimizerMismatchError",
     "ParameterChangedError",
+    "PartReport",
     "Region",
     "RegionError",
+    "Report",
     "Rule",
     "RuleConflictError",
     "RuleSyntaxError",
     "SpecError",
     "StateMismatchError",
     "TargetError",
+    "Trainable",
+    "UnguardedError",
     "UnsupportedOptimizerError",
     "UnsupportedParameterError",
     "Violation",

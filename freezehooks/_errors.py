@@ -76,3 +76,7 @@ class StateMismatchError(FreezeError, RuntimeError):
 
 class DriftError(FreezeError, RuntimeError):
     """Frozen entries that no longer hold their values."""
+
+
+class UnguardedError(FreezeError, RuntimeError):
+    """Frozen entries that hold their values now, while something that shall hold them is missing."""

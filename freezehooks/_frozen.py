@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,12 @@ class Violation:
     index: tuple[int, ...]
     found: float | complex
     expected: float | complex
+
+    @property
+    def drift(self) -> float:
+        """The absolute difference between what that entry holds and what it should hold; infinite for nan."""
+        gap = abs(self.found - self.expected)
+        return gap if gap == gap else math.inf
 
     def __str__(self) -> str:
         place = ", ".join(map(str, self.index))
@@ -162,6 +169,10 @@ class FrozenPart:
         for piece in self.pieces:
             frozen |= self._frozen_by(piece)
         return frozen
+
+    def frozen_in_whole(self) -> Tensor:
+        """Return where the entries of the whole parameter are frozen: gathered, where it is spread over ranks."""
+        return self.frozen if self._layout is None else joined(self.frozen, self._layout, self.shape)
 
     def _frozen_by(self, piece: Piece) -> Tensor:
         """Return the bool tensor of what one piece freezes."""
@@ -305,14 +316,12 @@ class FrozenPart:
             self._cleaned = None if self.tie is not None else _seen(gradient)  # a tie has sums to make up for
 
     def has_clean_gradient(self, parameter: Tensor) -> bool:
-        """Return whether nobody has touched the parameter's gradient since it was zeroed, as far as autograd counts.
+        """Return whether it has a gradient that nobody touched since it was zeroed, as far as autograd counts.
 
         Writes through `.data` and those of a reducer are not counted.
         """
         gradient = parameter.grad
-        if gradient is None:
-            return True
-        if self._cleaned is None or torch.compiler.is_compiling():
+        if gradient is None or self._cleaned is None or torch.compiler.is_compiling():
             return False
         number, storage, version = self._cleaned
         return (

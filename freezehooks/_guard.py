@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -59,6 +59,17 @@ class Guard:
         hooked = any(handle.hooks_dict_ref() is not None for handle in self._handles)
         return self.optimizer is None and not hooked
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether all of its hooks are on an optimizer that still lives."""
+        hooked = [handle.id in (handle.hooks_dict_ref() or ()) for handle in self._handles]
+        return self.optimizer is not None and bool(hooked) and all(hooked)
+
+    def holds(self) -> Iterator[tuple[FrozenPart, Tensor]]:
+        """Pair each part with the parameter that it holds through the steps of the optimizer."""
+        if self.optimizer is not None:
+            yield from ((part, parameter) for part, parameter, _ in self._held_by(self.optimizer))
+
     def install(self) -> None:
         """Register the hooks on the optimizer and bring its present state into line."""
         optimizer = self.optimizer
@@ -80,6 +91,7 @@ class Guard:
             optimizer.register_load_state_dict_pre_hook(read_state_dict),
             optimizer.register_load_state_dict_post_hook(self.settle),
         ]
+        _installed.add(self)
 
     def _share_compaction(self, optimizer: Optimizer) -> None:
         """Take over what makes the optimizer compact already, or let the other guards on it take over this one's."""
@@ -208,6 +220,15 @@ class Guard:
 
 def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+_installed: Final[weakref.WeakSet[Guard]] = weakref.WeakSet()
+"""Every guard that was installed and still lives: an optimizer cannot be found from what it steps."""
+
+
+def living_guards() -> list[Guard]:
+    """Return the guards of all handles whose hooks are on an optimizer that still lives."""
+    return [guard for guard in _installed if guard.is_alive]
 
 
 def guards_on(optimizer: Optimizer) -> list[Guard]:

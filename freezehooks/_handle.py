@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,10 +24,13 @@ from ._hooks import (
     unwatch_gradient,
     watch_gradient,
 )
+from ._mechanisms import Mechanisms, check_complete, find_mechanisms, guarded_now
 from ._model_hook import ImposeBeforeModel, remove_before_model
 from ._parts import Model, resolve, saved_pieces, state_of
+from ._report import Report, aligned, report_part
 from ._rules import Rule
 from ._targets import Site, matching, matching_unwrapped, unwrapped
+from ._trainable import Trainable, count_trainable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -159,7 +162,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         for part in self._parts.values():
             rules = ", ".join(map(str, part.rules))
             rows.append((part.name, str(tuple(part.shape)), rules, f"{part.frozen_count:,}", f"{part.free_count:,}"))
-        return _table(rows) if self._parts else "nothing is frozen"
+        return aligned(rows, left=3) if self._parts else "nothing is frozen"
 
     @property
     def model(self) -> Model:
@@ -226,11 +229,17 @@ class FrozenEntries(Mapping[str, FrozenPart]):
                     "call remove() before a module is replaced, and freeze anew after",
                 )
 
-    def assert_frozen(self) -> None:
-        """Check that every frozen entry equals its value bit for bit.
+    def assert_frozen(self, *, guarded: bool = True) -> None:
+        """Check that every frozen entry equals its value bit for bit, and that all that shall hold it is in place.
+
+        Args:
+            guarded: Whether some guarded optimizer must step each parameter that requires a gradient. Give False
+                before there is one, or where no optimizer steps the parameter.
 
         Raises:
-            DriftError: Some do not; the message names them.
+            DriftError: Some entries do not; the message names them.
+            UnguardedError: All do, but a hook is no longer there, or no optimizer is guarded.
+            ParameterChangedError: A parameter is gone, has another shape, or lies in a module that was replaced.
         """
         violations = self.violations()
         if violations:
@@ -238,6 +247,56 @@ class FrozenEntries(Mapping[str, FrozenPart]):
                 "frozen entries drifted: " + ", ".join(map(str, violations)),
                 "guard every optimizer that steps them (MaskedOptimizer or frozen.guard), or call frozen.impose()",
             )
+        check_complete(self._mechanisms(), guarded=guarded)
+
+    def report(self) -> Report:
+        """Look at what is frozen and by what means: values, drift, hooks, guarded optimizers, bytes.
+
+        Of a parameter that is spread over ranks, values and drift are of this rank's part.
+
+        Raises:
+            ParameterChangedError: A parameter is gone, has another shape, or lies in a module that was replaced.
+
+        Example:
+            >>> import torch
+            >>> from freezehooks import freeze_entries
+            >>> layer = torch.nn.Linear(3, 2)
+            >>> frozen = freeze_entries(layer, "weight[0] = 1")
+            >>> frozen.report().parts["weight"].missing
+            ('a guarded optimizer',)
+            >>> optimizer = torch.optim.SGD(layer.parameters())
+            >>> guard = frozen.guard(optimizer)
+            >>> frozen.report().holds
+            True
+        """
+        violations, mechanisms = self.violations(), self._mechanisms()
+        parts = {
+            name: report_part(part, [each for each in violations if each.name == name], mechanisms[name])
+            for name, part in self._parts.items()
+        }
+        return Report(parts)
+
+    def _mechanisms(self) -> dict[str, Mechanisms]:
+        sites: dict[str, list[Site]] = {}
+        for part, site in self._sites:
+            sites.setdefault(part.name, []).append(site)
+        guarded = guarded_now()
+        return {name: find_mechanisms(self._parts[name], sites[name], self._modules, guarded) for name in self._parts}
+
+    def trainable(self) -> Trainable:
+        """Count the entries of the model that train, as they are reported: in number and in percent.
+
+        Frozen entries of other handles do not train either. Copies that are tied count each.
+
+        Example:
+            >>> import torch
+            >>> from freezehooks import freeze_entries
+            >>> frozen = freeze_entries(torch.nn.Linear(3, 2), "weight[0] = 1")
+            >>> print(frozen.trainable())
+            trainable entries: 5 of 8 (62.5 %)
+        """
+        own = [(part, site.tensor()) for part, site in self._sites] if self._attached else []
+        return count_trainable(self._model, own)
 
     def guard(self, optimizer: Optimizer, *, compact: bool = False) -> Guard:
         """Hold the entries through every step of an optimizer, by the optimizer's own step hooks.
@@ -429,12 +488,9 @@ class FrozenEntries(Mapping[str, FrozenPart]):
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_guards": []}  # a guard belongs to its optimizer; MaskedOptimizer makes it anew
 
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [text.ljust(width) for text, width in zip(row[:3], widths, strict=False)]
-        cells += [text.rjust(width) for text, width in zip(row[3:], widths[3:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for part, site in self._sites if self._attached else ():
+            parameter = site.find() if site.is_whole else None  # else the first forward renews its hooks
+            if parameter is not None:
+                watch_gradient(part.current(parameter), part)

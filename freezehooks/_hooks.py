@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,11 @@ def unwatch_gradient(parameter: Tensor, part: FrozenPart) -> None:
         del summing[hook_id]
 
 
+def is_watched(parameter: Tensor, part: FrozenPart) -> bool:
+    """Return whether the parameter's gradient is zeroed, and summed over tied copies."""
+    return _is_watched(parameter, part) and (part.tie is None or _is_summed(parameter, part.tie))
+
+
 def _is_watched(parameter: Tensor, part: FrozenPart) -> bool:
     for hook in (parameter._post_accumulate_grad_hooks or {}).values():  # type: ignore[attr-defined]
         if isinstance(hook, ZeroFrozenGradient) and hook.part is part:
@@ -155,6 +160,14 @@ class ModuleHooks:
         ]
         for caller, path in callers:
             self._handles.append(caller.register_forward_pre_hook(ImposeBeforeCaller(self, path), prepend=True))
+
+    def lost(self, module: nn.Module) -> set[str]:
+        """Return the moments ("forward", "saving", "loading") whose hooks are no longer on the module."""
+        return {moment for moment, where, kind in _MOMENTS if not self._is_among(getattr(module, where), kind)}
+
+    def _is_among(self, hooks: dict[int, Any], kind: type[_ModuleHook]) -> bool:
+        plain = [getattr(hook, "hook", hook) for hook in hooks.values()]  # torch wraps hooks that take the module
+        return any(isinstance(hook, kind) and hook.hooks is self for hook in plain)
 
     def remove(self) -> None:
         """Take every hook off again."""
@@ -272,6 +285,15 @@ class FollowLoading(_ModuleHook):
         for part, parameter in self.hooks.bound(module):
             watch_gradient(parameter, part)
             part.recapture(parameter)
+
+
+_MOMENTS: Final[tuple[tuple[str, str, type[_ModuleHook]], ...]] = (
+    ("forward", "_forward_pre_hooks", ImposeBeforeForward),
+    ("saving", "_state_dict_pre_hooks", ImposeBeforeSaving),
+    ("loading", "_load_state_dict_pre_hooks", ImposeBeforeLoading),
+    ("loading", "_load_state_dict_post_hooks", FollowLoading),
+)
+"""At which moment a module calls its hooks, where torch keeps them, and which of them is ours."""
 
 
 def hooks_on(module: nn.Module) -> list[ModuleHooks]:

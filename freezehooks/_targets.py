@@ -26,6 +26,11 @@ class Site:
     owner: nn.Module | Mapping[str, Tensor]
     key: str
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the owner has its parameters: not so a module that is just being copied, and holds its handle."""
+        return not isinstance(self.owner, nn.Module) or "_parameters" in vars(self.owner)
+
     def tensor(self) -> Tensor:
         """Return the tensor that stands here now.
 

@@ -310,7 +310,7 @@ def test_a_parameter_that_joins_or_is_replaced_in_a_step_hook_is_held() -> None:
     optimizer.register_step_pre_hook(change)
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    frozen.assert_frozen()
+    assert frozen.violations() == ()
 
 
 def test_what_is_thawed_in_a_step_hook_is_stepped_freely() -> None:

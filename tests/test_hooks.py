@@ -65,7 +65,7 @@ def test_the_copy_keeps_on_its_own_what_it_loads() -> None:
     twin.load_state_dict({"weight": torch.full((2, 2), 9.0), "bias": torch.zeros(2)})
     twin(torch.ones(1, 2))
     assert twin.weight[0].tolist() == [9, 9]
-    frozen.assert_frozen()
+    frozen.assert_frozen(guarded=False)
     model(torch.ones(1, 2))
     assert model.weight[0].tolist() != [9, 9]
 
@@ -114,7 +114,7 @@ def test_keep_follows_a_load_and_a_number_does_not() -> None:
     assert model.weight.tolist() == [[3, 3], [0.5, 0.5]]
     model(torch.ones(1, 2))
     assert model.weight.tolist() == [[3, 3], [0.5, 0.5]]
-    frozen.assert_frozen()
+    frozen.assert_frozen(guarded=False)
 
 
 def test_keep_does_not_follow_a_stray_write_when_a_load_leaves_the_parameter_out() -> None:
@@ -229,7 +229,7 @@ def test_another_parameter_of_the_same_shape_is_held_in_the_old_ones_place() -> 
     assert model.weight.tolist() == [[1, 1], [0, 0]]
     assert model.weight.grad is not None
     assert model.weight.grad.tolist() == [[0, 0], [1, 1]]
-    frozen.assert_frozen()
+    frozen.assert_frozen(guarded=False)
 
 
 def test_another_parameter_of_another_shape_is_refused_by_name() -> None:
@@ -325,7 +325,7 @@ def test_a_compiled_model_computes_with_the_values(spec: str, fullgraph: bool) -
     assert not bool(model.weight.grad[held].any())
     model.weight.data[...] = 5
     output = compiled(torch.ones(1, 4))
-    frozen.assert_frozen()
+    frozen.assert_frozen(guarded=False)
     assert torch.equal(output, model(torch.ones(1, 4)))
 
 
@@ -458,7 +458,7 @@ def test_a_model_frozen_by_a_function_pickles() -> None:
     torch.save(model, stream)
     stream.seek(0)
     (again,) = FrozenEntries.of(torch.load(stream, weights_only=False))
-    again.assert_frozen()
+    again.assert_frozen(guarded=False)
     assert str(again.rules[0]) == str(frozen.rules[0]) == "weight[<<lambda>>] = 0.5"
 
 
@@ -487,7 +487,7 @@ def test_a_model_that_passes_through_the_meta_device_is_held_again(region: str) 
     model.state_dict()
     model.to_empty(device="cpu")
     model(torch.ones(1, 8))
-    frozen.assert_frozen()
+    frozen.assert_frozen(guarded=False)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, "keep"], ids=str)
@@ -526,7 +526,7 @@ def test_a_compiled_copy_is_clean_once_its_handle_was_asked_for() -> None:
     torch.compile(twin, backend="aot_eager")(torch.ones(1, 4)).sum().backward()
     assert twin.weight.grad is not None
     assert twin.weight.grad[:, 0].tolist() == [0, 1, 1, 1]
-    frozen.assert_frozen()
+    frozen.assert_frozen(guarded=False)
 
 
 def test_hooks_that_were_there_before_see_the_clean_gradient() -> None:
@@ -566,4 +566,4 @@ def test_a_traced_program_has_no_trace_of_what_holds_the_entries() -> None:
     program = torch.jit.trace(model, (batch,))
     assert "copy_" not in str(program.inlined_graph)
     assert same_bits(program(batch), model(batch))
-    frozen.assert_frozen()
+    frozen.assert_frozen(guarded=False)

@@ -130,7 +130,7 @@ class FreezeEntries(_Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Check after the last step of an epoch that every frozen entry holds its value."""
         if trainer.is_last_batch and self.frozen is not None and self.frozen.attached:
-            self.frozen.assert_frozen()
+            self.frozen.assert_frozen(guarded=False)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Take the hooks off, after imposing once more: other callbacks may have written averages into the module."""
