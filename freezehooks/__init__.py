@@ -1,6 +1,7 @@
 """Hold some entries of a weight while the rest of the network trains."""
 
 from ._errors import (
+    CheckpointError,
     DriftError,
     FreezeError,
     FrozenValueError,
@@ -28,6 +29,7 @@ from ._rules import Rule, keep, tied
 from ._trainable import Trainable
 
 __all__ = [
+    "CheckpointError",
     "DriftError",
     "FreezeError",
     "FrozenEntries",

@@ -74,6 +74,10 @@ class StateMismatchError(FreezeError, RuntimeError):
     """A saved state made under other rules, or for another model."""
 
 
+class CheckpointError(FreezeError, ValueError):
+    """A file that cannot be read as a model's tensors, or not without executing what it says."""
+
+
 class DriftError(FreezeError, RuntimeError):
     """Frozen entries that no longer hold their values."""
 

@@ -197,17 +197,17 @@ def _border(parameter: Tensor) -> Tensor:
 
 def _diagonal(parameter: Tensor, k: int) -> Tensor:
     rows, columns = _matrix_grids(parameter, "diagonal")
-    return _everywhere(columns - rows == k, parameter)
+    return _everywhere(columns - rows == _nearest_diagonal(k, parameter), parameter)
 
 
 def _triu(parameter: Tensor, k: int) -> Tensor:
     rows, columns = _matrix_grids(parameter, "triu")
-    return _everywhere(columns - rows >= k, parameter)
+    return _everywhere(columns - rows >= _nearest_diagonal(k, parameter), parameter)
 
 
 def _tril(parameter: Tensor, k: int) -> Tensor:
     rows, columns = _matrix_grids(parameter, "tril")
-    return _everywhere(columns - rows <= k, parameter)
+    return _everywhere(columns - rows <= _nearest_diagonal(k, parameter), parameter)
 
 
 def _zeros(parameter: Tensor) -> Tensor:
@@ -279,6 +279,11 @@ def _matrix_grids(parameter: Tensor, pattern: str) -> tuple[Tensor, ...]:
     if parameter.ndim < 2:
         raise _needs_a_matrix(pattern, parameter)
     return _grids(parameter, 2)
+
+
+def _nearest_diagonal(k: int, parameter: Tensor) -> int:
+    """Return k, or the first diagonal past the corner on its side: torch compares with no integer of over 64 bits."""
+    return max(-parameter.shape[-2], min(k, parameter.shape[-1]))
 
 
 def _needs_a_matrix(pattern: str, parameter: Tensor) -> RegionError:

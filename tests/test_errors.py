@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from freezehooks import (
+    CheckpointError,
     DriftError,
     FreezeError,
     FrozenEntries,
@@ -292,6 +293,7 @@ _BUILTINS: dict[type[FreezeError], type[Exception]] = {
     UnsupportedOptimizerError: TypeError,
     ParameterChangedError: RuntimeError,
     StateMismatchError: RuntimeError,
+    CheckpointError: ValueError,
     DriftError: RuntimeError,
 }
 

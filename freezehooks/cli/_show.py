@@ -1,0 +1,106 @@
+"""The command `show`: what rules select of a checkpoint, or what is in it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._frozen import FrozenPart
+from .._rules import Rule
+from .._tie import Tie
+from ._checkpoints import open_checkpoint
+from ._comparison import compare, differ
+from ._output import say, shown, table
+from ._rules_file import add_rules_arguments, asked_rules
+from ._selection import part_of, rules_by_name
+
+_EXAMPLES = """\
+examples:
+  freezehooks show model.pt
+      names, shapes and dtypes of what is in the file
+
+  freezehooks show model.pt --rule 'conv*.weight[center] = 0'
+      which parameters have a centre tap that would be held at 0, and what it holds now
+
+  freezehooks show epoch=9.ckpt --rules rules.yaml
+      the same for a file of rules; the tensors of a Lightning checkpoint are found under `state_dict`
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
+    """Add the command to those of the command line."""
+    parser = commands.add_parser(
+        "show",
+        help="what rules select of a checkpoint, or what is in it",
+        description="Show which entries of a checkpoint some rules select, and what these hold now. Without rules: "
+        "what is in the file.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file of torch.save or of safetensors")
+    add_rules_arguments(parser)
+    parser.add_argument("--key", help="where in the file the tensors are, with dots between nested keys")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command."""
+    rules = asked_rules(options)
+    tensors = open_checkpoint(options.checkpoint, options.key)
+    say(_selected(tensors, rules) if rules else _listed(tensors))
+    return 0
+
+
+def _listed(tensors: Mapping[str, Tensor]) -> str:
+    rows = [("tensor", "shape", "dtype", "entries")]
+    for name, tensor in tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        rows.append((shown(name), str(tuple(tensor.shape)), dtype, f"{tensor.numel():,}"))
+    return f"{table(rows, right=[3])}\n{len(tensors):,} tensors, {_entries(tensors):,} entries"
+
+
+def _entries(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _selected(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> str:
+    rows: list[tuple[str, ...]] = [("parameter", "shape", "rules", "frozen", "free", "hold now")]
+    frozen = 0
+    for name, own in rules_by_name(tensors, rules).items():
+        part = part_of(name, tensors[name], own)
+        frozen += part.frozen_count
+        rows.append(_row(part, tensors[name], own))
+    total = _entries(tensors)
+    share = f"{100 * frozen / total:.3g} %"
+    return f"{table(rows, right=[3, 4])}\nfrozen: {frozen:,} of all {total:,} entries of the file ({share})"
+
+
+def _row(part: FrozenPart, tensor: Tensor, rules: Sequence[Rule]) -> tuple[str, ...]:
+    said = ", ".join(map(str, rules))
+    held = [_range(tensor[part.frozen])] if part.frozen_count else []
+    held += [_copies(tensor, part.tie)] if part.tie is not None else []
+    counts = f"{part.frozen_count:,}", f"{part.free_count:,}"
+    return shown(part.name), str(tuple(part.shape)), said, *counts, "; ".join(held)
+
+
+def _range(numbers: Tensor) -> str:
+    """Say what some entries hold: the one number, or the lowest to the highest."""
+    if not bool(differ(numbers, numbers[:1].expand_as(numbers)).any()):
+        return repr(numbers[0].item())
+    size = numbers.abs() if numbers.is_complex() else numbers
+    clear = size[~size.isnan()]
+    ends = f"{clear.min().item():g} to {clear.max().item():g}" if len(clear) else "nan"
+    told = f"magnitudes {ends}" if numbers.is_complex() else ends
+    return f"{told}, and nan" if 0 < len(clear) < len(size) else told
+
+
+def _copies(tensor: Tensor, tie: Tie) -> str:
+    count = tensor.shape[tie.dim]
+    one = tensor.clone(memory_format=torch.contiguous_format)
+    tie.impose_(one)
+    gap = compare(tensor, one, limit=0)
+    return f"{count} copies differ, by up to {gap.gap:g} from the first" if gap.count else f"{count} copies are one"

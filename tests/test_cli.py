@@ -1,0 +1,479 @@
+"""The command line: its exit codes, the files it opens and the ones it refuses, rules files, and `show`."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from freezehooks import CheckpointError, FreezeError, parse_rule
+from freezehooks.cli import main
+from freezehooks.cli._checkpoints import counterparts, open_checkpoint
+from freezehooks.cli._output import complain, say
+from freezehooks.cli._rules_file import read_rules
+
+from .checkpoints import Folder, Hostile, ramp
+
+
+@pytest.fixture
+def folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Folder:
+    return Folder(tmp_path, capsys)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The program
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "diff"])
+def test_every_command_has_help_with_worked_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main([command, "--help"])
+    assert leaving.value.code == 0
+    assert f"freezehooks {command} " in capsys.readouterr().out.split("examples:")[1]
+
+
+def test_the_help_says_what_commands_are_for_and_how_rules_are_written(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    commands = [f"\n    {command} " for command in ("explain", "show", "verify", "diff")]
+    order = [said.index(text) for text in [*commands, "smallest(fraction)", "exit codes"]]
+    assert order == sorted(order)
+
+
+@pytest.mark.parametrize(
+    "rule", ["conv.weight[:, :, 1, 1] = 0", "features.*[~cross] = 0", "wte[~50257:]", "w[cross(3)]", "w[nm(2, 4)]"]
+)
+def test_the_rules_in_the_help_are_rules(rule: str) -> None:
+    assert parse_rule(rule).target
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(["--version"])
+    assert (leaving.value.code, capsys.readouterr().out.split()[0]) == (0, "freezehooks")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["praise", "a.pt"], "praise"),
+        (["verify", "a.pt", "--rule", "w", "--limit", "-1"], "expected 0 or more, found -1"),
+        (["verify", "a.pt", "--rule", "w", "--limit", "few"], "expected a whole number, found 'few'"),
+    ],
+)
+def test_bad_use_is_code_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(arguments)
+    assert leaving.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def _process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "freezehooks", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
+
+
+def test_a_process_ends_with_the_code_of_the_answer(folder: Folder) -> None:
+    path = folder.checkpoint("a.pt", w=torch.tensor([0.0, 1.0]))
+    no, bad = (_process("verify", path, "--rule", rule) for rule in ("w = 0", "w[2] = 0"))
+    assert (no.returncode, no.stderr) == (1, "")
+    assert "w[1]: found 1.0, expected 0.0" in no.stdout
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr.startswith("freezehooks: error: rule `w[2] = 0`")
+    assert bad.stderr.count("\n") == 1
+
+
+def test_a_closed_pipe_ends_it_quietly_and_is_no_yes(folder: Folder) -> None:
+    command = [sys.executable, "-m", "freezehooks", "show", folder.checkpoint("a.pt", w=ramp(2))]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=300, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_an_interrupt_ends_it_quietly(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("freezehooks.cli._show.open_checkpoint", interrupted)
+    assert folder.run("show", "a.pt") == (130, "")
+
+
+class _Terminal(io.StringIO):
+    encoding = "ascii"
+
+
+def test_what_a_stream_cannot_encode_is_written_in_signs_that_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    say("\u25a0\u25a1 3\u00d73 \u00e4")
+    assert terminal.getvalue() == "#. 3x3 \\xe4\n"
+
+
+def test_a_name_from_a_file_commands_no_terminal_and_forges_no_line(folder: Folder) -> None:
+    path = folder.saved("a.pt", {"w\x1b[2J\nverified": torch.ones(2)})
+    said = folder.run("show", path)[1]
+    assert "\x1b" not in said
+    assert "w\\x1b[2J\\nverified" in said
+    assert folder.run("verify", path, "--rule", "w* = 0")[1].count("\n") == 5
+
+
+def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    complain("one\ntwo\x1b[0m")
+    assert capsys.readouterr().err == "freezehooks: error: one two\\x1b[0m\n"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"w": ramp(2)},
+        {"state_dict": {"w": ramp(2)}, "epoch": 3, "best": torch.tensor(0.5)},
+        {"model": {"w": ramp(2)}, "optimizer": {"state": {0: {"exp_avg": ramp(2)}}}},
+        {"model_state_dict": {"w": ramp(2)}},
+        {"module": {"w": ramp(2)}},
+        {"state": {"w": ramp(2)}},
+        {"w": nn.Parameter(ramp(2)), "_extra_state": 5},
+    ],
+    ids=["flat", "Lightning", "model", "model_state_dict", "module", "state", "parameters"],
+)
+def test_the_tensors_are_found_where_they_usually_are(folder: Folder, content: Any) -> None:
+    found = open_checkpoint(folder.saved("a.pt", content))
+    assert list(found) == ["w"]
+    assert found["w"].equal(ramp(2))
+    assert not found["w"].requires_grad
+
+
+def test_a_key_says_where_else_they_are(folder: Folder) -> None:
+    path = folder.saved("a.pt", {"ema": {"net": {"w": ramp(2)}}, "model": {"w": ramp(3)}, "a.b": {"w": ramp(4)}})
+    assert len(open_checkpoint(path, "ema.net")["w"]) == 2
+    assert len(open_checkpoint(path, "a.b")["w"]) == 4
+    with pytest.raises(CheckpointError, match=r"has no `nets` on the way to `ema.nets`: its keys are `net` \(dict\)"):
+        open_checkpoint(path, "ema.nets")
+    with pytest.raises(CheckpointError, match=r"no tensors by name under `ema`: its keys are `net` \(dict\); correct"):
+        open_checkpoint(path, "ema")
+
+
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "legacy"])
+def test_both_formats_of_torch_are_read(tmp_path: Path, options: Any) -> None:
+    torch.save({"w": ramp(2)}, tmp_path / "a.bin", **options)
+    assert open_checkpoint(str(tmp_path / "a.bin"))["w"].equal(ramp(2))
+
+
+def test_safetensors_are_read(folder: Folder) -> None:
+    path = folder.saved("a.safetensors", {"w": ramp(2).bfloat16()})
+    assert open_checkpoint(path)["w"].equal(ramp(2).bfloat16())
+
+
+def test_one_tensor_under_two_names_is_looked_at_under_both(folder: Folder) -> None:
+    path = folder.checkpoint("a.pt", **dict.fromkeys(("v", "w"), ramp(2)))
+    assert "verified 2 entries of 2 parameters" in folder.run("verify", path, "--rule", "*[0] = 1")[1]
+
+
+def _file(folder: Folder, kind: str) -> str:
+    whole = folder.checkpoint("whole.pt", w=ramp(1000))
+    match kind:
+        case "missing":
+            return str(folder.path / "missing.pt")
+        case "folder":
+            return str(folder.path)
+        case "text":
+            return folder.text("text.pt", "hello there\n")
+        case "empty":
+            return folder.text("empty.pt", "")
+        case "truncated":
+            (folder.path / "cut.pt").write_bytes(Path(whole).read_bytes()[:2000])
+            return str(folder.path / "cut.pt")
+        case "safetensors by another name":
+            return str(Path(folder.saved("s.safetensors", {"w": ramp(2)})).rename(folder.path / "s.pt"))
+        case "torch by another name":
+            return str(Path(whole).rename(folder.path / "t.safetensors"))
+        case "a whole module":
+            return folder.saved("module.pt", nn.Linear(2, 2))
+        case "no tensors":
+            return folder.saved("none.pt", {"epoch": 3})
+        case "a list":
+            return folder.saved("list.pt", [ramp(2)])
+        case "optimizer":
+            return folder.saved("optimizer.pt", {"state": {0: {"exp_avg": ramp(2)}}, "param_groups": []})
+        case "sparse":
+            return folder.saved("sparse.pt", {"w": torch.eye(3).to_sparse()})
+    return folder.saved("meta.pt", {"w": torch.empty(2, device="meta")})
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "there is no file `.*missing.pt`; check the path"),
+        ("folder", "is a folder; name the file inside it; it holds whole.pt"),
+        ("text", "is no checkpoint, or part of it is missing .*; give a file that torch.save wrote"),
+        ("empty", "is no checkpoint, or part of it is missing .*; give a file that torch.save wrote"),
+        ("truncated", "is no checkpoint, or part of it is missing .* copy it again if it was cut short"),
+        ("safetensors by another name", "is no checkpoint of tensors alone, and nothing of it was executed"),
+        ("torch by another name", "is no file of safetensors, or part of it is missing .*; copy it again"),
+        (
+            "a whole module",
+            r"asks for `torch.nn.modules.linear.Linear`, .*; .*\(model.state_dict\(\), path\)",
+        ),
+        ("no tensors", r"holds no tensors by name: its keys are `epoch` \(int\); say where they are: --key KEY"),
+        ("a list", "holds no tensors by name: there is a list"),
+        ("optimizer", r"its keys are `state` \(dict\), `param_groups` \(list\)"),
+        ("sparse", r"`w` of .* is torch.float32 in layout torch.sparse_coo; save dense tensors"),
+        ("meta", r"`w` of .* is on the meta device"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused(folder: Folder, kind: str, message: str) -> None:
+    path = _file(folder, kind)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(path)
+    assert folder.run("show", path)[0] == 2
+
+
+class _Part(torch.Tensor):
+    """Stands for a tensor of which each rank holds a part."""
+
+
+def test_a_tensor_of_another_class_is_refused(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder.checkpoint("a.pt", w=ramp(2))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: {"w": ramp(2).as_subclass(_Part)})
+    with pytest.raises(CheckpointError, match=r"`w` of .* is a _Part, .* a part only; save the full state_dict"):
+        open_checkpoint(path)
+
+
+def test_a_file_that_may_not_be_read_is_refused(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    path = folder.checkpoint("a.pt", w=ramp(2))
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(CheckpointError, match=r"`.*a.pt` cannot be read \(Permission denied\); check the file"):
+        open_checkpoint(path)
+
+
+class _Recorder:
+    """Stands for torch.load, and remembers how it was called."""
+
+    def __init__(self, asked: list[dict[str, Any]]) -> None:
+        self.asked = asked
+
+    def __call__(self, path: str, **options: Any) -> Any:
+        self.asked.append(options)
+        return {"w": ramp(2)}
+
+
+def test_no_numbers_are_loaded_with_trust(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    path = folder.checkpoint("a.pt", w=ramp(2))
+    monkeypatch.setattr(torch, "load", _Recorder(asked))
+    open_checkpoint(path)
+    assert [(options["weights_only"], options["mmap"]) for options in asked] == [(True, True)]
+
+
+def test_a_list_of_many_keys_is_cut_short(folder: Folder) -> None:
+    path = folder.saved("a.pt", {f"k{n}": n for n in range(11)})
+    with pytest.raises(CheckpointError, match=r"`k7` \(int\) and 3 more"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_a_hostile_file_is_refused_and_not_executed(folder: Folder, write: Any) -> None:
+    mark, path = folder.path / "executed", folder.path / "evil.pt"
+    write({"w": Hostile(mark)}, path)
+    for command in (["show"], ["verify", "--rule", "w = 0"], ["diff", str(path)]):
+        code, said = folder.run(command[0], str(path), *command[1:])
+        assert code == 2
+        assert "and nothing of it was executed; save its tensors alone" in said
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Hostile(mark)))  # what it would have done
+    assert mark.exists()
+
+
+def test_without_safetensors_the_error_names_the_extra(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder.saved("a.safetensors", {"w": ramp(2)})
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert folder.run("show", path) == (
+        2,
+        f"freezehooks: error: to read `{path}` takes the package safetensors, which is not installed; "
+        'run `pip install "freezehooks[cli]"`\n',
+    )
+
+
+def test_names_pair_but_for_names_of_wrappers() -> None:
+    one = ramp(1)
+    assert counterparts({"module.w": one, "b": one}, {"w": one, "_orig_mod.b": one}) == {
+        "module.w": "w",
+        "b": "_orig_mod.b",
+    }
+    with pytest.raises(CheckpointError, match=r"`w` may be `module.w` or `_orig_mod.w` of the other file; save both"):
+        counterparts({"w": one}, {"module.w": one, "_orig_mod.w": one})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rules files
+
+_TWO = ["conv.weight[:, :, 1, 1] = 0", "head = keep"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("r.txt", "# two rules\nconv.weight[:, :, 1, 1] = 0  # the centre\n\nhead\n"),
+        ("r.rules", "\ufeffconv.weight[:, :, 1, 1] = 0\r\nhead"),
+        ("r.yaml", "|\n  conv.weight[:, :, 1, 1] = 0\n  head\n"),
+        ("r.yml", "- conv.weight[:, :, 1, 1] = 0\n- head\n"),
+        ("r.yaml", "rules:\n  - conv.weight[:, :, 1, 1] = 0\n  - head: ...\n"),
+        ("r.yaml", 'spec:\n  conv.weight: [":, :, 1, 1", 0]\n  head: ...\n'),
+        ("r.yaml", "conv.weight:\n  - ':, :, 1, 1'\n  - 0\nhead: [..., keep]\n"),
+    ],
+    ids=["text", "text of Windows", "block", "list", "rules", "spec", "mapping"],
+)
+def test_a_rules_file_is_read_in_every_form(folder: Folder, name: str, content: str) -> None:
+    assert [str(rule) for rule in read_rules(folder.text(name, content))] == _TWO
+
+
+def test_what_yaml_takes_for_numbers_is_the_text_that_it_was(folder: Folder) -> None:
+    path = folder.text("r.yaml", "0: 0\n1.50: [1:30, 1e3]\nno: ['1', -0.0]\n")
+    assert [str(rule) for rule in read_rules(path)] == ["0[0] = keep", "1.50[1:30] = 1000", "no[1] = -0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("r.txt", "w\nw[", "r.txt`: line 2: rule `w.`: column 3: expected an index"),
+        ("r.txt", "# nothing\n", "r.txt`: the file holds no rule; write one a line"),
+        ("r.yaml", "[]", "r.yaml`: the file holds no rule"),
+        ("r.yaml", "", "expected rules, found nothing; write a list of rules"),
+        ("r.yaml", "- w\n- [a, b]", "item 2: expected a rule or a mapping, found a list"),
+        ("r.yaml", "- w\n- 'w['", "item 2: line 1: rule `w.`: column 3"),
+        ("r.yaml", "w: {a: b}", "rule for `w`: expected text, found a mapping"),
+        ("r.yaml", "w: [0, 1, 2]", "rule for `w`: a mapping's item is a region or .region, value., found 3 parts"),
+        ("r.yaml", "w: [0, center]", "rule for `w`: value `center`: column 1"),
+        ("r.yaml", "w: middle", "rule for `w`: region `middle`: column 1: unknown pattern"),
+        ("r.yaml", "w:", "rule for `w`: the region or the value is empty; write `...`"),
+        ("r.yaml", "w: 0\nw: 1", "a key is no text, or is written twice"),
+        ("r.yaml", "[a]: 1", "a key is no text, or is written twice"),
+        ("r.yaml", "- &a w\n- *a", "anchors and aliases have no meaning here"),
+        ("r.yaml", "w: !!int 3", "the tag .* has no meaning here, and nothing was made of it"),
+        ("r.yaml", "w: [", "the YAML cannot be read"),
+        ("r.yaml", "[" * 1000, "the YAML is nested too deeply"),
+    ],
+)
+def test_a_bad_rules_file_is_refused_by_name(folder: Folder, name: str, content: str, message: str) -> None:
+    path = folder.text(name, content)
+    with pytest.raises(FreezeError, match=message):
+        read_rules(path)
+    assert folder.run("verify", "a.pt", "--rules", path)[1].startswith("freezehooks: error: `")
+
+
+def test_a_hostile_yaml_is_refused_and_not_executed(folder: Folder) -> None:
+    mark = folder.path / "executed"
+    path = folder.text("r.yaml", f'- !!python/object/apply:os.system ["touch {mark}"]\n')
+    code, said = folder.run("verify", "a.pt", "--rules", path)
+    assert code == 2
+    assert "python/object/apply:os.system' has no meaning here" in said
+    assert not mark.exists()
+
+
+def test_a_rules_file_that_cannot_be_read_is_refused(folder: Folder) -> None:
+    (folder.path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(FreezeError, match=r"the rules file `.*binary.txt` is no text in UTF-8; check --rules"):
+        read_rules(str(folder.path / "binary.txt"))
+    with pytest.raises(FreezeError, match=r"the rules file `.*none.txt` cannot be read \(No such file or directory\)"):
+        read_rules(str(folder.path / "none.txt"))
+
+
+def test_without_yaml_text_files_are_still_read(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    assert len(read_rules(folder.text("r.txt", "w"))) == 1
+    with pytest.raises(FreezeError, match=r'PyYAML, which is not installed; run `pip install "freezehooks\[cli\]"`'):
+        read_rules(folder.text("r.yaml", "- w"))
+
+
+def test_rules_come_from_files_and_from_the_command_line_together(folder: Folder) -> None:
+    path = folder.checkpoint("a.pt", v=ramp(2), w=ramp(2))
+    said = folder.run("show", path, "--rules", folder.text("r.txt", "v[0]"), "--rule", "w[1]", "--rule", "v[0]")[1]
+    assert "v[0] = keep" in said
+    assert "w[1] = keep" in said
+    assert "frozen: 2 of all 4 entries" in said
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# show
+
+
+def test_without_rules_the_tensors_of_the_file_are_listed(folder: Folder) -> None:
+    path = folder.checkpoint("a.pt", conv__weight=ramp(8, 1, 3, 3), steps=torch.tensor(3), half=ramp(2).half())
+    assert folder.run("show", path) == (
+        0,
+        "tensor       shape         dtype    entries\n"
+        "conv.weight  (8, 1, 3, 3)  float32       72\n"
+        "steps        ()            int64          1\n"
+        "half         (2,)          float16        2\n"
+        "3 tensors, 75 entries\n",
+    )
+
+
+def test_the_table_says_what_is_selected_and_what_it_holds(folder: Folder) -> None:
+    path = folder.checkpoint("a.pt", v=ramp(2, 3), w=torch.tensor([0.5, 0.5, 2.0]), n=torch.tensor(3))
+    rules = folder.text("r.txt", "v[0]\nw[:2] = 0.5\n")
+    assert folder.run("show", path, "--rules", rules) == (
+        0,
+        "parameter  shape   rules        frozen  free  hold now\n"
+        "v          (2, 3)  v[0] = keep       3     3  1 to 3\n"
+        "w          (3,)    w[:2] = 0.5       2     1  0.5\n"
+        "frozen: 5 of all 10 entries of the file (50 %)\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ([0.0, -0.0], "-0 to 0|0 to -0|0 to 0"),
+        ([1.0, float("nan")], "1 to 1, and nan"),
+        ([float("nan"), float("nan")], "nan"),
+        ([3 + 4j, 0j], "magnitudes 0 to 5"),
+    ],
+)
+def test_odd_numbers_are_shown_too(folder: Folder, numbers: list[Any], said: str) -> None:
+    path = folder.checkpoint("a.pt", w=torch.tensor(numbers))
+    assert any(folder.run("show", path, "--rule", "w")[1].split("\n")[1].endswith(text) for text in said.split("|"))
+
+
+@pytest.mark.parametrize(("copies", "said"), [([1.0, 1.0], "2 copies are one"), ([1.0, 3.5], "2 copies differ, by up")])
+def test_tied_copies_are_shown_whether_they_differ_or_not(folder: Folder, copies: list[float], said: str) -> None:
+    path = folder.checkpoint("a.pt", w=torch.tensor(copies).view(2, 1))
+    code, out = folder.run("show", path, "--rule", "w = tied(0)")
+    assert code == 0
+    assert f"w = tied(0)       0     2  {said}" in out
+
+
+def test_a_wildcard_passes_over_integers_and_a_name_does_not(folder: Folder) -> None:
+    path = folder.checkpoint("a.pt", bn__num_batches_tracked=torch.tensor(3), bn__weight=ramp(2))
+    assert "num_batches" not in folder.run("show", path, "--rule", "bn.*")[1]
+    code, said = folder.run("show", path, "--rule", "bn.num_batches_tracked")
+    assert code == 2
+    assert "`bn.num_batches_tracked` holds torch.int64, which no optimizer trains; name floating-point" in said
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [("v", "rule `v = keep`: `v` is no parameter"), ("w[9]", "index 9 is out of range"), ("w[", "column 3")],
+)
+def test_a_rule_that_does_not_fit_is_refused(folder: Folder, rule: str, message: str) -> None:
+    code, said = folder.run("show", folder.checkpoint("a.pt", w=ramp(2)), "--rule", rule)
+    assert code == 2
+    assert message in said

@@ -1,0 +1,362 @@
+"""`freezehooks diff` finds every entry that differs; its rules freeze exactly the entries that do not."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
+from torch import Tensor
+
+from freezehooks import RegionError, parse_region, parse_rule
+from freezehooks._grammar import rules_of
+from freezehooks._parts import resolve
+from freezehooks._regions import select
+from freezehooks.cli import main
+from freezehooks.cli._comparison import differ
+from freezehooks.cli._description import describe
+from freezehooks.cli._globs import targets_for
+from freezehooks.cli._unchanged import unchanged_rules
+
+from .checkpoints import Folder, ramp
+from .strategies import combinations, masks, near_indices, patterns, weights
+
+
+@pytest.fixture
+def folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Folder:
+    return Folder(tmp_path, capsys)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What differs
+
+
+def test_what_differs_is_listed_entry_by_entry(folder: Folder) -> None:
+    first = {"w": ramp(2, 2), "n": torch.tensor(3), "same": ramp(2), "gone": ramp(2), "m": ramp(2), "t": ramp(2)}
+    changed = ramp(2, 2)
+    changed[1] = torch.tensor([3.5, -4.0])
+    second = {"w": changed, "n": torch.tensor(4), "same": ramp(2), "new": ramp(2), "m": ramp(1, 2), "t": ramp(2).half()}
+    code, said = folder.run("diff", folder.saved("a.pt", first), folder.saved("b.pt", second), "--limit", "1")
+    assert (code, said.split("\n#")[0]) == (
+        1,
+        "w (2, 2): 2 of 4 entries differ, by up to 8\n"
+        "    w[1, 0]: 3.0 in A, 3.5 in B\n"
+        "    and 1 more\n"
+        "n (): 1 of 1 entries differ, by up to 1\n"
+        "    n: 3 in A, 4 in B\n"
+        "new: only in B\n"
+        "m: shape (2,) in A, (1, 2) in B\n"
+        "t: torch.float32 in A, torch.float16 in B\n"
+        "gone: only in A\n"
+        "6 of 7 tensors differ",
+    )
+
+
+def test_files_that_hold_the_same_bits_differ_in_nothing(folder: Folder) -> None:
+    one, two = folder.checkpoint("a.pt", w=ramp(2)), folder.saved("b.ckpt", {"state_dict": {"module.w": ramp(2)}})
+    code, said = folder.run("diff", one, two)
+    assert code == 0
+    assert said.startswith("nothing differs: 1 tensors\n#")
+    assert said.endswith("\nmodule.w\n")
+
+
+@pytest.mark.parametrize("number", [-0.0, float("nan"), 5e-324])
+def test_the_smallest_difference_is_one(folder: Folder, number: float) -> None:
+    one = folder.checkpoint("a.pt", w=torch.tensor([0.0], dtype=torch.float64))
+    two = folder.checkpoint("b.pt", w=torch.tensor([number], dtype=torch.float64))
+    assert folder.run("diff", one, two)[0] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.complex64, torch.float8_e4m3fn])
+def test_every_dtype_is_compared(folder: Folder, dtype: torch.dtype) -> None:
+    one = folder.checkpoint("a.pt", w=torch.tensor([0.0, 1.0]).to(dtype))
+    two = folder.checkpoint("b.pt", w=torch.tensor([0.0, 0.0]).to(dtype))
+    code, said = folder.run("diff", one, two)
+    assert code == 1
+    assert "w (2,): 1 of 2 entries differ, by up to 1\n" in said
+
+
+def test_a_file_that_cannot_be_read_is_code_2(folder: Folder) -> None:
+    assert folder.run("diff", folder.checkpoint("a.pt", w=ramp(2)), "none.pt")[0] == 2
+
+
+def test_the_second_file_may_have_a_key_of_its_own(folder: Folder) -> None:
+    one, two = folder.saved("a.pt", {"x": {"w": ramp(2)}}), folder.saved("b.pt", {"y": {"w": ramp(2)}})
+    assert folder.run("diff", one, two, "--key", "x", "--key-b", "y")[0] == 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Regions
+
+
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        ((4, 2, 3, 3), "center"),
+        ((4, 2, 3, 3), "cross"),
+        ((4, 2, 3, 3), "~cross"),
+        ((4, 2, 3, 3, 3), "cross(3)"),
+        ((4, 2, 5, 5), "border"),
+        ((4, 2, 3, 3), ":, :, 0, 2"),
+        ((4, 2, 3, 3), ":, 1"),
+        ((4, 2, 3, 3), "center & :2"),
+        ((4, 2, 3, 3), "1 | center"),
+        ((4, 2, 3, 3), "..., 0"),
+        ((2, 2, 2, 3, 3), "..., 1:, 2"),
+        ((9, 3), ":7"),
+        ((9, 3), "7:"),
+        ((9, 3), "1::2"),
+        ((9, 3), "[0, 5, 6]"),
+        ((9, 3), "~[0, 5, 6]"),
+        ((9, 9), "[0, 5, 6] & (:, [1, 2, 4])"),
+        ((9, 9), "~(1:3, 2:5)"),
+        ((9, 9), "triu(1)"),
+        ((9, 9), "tril(-2)"),
+        ((9, 9), "diagonal"),
+        ((9, 9), "~diagonal(3)"),
+        ((9, 9), "tril(2) & triu(-1)"),
+        ((9, 9), "triu(4) | 7"),
+        ((9, 9), "(1:3, 2:5) | (6, 7)"),
+        ((9,), "3"),
+        ((9,), "~3"),
+    ],
+)
+def test_a_region_that_somebody_would_write_is_found_again(shape: tuple[int, ...], text: str) -> None:
+    wanted = select(parse_region(text), torch.empty(shape))
+    found = describe(wanted)
+    assert found is not None
+    assert len(str(found)) <= len(text)
+    assert select(found, torch.empty(shape)).equal(wanted)
+
+
+def test_zeros_are_named_where_both_files_have_them_in_the_same_places() -> None:
+    first = torch.randn(6, 7) * (torch.rand(6, 7) > 0.5)
+    same = first == 0
+    assert str(describe(same, (first, first * 2))) == "zeros"
+    assert str(describe(~same, (first, first * 2))) == "~zeros"
+    assert describe(same, (first, first * 2 + ~same.any(dim=0) + 1)) is None
+    assert describe(same) is None
+
+
+def test_a_region_without_a_short_rule_has_none() -> None:
+    assert describe(torch.rand(40, 40) > 0.5) is None
+
+
+def test_a_large_tensor_is_described_by_one_region() -> None:
+    wanted = torch.zeros(2048, 512, dtype=torch.bool)
+    wanted[5:] = True
+    assert str(describe(wanted)) == "5:"
+    wanted[0, 0] = True
+    assert describe(wanted) is None
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_region_says_exactly_what_was_asked_for(data: st.DataObject) -> None:
+    shape = data.draw(st.sampled_from([(5,), (3, 4), (2, 2, 3, 3)]))
+    wanted = data.draw(masks(shape).filter(lambda mask: not bool(mask.all())))
+    found = describe(wanted)
+    assert found is None or select(found, torch.empty(shape)).equal(wanted)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Targets
+
+
+@pytest.mark.parametrize(
+    ("names", "others", "targets"),
+    [
+        (["a", "b.c"], [], ["*"]),
+        (["h.0.w", "h.0.b", "h.1.w", "h.1.b"], ["f.w"], ["h.*"]),
+        (["h.0.ln.w", "h.1.ln.w"], ["h.0.fc.w", "f.ln.w"], ["h.*.ln.w"]),
+        (["h.0.ln.w", "h.1.ln.w"], ["h.0.fc.w"], ["*.ln.w"]),
+        (["h.0.ln.w", "h.1.ln.b"], ["h.0.fc.w", "f.ln.w"], ["h.*.ln.*"]),
+        (["a b", "c[0]=#"], ["d"], ["a?b", "c?0???"]),
+        (["w"], ["w2"], ["w"]),
+        (["a.weight"], ["a"], ["a.weight"]),
+    ],
+)
+def test_names_are_joined_where_no_other_is_meant(names: list[str], others: list[str], targets: list[str]) -> None:
+    found, unsayable = targets_for(names, others)
+    assert (list(found), unsayable) == (targets, [])
+    assert {name for said in found.values() for name in said} == set(names)
+    assert all(parse_rule(target).target == target for target in found)
+
+
+def test_a_name_that_no_target_says_alone_is_told() -> None:
+    assert targets_for(["a b"], ["a-b"]) == ({}, ["a b"])
+
+
+@given(st.lists(st.sampled_from(["a", "b", "0", "1", "w"]), min_size=1, max_size=4).map(".".join), st.data())
+@settings(max_examples=60, deadline=None)
+def test_targets_speak_of_the_names_and_no_others(first: str, data: st.DataObject) -> None:
+    part = st.lists(st.sampled_from(["a", "b", "0", "1", "w"]), min_size=1, max_size=4).map(".".join)
+    every = list(dict.fromkeys([first, *data.draw(st.lists(part, max_size=12))]))
+    names = [first, *(name for name in every[1:] if data.draw(st.booleans()))]
+    others = [name for name in every if name not in names]
+    mapping = {name: torch.ones(1) for name in every}
+    found, unsayable = targets_for(names, others)
+    assert not unsayable
+    parts = [part.name for part, _ in resolve(mapping, map(parse_rule, found))]
+    assert sorted(parts) == sorted(names)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rules
+
+
+def _rules(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+    return list(unchanged_rules(first, second, {name: name for name in second if name in first}))
+
+
+def test_what_did_not_change_is_said_in_few_rules() -> None:
+    first = {f"h.{n}.{kind}.weight": torch.randn(4, 4) for n in range(3) for kind in ("attn", "ln")}
+    first |= {"wte.weight": torch.randn(9, 4), "conv.weight": torch.randn(2, 2, 3, 3), "head.weight": torch.randn(4, 4)}
+    first["conv.weight"][:, :, 1, 1] = 0
+    first["head.weight"].triu_().sub_(torch.eye(4) * 3)
+    second = {name: tensor + 1 for name, tensor in first.items()}
+    for n in range(3):
+        second[f"h.{n}.ln.weight"] = first[f"h.{n}.ln.weight"]
+    second["wte.weight"][:7] = first["wte.weight"][:7]
+    second["conv.weight"][:, :, 1, 1] = 0
+    second["head.weight"][0] = first["head.weight"][0]
+    assert _rules(first, second) == ["*.ln.weight", "wte.weight[:7]", "conv.weight[center] = 0", "head.weight[0]"]
+
+
+def test_old_rows_are_described_where_new_ones_were_added(folder: Folder) -> None:
+    base, tuned = ramp(4, 2), torch.cat([ramp(4, 2), torch.zeros(2, 2)])
+    assert _rules({"w": base}, {"w": tuned}) == ["w[:4]"]
+    one, two = folder.checkpoint("a.pt", w=base), folder.checkpoint("b.pt", w=tuned)
+    assert folder.run("verify", two, "--rule", "w[:4]", "--against", one)[0] == 0
+
+
+def test_one_region_of_many_parameters_is_one_rule() -> None:
+    first = {f"conv{n}.weight": torch.randn(2, n + 1, 3, 3) for n in range(3)}
+    second = {name: tensor.clone() for name, tensor in first.items()}
+    for tensor in second.values():
+        tensor[:, :, 1, 1] += 1
+    assert _rules(first, second) == ["*[border]"]
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype", "text"),
+    [
+        (0.1, torch.float32, "w = 0.1"),
+        (0.1, torch.bfloat16, "w = 0.1"),
+        (1 / 3, torch.float32, "w = 0.33333334"),
+        (1 / 3, torch.float64, "w = 0.3333333333333333"),
+        (-0.0, torch.float32, "w = -0"),
+        (65504.0, torch.float16, "w = 65500"),
+        (2.0, torch.complex64, "w = 2"),
+        (2j, torch.complex64, "w"),
+        (float("inf"), torch.float32, "w"),
+        (float("nan"), torch.float32, "w"),
+    ],
+)
+def test_one_number_is_said_in_as_few_digits_as_say_it(number: Any, dtype: torch.dtype, text: str) -> None:
+    same = torch.full((3,), number, dtype=dtype)
+    assert _rules({"w": same, "v": ramp(2)}, {"w": same, "v": ramp(2) + 1}) == [text]
+    ((part, _),) = resolve({"w": same.clone()}, rules_of(text))
+    assert part.violation(same) is None
+
+
+def test_numbers_that_differ_between_parameters_are_kept() -> None:
+    same = {"v": torch.zeros(2), "w": torch.ones(2)}
+    assert _rules(same, same) == ["*"]
+    assert _rules({"v": torch.zeros(2), "w": torch.zeros(3)}, {"v": torch.zeros(2), "w": torch.zeros(3)}) == ["* = 0"]
+
+
+def test_what_has_no_short_rule_is_told_in_a_comment() -> None:
+    first = torch.randn(40, 40)
+    second = first + (torch.rand(40, 40) > 0.5)
+    (line,) = _rules({"w": first}, {"w": second})
+    assert re.fullmatch(
+        r"# w: [\d,]+ of 1,600 entries unchanged, no short rule: freeze them by a mask, \{\"w\": a == b\}", line
+    )
+    assert rules_of(line) == ()
+
+
+def test_a_name_that_no_rule_says_is_told_in_a_comment() -> None:
+    first = {"a b": ramp(2), "a-b": ramp(2)}
+    (line,) = _rules(first, {"a b": ramp(2), "a-b": ramp(2) + 1})
+    assert line == "# a b: no rule can name it alone: freeze it through a mapping"
+
+
+def test_integers_bytes_and_empty_tensors_are_in_no_rule() -> None:
+    tensors = {
+        "n": torch.tensor(3),
+        "e": torch.ones(0),
+        "f": ramp(2).to(torch.float8_e4m3fn),
+        "v": ramp(2),
+        "w": ramp(3),
+    }
+    rules = _rules(tensors, tensors)
+    assert len(rules) == 2
+    assert {part.name for part, _ in resolve({k: tensors[k] for k in "efvw"}, rules_of(rules))} == {"v", "w"}
+
+
+class _Files(NamedTuple):
+    first: dict[str, Tensor]
+    second: dict[str, Tensor]
+
+
+_NAMES = ["conv.weight", "conv.bias", "h.0.ln.weight", "h.1.ln.weight", "h.0.fc.weight", "wte", "module.x"]
+
+
+@st.composite
+def _files(draw: DrawFn) -> _Files:
+    """Two files of small matrices and kernels; the second differs at a region, or at random, or nowhere."""
+    first: dict[str, Tensor] = {}
+    second: dict[str, Tensor] = {}
+    for name in draw(st.lists(st.sampled_from(_NAMES), min_size=1, max_size=4, unique=True)):
+        shape = draw(st.sampled_from([(4,), (3, 3), (2, 5), (2, 1, 3, 3), (1, 2, 2, 3)]))
+        first[name] = draw(weights(shape))
+        changed = _changed(draw, first[name])
+        second[name] = torch.where(changed, draw(weights(shape)), first[name])
+    return _Files(first, second)
+
+
+def _changed(draw: DrawFn, tensor: Tensor) -> Tensor:
+    shape = tuple(tensor.shape)
+    region = draw(
+        st.none() | st.just(...) | masks(shape) | combinations(near_indices(shape) | patterns(), max_leaves=2)
+    )
+    if region is None or region is ...:
+        return torch.full(shape, region is ...)
+    try:
+        return select(region, tensor)
+    except RegionError:  # it does not fit: change nothing
+        return torch.zeros(shape, dtype=torch.bool)
+
+
+@given(_files())
+@settings(max_examples=80, deadline=None)
+def test_the_rules_freeze_exactly_what_did_not_change(files: _Files) -> None:
+    lines = _rules(*files)
+    rules = [rule for line in lines for rule in rules_of(line)]
+    told = " ".join(line for line in lines if line.startswith("#"))
+    frozen = {part.name: part.frozen for part, _ in resolve(files.second, rules)}
+    for name, tensor in files.second.items():
+        same = ~differ(files.first[name], tensor)
+        if f"# {name}:" in told:
+            assert name not in frozen
+        elif bool(same.any()):
+            assert frozen[name].equal(same)
+        else:
+            assert name not in frozen
+    _check_verified(files, lines, bool(rules))
+
+
+def _check_verified(files: _Files, lines: list[str], any_rule: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        first, second, rules = (f"{folder}/{name}" for name in ("a.pt", "b.pt", "r.txt"))
+        torch.save(files.first, first)
+        torch.save(files.second, second)
+        Path(rules).write_text("\n".join(lines), encoding="utf-8")
+        assert main(["verify", second, "--rules", rules, "--against", first]) == (0 if any_rule else 2)
