@@ -1,20 +1,22 @@
 """Train digits with a dilated convolution whose kernel centre is always 0, through the Lightning callback.
 
 The last 3x3 convolution looks 5 pixels to every side and never at the pixel itself. AdamW with weight decay would
-move a centre that merely starts at 0; the callback holds it there, and the picture shows it.
+move a centre that merely starts at 0; the callback holds it there, and the picture shows it. What the run leaves behind
+is for the command line to look into: the weights before and after, and the rule.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import matplotlib as mpl
-import numpy as np
 import torch
-from matplotlib import pyplot as plt
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
@@ -53,26 +55,14 @@ class Digits(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=5e-3, weight_decay=0.1)
 
 
-def draw(weight: Tensor, frozen: Tensor, path: Path) -> None:
-    """Draw the kernels, with a cross on every frozen tap."""
-    limit = weight.abs().max().item()
-    figure, axes = plt.subplots(*weight.shape[1::-1], figsize=(9, 5), layout="constrained")
-    for (row, column), axis in np.ndenumerate(axes):
-        image = axis.imshow(weight[column, row], cmap="RdBu", vmin=-limit, vmax=limit)
-        axis.plot(*frozen[column, row].nonzero().T.flip(0), "kx", markersize=6)
-        axis.set(xticks=[], yticks=[])
-    figure.suptitle("cnn4_dilation.weight after training: outputs across, inputs down, a cross on every frozen tap")
-    figure.colorbar(image, ax=axes, aspect=40)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train digits with a dilated convolution that never sees its centre.")
     parser.add_argument("--rule", default="cnn4_dilation.weight[center] = 0", help="what to freeze (%(default)s)")
     parser.add_argument("--epochs", type=int, default=20, help="passes over the training digits (%(default)s)")
-    parser.add_argument("--picture", type=Path, default=Path("outputs/digits_kernels.png"), help="%(default)s")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="the folder to write to (%(default)s)")
     options = parser.parse_args()
+    outputs: Path = options.outputs
+    outputs.mkdir(parents=True, exist_ok=True)
 
     pl.seed_everything(0)
     digits = load_digits()
@@ -80,20 +70,31 @@ def main() -> None:
     train, held_out = random_split(TensorDataset(images, torch.tensor(digits.target)), [0.8, 0.2])
 
     model, freeze = Digits(), FreezeEntries(options.rule)
+    torch.save(model.state_dict(), outputs / "digits_start.pt")
     trainer = pl.Trainer(
         max_epochs=options.epochs, callbacks=[freeze], accelerator="cpu", logger=False, enable_checkpointing=False
     )
     trainer.fit(model, DataLoader(train, batch_size=64, shuffle=True), DataLoader(held_out, batch_size=512))
 
-    weight = model.cnn4_dilation.weight.detach()
-    part = freeze.frozen.get("cnn4_dilation.weight") if freeze.frozen else None
-    draw(weight, part.frozen if part else torch.zeros_like(weight, dtype=torch.bool), options.picture)
-    print(freeze.frozen)
+    trainer.save_checkpoint(outputs / "digits.ckpt")
+    rules = [str(rule) for rule in freeze.rules]
+    (outputs / "rules.yaml").write_text("".join(f"- {json.dumps(rule)}\n" for rule in rules))  # JSON text is YAML text
+
+    frozen = freeze.frozen
+    assert frozen is not None  # there since the start of fit
+    print(frozen)
     print(f"accuracy on {len(held_out)} held-out digits: {trainer.callback_metrics['accuracy']:.1%}")
     print(f"largest drift of the centre after any step: {model.largest_drift}")
-    print(f"kernels drawn in {options.picture}")
+    for name in frozen:
+        frozen.plot(name, outputs / f"{name}.png")
+        print(f"kernels drawn in {outputs / name}.png")
+    print("\nLook into what was saved:")
+    beside = os.path.relpath(Path(sys.executable).with_name("freezehooks"))
+    program = "freezehooks" if shutil.which("freezehooks") else beside
+    print(f"  {program} show {outputs}/digits.ckpt")
+    print(f"  {program} verify {outputs}/digits.ckpt --rules {outputs}/rules.yaml")
+    print(f"  {program} diff {outputs}/digits_start.pt {outputs}/digits.ckpt")
 
 
 if __name__ == "__main__":
-    mpl.use("Agg")
     main()

@@ -45,8 +45,8 @@ class Violation:
     @property
     def drift(self) -> float:
         """The absolute difference between what that entry holds and what it should hold; infinite for nan."""
-        gap = abs(self.found - self.expected)
-        return gap if gap == gap else math.inf
+        drift = abs(self.found - self.expected)
+        return math.inf if math.isnan(drift) else drift
 
     def __str__(self) -> str:
         place = ", ".join(map(str, self.index))

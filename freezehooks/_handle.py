@@ -33,6 +33,9 @@ from ._targets import Site, matching, matching_unwrapped, unwrapped
 from ._trainable import Trainable, count_trainable
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
     from typing_extensions import Self
 
 
@@ -297,6 +300,45 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         """
         own = [(part, site.tensor()) for part, site in self._sites] if self._attached else []
         return count_trainable(self._model, own)
+
+    def plot(self, name: str, path: str | Path | None = None) -> Figure:
+        """Draw a parameter, kernel by kernel or as a matrix, with a mark on every frozen entry.
+
+        A convolution's kernels stand with output channels across and input channels down, on one colour scale that is
+        symmetric around 0; of many channels some are drawn, evenly spaced. A large matrix is drawn in cells, each the
+        entry of largest magnitude of a block, beside a panel that says in grey how much of the block is frozen.
+        Sharded parameters show this rank's part. The picture says all of that itself.
+
+        It needs matplotlib (``pip install 'freezehooks[plot]'``) and leaves pyplot's state alone. Notebooks show it.
+
+        Args:
+            name: The parameter's qualified name.
+            path: Where to write the picture; its suffix says the format, as ``.png``, ``.pdf`` or ``.svg``. A folder
+                that is missing is made. Left out: nothing is written.
+
+        Returns:
+            The figure.
+
+        Raises:
+            TargetError: Nothing of the parameter is frozen.
+            SpecError: The suffix of `path` names no format.
+            UnsupportedParameterError: The parameter is on the meta device.
+            ParameterChangedError: It is gone, or has another shape.
+            ModuleNotFoundError: matplotlib is not installed.
+
+        Example:
+            >>> import torch
+            >>> from freezehooks import freeze_entries
+            >>> frozen = freeze_entries(torch.nn.Conv2d(2, 3, kernel_size=3), "weight[center] = 0")
+            >>> figure = frozen.plot("weight")
+            >>> figure.get_suptitle().splitlines()[-1]
+            '6 of 54 entries frozen, 48 free'
+        """
+        from ._plot import plot_part
+
+        part = self[name]
+        site = next(site for owned, site in self._sites if owned is part)
+        return plot_part(part, part.current(site.tensor()), path, owner=site.owner)
 
     def guard(self, optimizer: Optimizer, *, compact: bool = False) -> Guard:
         """Hold the entries through every step of an optimizer, by the optimizer's own step hooks.

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from freezehooks import MaskedOptimizer
 
@@ -52,19 +53,29 @@ def test_every_example_is_run_here() -> None:
 
 
 def test_digits_holds_the_centre_and_draws_it(tmp_path: Path) -> None:
-    picture = tmp_path / "kernels.png"
-    output = _run("digits_lightning.py", "--epochs", "1", "--picture", str(picture))
+    folder = tmp_path / "new" / "outputs"
+    output = _run("digits_lightning.py", "--epochs", "1", "--outputs", str(folder))
     assert "cnn4_dilation.weight[center] = 0     128  1,024" in output
     assert "largest drift of the centre after any step: 0.0" in output
     assert re.search(r"accuracy on 359 held-out digits: \d+\.\d%", output)
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (folder / "cnn4_dilation.weight.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_digits_leaves_what_the_command_line_looks_into(tmp_path: Path) -> None:
+    output = _run("digits_lightning.py", "--epochs", "1", "--outputs", str(tmp_path))
+    start = torch.load(tmp_path / "digits_start.pt", weights_only=True)
+    trained = torch.load(tmp_path / "digits.ckpt", weights_only=True)["state_dict"]
+    assert start.keys() == trained.keys()
+    assert bool((start["cnn4_dilation.weight"][..., 1, 1] != 0).all())
+    assert not bool(trained["cnn4_dilation.weight"][..., 1, 1].any())
+    assert (tmp_path / "rules.yaml").read_text() == '- "cnn4_dilation.weight[center] = 0"\n'
+    assert f"freezehooks verify {tmp_path}/digits.ckpt --rules {tmp_path}/rules.yaml" in output
 
 
 def test_digits_takes_another_rule(tmp_path: Path) -> None:
-    output = _run(
-        "digits_lightning.py", "--epochs", "1", "--picture", str(tmp_path / "k.png"), "--rule", "cnn1[border] = 0"
-    )
+    output = _run("digits_lightning.py", "--epochs", "1", "--outputs", str(tmp_path), "--rule", "cnn1[border] = 0")
     assert "largest drift of the centre after any step: 0.0" not in output
+    assert (tmp_path / "cnn1.weight.png").exists()
 
 
 def test_pinned_weight_moves_only_while_it_is_free() -> None:

@@ -1,4 +1,4 @@
-"""Freeze entries inside Lightning's Trainer: one callback for `lightning.pytorch` and `pytorch_lightning`."""
+"""Freeze entries inside Lightning's Trainer and watch them: callbacks for `lightning.pytorch`, `pytorch_lightning`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import warnings
 from contextlib import suppress
 from typing import Any, Final
 
+from torch import Tensor
+
 from .._errors import OptimizerMismatchError, SpecError, StateMismatchError
+from .._frozen import FrozenPart
 from .._grammar import rules_of
 from .._handle import FrozenEntries, freeze_entries
+from .._monitor import drift, gradient_norms
 
 _PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
 
@@ -183,6 +187,98 @@ class FreezeEntries(_Callback):
     def _report(trainer: Any, pl_module: Any, frozen: FrozenEntries) -> None:
         total = sum(parameter.numel() for parameter in pl_module.parameters())
         _log(trainer, f"FreezeEntries: {frozen.frozen_count:,} of {total:,} entries are frozen\n{frozen}")
+
+
+class FrozenEntriesMonitor(_Callback):
+    """Log how far frozen entries drifted, and the norms of their gradients, to every logger of the trainer.
+
+    For each parameter of the module with frozen entries, be they frozen by a `FreezeEntries` callback or by hand:
+
+    - ``freezehooks/<name>/drift``: the largest absolute difference of a frozen entry from its value, after the step.
+      0 at every step, or something writes to them.
+    - ``freezehooks/<name>/gradient_norm_frozen``: the 2-norm of the gradient over the frozen entries, as the optimizer
+      is about to see it: unscaled, and not yet clipped. 0 at every step.
+    - ``freezehooks/<name>/gradient_norm_free``: the same over the free entries. 0 at every step is a layer that does
+      not learn.
+
+    A parameter without a gradient has no norms, and one that was let go is logged no more. Steps that are not logged
+    cost nothing. Of a parameter that is spread over ranks, the numbers are of the first rank's part.
+
+    Args:
+        every_n_steps: After how many steps the next is logged. Left out: as the trainer's `log_every_n_steps` says.
+
+    Raises:
+        SpecError: `every_n_steps` is no such number, when the callback is made; the trainer has no logger, at the
+            start of training.
+
+    Example:
+        >>> from freezehooks.integrations.lightning import FreezeEntries, FrozenEntriesMonitor
+        >>> callbacks = [FreezeEntries("conv.weight[center] = 0"), FrozenEntriesMonitor(every_n_steps=10)]
+        >>> callbacks[1].every_n_steps
+        10
+    """
+
+    def __init__(self, *, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None and (type(every_n_steps) is not int or every_n_steps < 1):
+            raise SpecError(
+                f"`every_n_steps` must be a number of steps, or None, found {every_n_steps!r}",
+                "give a whole number, 1 or more",
+            )
+        self.every_n_steps = every_n_steps
+        self._has_stepped = False
+        self._metrics: dict[str, float] = {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse a trainer that has nowhere to log to, and forget an earlier fit."""
+        self._has_stepped, self._metrics = False, {}
+        if not trainer.loggers:
+            raise SpecError(
+                "`FrozenEntriesMonitor` needs a logger, and the Trainer has none",
+                "make it with Trainer(logger=True) or a logger of your own, or leave the callback out",
+            )
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Take the norms of the gradients that this optimizer is about to step with."""
+        if not self._is_due(trainer):
+            return
+        self._has_stepped = True
+        stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        for name, parts, parameter in _watched(pl_module):
+            norms = gradient_norms(parts, parameter) if parameter in stepped else None
+            if norms is not None:
+                self._metrics[f"freezehooks/{name}/gradient_norm_frozen"] = norms.frozen
+                self._metrics[f"freezehooks/{name}/gradient_norm_free"] = norms.free
+
+    def _is_due(self, trainer: Any) -> bool:
+        every = trainer.log_every_n_steps if self.every_n_steps is None else self.every_n_steps
+        return every > 0 and (_steps_so_far(trainer) + 1) % every == 0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log, where this batch came to a step that is due."""
+        if not self._has_stepped:
+            return
+        for name, parts, parameter in _watched(pl_module):
+            self._metrics[f"freezehooks/{name}/drift"] = drift(parts, parameter)
+        if self._metrics and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(self._metrics, step=_steps_so_far(trainer))
+        self._has_stepped, self._metrics = False, {}
+
+
+def _watched(pl_module: Any) -> list[tuple[str, list[FrozenPart], Tensor]]:
+    """Return the module's parameters that have frozen entries, with what each handle freezes of them."""
+    names = {parameter: name for name, parameter in pl_module.named_parameters()}
+    parts: dict[Tensor, list[FrozenPart]] = {}
+    for handle in FrozenEntries.of(pl_module):
+        for part, parameter in handle.held():
+            parts.setdefault(parameter, []).append(part)
+    return [(names.get(parameter, found[0].name), found, parameter) for parameter, found in parts.items()]
+
+
+def _steps_so_far(trainer: Any) -> int:
+    """Return what Lightning's own metrics and monitors are logged at: it has no public name."""
+    steps: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return steps
 
 
 def _log(trainer: Any, message: str) -> None:

@@ -1,0 +1,222 @@
+"""Drift and gradient norms of frozen entries reach every logger, at the steps that are logged and no others."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from freezehooks import SpecError, freeze_entries
+from freezehooks._monitor import drift, gradient_norms
+
+pytest.importorskip("lightning")
+pytest.importorskip("pytorch_lightning")
+
+from freezehooks.integrations.lightning import FreezeEntries, FrozenEntriesMonitor  # after the skips
+
+from .test_lightning import PACKAGES, SPEC, _data, _module, _trainer, packages, pytestmark  # noqa: F401
+
+NAMES = ("net.0.weight", "net.2.weight", "net.2.bias")
+
+
+def _logger(package: str) -> Any:
+    """A logger that keeps what it is given."""
+    base: Any = importlib.import_module(f"{package}.loggers.logger").Logger
+
+    class Logger(base):  # type: ignore[misc]  # one of two packages
+        name, version = "kept", 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows: list[tuple[int, dict[str, float]]] = []
+
+        def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+            kept = {name: number for name, number in metrics.items() if name.startswith("freezehooks/")}
+            if kept:
+                self.rows.append((step, kept))
+
+    return Logger()
+
+
+def _fit(package: str, tmp_path: Path, module: Any, *callbacks: Any, every: int | None = 1, **options: Any) -> Any:
+    logger = _logger(package)
+    options = {"log_every_n_steps": 1, **options}  # Lightning warns where it is more than an epoch has
+    trainer = _trainer(
+        package, tmp_path, *callbacks, FrozenEntriesMonitor(every_n_steps=every), logger=logger, **options
+    )
+    trainer.fit(module, _data(), _data())
+    return logger.rows
+
+
+@packages
+@pytest.mark.parametrize(
+    ("module_options", "compact"),
+    [({}, False), ({}, True), ({"manual": True}, False), ({"manual": True, "optimizers": 2}, False)],
+    ids=["automatic", "compact", "manual", "two_optimizers"],
+)
+def test_held_entries_have_no_drift_and_no_gradient(
+    package: str, module_options: dict[str, Any], compact: bool, tmp_path: Path
+) -> None:
+    rows = _fit(package, tmp_path, _module(package, **module_options), FreezeEntries(SPEC, compact=compact))
+    assert [step for step, _ in rows] == list(range(8))
+    for _, metrics in rows:
+        assert set(metrics) == {
+            f"freezehooks/{name}/{what}"
+            for name in NAMES
+            for what in ("drift", "gradient_norm_frozen", "gradient_norm_free")
+        }
+        assert all(metrics[f"freezehooks/{name}/drift"] == 0 for name in NAMES)
+        assert all(metrics[f"freezehooks/{name}/gradient_norm_frozen"] == 0 for name in NAMES)
+        assert metrics["freezehooks/net.0.weight/gradient_norm_free"] > 0
+        assert metrics["freezehooks/net.2.bias/gradient_norm_free"] == 0  # all of it is frozen
+
+
+def test_a_write_after_the_step_is_logged_as_drift(tmp_path: Path) -> None:
+    module = _module(PACKAGES[0], watched=False)
+    step = module.optimizer_step
+
+    def spoil(*args: Any, **kwargs: Any) -> None:
+        step(*args, **kwargs)
+        module.net[0].weight.data[0, 0, 1, 1] = -0.5 if module.global_step == 2 else 0  # counted after this
+
+    module.optimizer_step = spoil
+    rows = _fit(PACKAGES[0], tmp_path, module, FreezeEntries(SPEC), max_steps=3)
+    assert [metrics["freezehooks/net.0.weight/drift"] for _, metrics in rows] == [0, 0, 0.5]
+
+
+@packages
+def test_the_norms_are_those_of_the_whole_accumulated_gradient(package: str, tmp_path: Path) -> None:
+    module = _module(package)
+    found: list[float] = []
+    module.on_before_optimizer_step = lambda optimizer: found.append(module.net[2].weight.grad.norm().item())
+    rows = _fit(package, tmp_path, module, FreezeEntries(SPEC), accumulate_grad_batches=2, gradient_clip_val=1e-6)
+    assert [step for step, _ in rows] == [0, 1, 2, 3]
+    logged = [metrics["freezehooks/net.2.weight/gradient_norm_free"] for _, metrics in rows]
+    assert logged == pytest.approx(found)
+
+
+@packages
+@pytest.mark.parametrize(("every", "steps"), [(3, [2, 5]), (None, [3, 7])], ids=["its_own", "the_trainers"])
+def test_only_the_steps_asked_for_are_logged(
+    package: str, every: int | None, steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    module = importlib.import_module("freezehooks.integrations.lightning")
+    watched = module._watched
+
+    def look(model: Any) -> Any:
+        looked.append(1)
+        return watched(model)
+
+    monkeypatch.setattr(module, "_watched", look)
+    rows = _fit(package, tmp_path, _module(package), FreezeEntries(SPEC), every=every, log_every_n_steps=4)
+    assert [step for step, _ in rows] == steps
+    assert len(looked) == 2 * len(steps)  # before and after those steps, and never else
+
+
+def test_every_logger_is_told(tmp_path: Path) -> None:
+    loggers = [_logger(PACKAGES[0]), _logger(PACKAGES[0])]
+    callbacks = [FreezeEntries(SPEC), FrozenEntriesMonitor(every_n_steps=4)]
+    trainer = _trainer(PACKAGES[0], tmp_path, *callbacks, logger=loggers, log_every_n_steps=1)
+    trainer.fit(_module(PACKAGES[0]), _data(), _data())
+    assert loggers[0].rows == loggers[1].rows != []
+
+
+@packages
+def test_the_csv_logger_writes_it(package: str, tmp_path: Path) -> None:
+    logger = importlib.import_module(f"{package}.loggers").CSVLogger(tmp_path)
+    trainer = _trainer(
+        package, tmp_path, FreezeEntries(SPEC), FrozenEntriesMonitor(), logger=logger, log_every_n_steps=4
+    )
+    trainer.fit(_module(package), _data(), _data())
+    (table,) = tmp_path.rglob("metrics.csv")
+    assert "freezehooks/net.0.weight/drift" in table.read_text().splitlines()[0]
+
+
+def test_logging_stops_where_the_entries_are_let_go(tmp_path: Path) -> None:
+    module = _module(PACKAGES[0], watched=False)
+    rows = _fit(PACKAGES[0], tmp_path, module, FreezeEntries(SPEC, until_epoch=1))
+    assert [step for step, _ in rows] == [0, 1, 2, 3]
+
+
+def test_what_was_frozen_by_hand_goes_by_the_names_of_the_whole_module(tmp_path: Path) -> None:
+    module = _module(PACKAGES[0], watched=False)
+    handles = [freeze_entries(module.net, "2.weight[0] = 1"), freeze_entries(module.other, "weight[0] = 0")]
+    rows = _fit(PACKAGES[0], tmp_path, module, max_epochs=1)
+    assert {name.split("/")[1] for _, metrics in rows for name in metrics} == {"net.2.weight", "other.weight"}
+    assert rows[-1][1]["freezehooks/net.2.weight/drift"] > 0  # no optimizer was guarded
+    assert all(handle.attached for handle in handles)
+
+
+def test_two_callbacks_on_one_parameter_are_logged_as_one(tmp_path: Path) -> None:
+    module = _module(PACKAGES[0], watched=False)
+    callbacks = [FreezeEntries("net.2.weight[0] = 0"), FreezeEntries("net.2.weight[1] = 0")]
+    rows = _fit(PACKAGES[0], tmp_path, module, *callbacks, max_epochs=1)
+    assert all(metrics["freezehooks/net.2.weight/gradient_norm_free"] == 0 for _, metrics in rows)
+    assert len(rows) == 4
+
+
+def test_a_parameter_without_gradient_has_no_norms(tmp_path: Path) -> None:
+    module = _module(PACKAGES[0], watched=False)
+    module.unused = nn.Linear(2, 2)
+    rows = _fit(PACKAGES[0], tmp_path, module, FreezeEntries("unused.weight[0] = 0"), max_epochs=1)
+    assert [sorted(metrics) for _, metrics in rows] == [["freezehooks/unused.weight/drift"]] * 4
+
+
+@packages
+def test_a_trainer_without_logger_is_refused(package: str, tmp_path: Path) -> None:
+    trainer = _trainer(package, tmp_path, FreezeEntries(SPEC), FrozenEntriesMonitor())
+    with pytest.raises(SpecError, match="needs a logger, and the Trainer has none; make it with"):
+        trainer.fit(_module(package), _data(), _data())
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, "1"])
+def test_an_interval_that_is_no_number_of_steps_is_refused(every: Any) -> None:
+    with pytest.raises(SpecError, match=r"`every_n_steps` must be a number of steps, or None, found .*1 or more"):
+        FrozenEntriesMonitor(every_n_steps=every)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64])
+def test_the_norms_split_the_gradient_at_the_frozen_entries(dtype: torch.dtype) -> None:
+    weight = torch.ones(2, 2, dtype=dtype, requires_grad=True)
+    frozen = freeze_entries({"w": weight}, "w[0] = 1")
+    weight.grad = torch.tensor([[3, 4], [5, 12]]).to(dtype)  # set by hand: not yet zeroed
+    norms = gradient_norms([frozen["w"]], weight)
+    assert norms is not None
+    assert (norms.frozen, norms.free) == (5, 13)
+
+
+def test_inf_at_a_free_entry_does_not_reach_the_norm_of_the_frozen_ones() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    frozen = freeze_entries({"w": weight}, "w[0] = 1")
+    weight.grad = torch.tensor([2.0, torch.inf, torch.nan])
+    norms = gradient_norms([frozen["w"]], weight)
+    assert norms is not None
+    assert norms.frozen == 2
+
+
+def test_sparse_gradients_count_an_entry_that_stands_there_twice_once() -> None:
+    embedding = nn.Embedding(5, 2, sparse=True)
+    frozen = freeze_entries(embedding, "weight[:2] = 0")
+    embedding(torch.tensor([1, 3, 3])).sum().backward()
+    norms = gradient_norms([frozen["weight"]], embedding.weight)
+    assert norms is not None
+    assert norms.frozen == 0
+    assert norms.free == pytest.approx(8**0.5)  # a row of twos
+
+
+def test_drift_is_the_largest_distance_and_inf_for_nan() -> None:
+    weight = torch.ones(4, requires_grad=True)
+    frozen = freeze_entries({"w": weight}, "w[:3] = 1")
+    assert drift([frozen["w"]], weight) == 0
+    weight.data[:] = torch.tensor([1.25, 0.5, 1.0, 9.0])
+    assert drift([frozen["w"]], weight) == 0.5
+    weight.data[1] = torch.nan
+    assert drift([frozen["w"]], weight) == torch.inf
