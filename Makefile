@@ -1,7 +1,12 @@
 # make demo   trains the network of examples/digits_lightning.py and draws its kernels
 # make test   runs the tests
-# make check  runs lint, types and tests: all that a change must pass
+# make check  runs lint, types, the site and the tests: all that a change must pass
+# make docs   builds the site in docs/_build/html; a warning is an error
 # make bench  measures what freezing costs, against plain training and other ways to do it (some minutes)
+# make hooks  has git run the quick checks before each commit
+# make wheel  builds what a release uploads, and checks what it holds
+# make test-wheel   runs the tests on the built wheel outside this folder, with no extra and then with all
+# make test-lowest  runs them on the oldest torch that is supported (its download is of gigabytes)
 #
 # Each makes the virtual environment it needs; the second time it is there already.
 
@@ -10,7 +15,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/
 INSTALL := $(RUN)python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test coverage lint types check bench clean
+.PHONY: demo test coverage lint types check docs bench hooks wheel test-wheel test-lowest clean
 
 demo: $(VENV)/.examples
 	$(RUN)python examples/digits_lightning.py
@@ -25,16 +30,40 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(RUN)mypy
 
-check: lint types test
+check: lint types docs test
 
 coverage: $(VENV)/.test
 	$(RUN)python -m pytest --cov
 
+docs: $(VENV)/.docs
+	$(RUN)python -m sphinx -W --keep-going -n --quiet docs docs/_build/html
+	@echo "the site: docs/_build/html/index.html"
+
 bench: $(VENV)/.bench
 	$(RUN)python -m benchmarks
 
+hooks: $(VENV)/.release
+	$(RUN)pre-commit install
+
+wheel: $(VENV)/.release
+	rm -rf build dist
+	$(RUN)python -m build
+	$(RUN)twine check --strict dist/*
+	$(RUN)python -m tools.check_dist
+
+test-wheel: wheel
+	$(RUN)python -m tools.run_on_wheel --extras none
+	$(RUN)python -m tools.run_on_wheel --extras all
+
+test-lowest: wheel
+	$(RUN)python -m tools.run_on_wheel --constraint constraints-lowest.txt
+
+$(VENV)/.release: constraints.txt | $(VENV)/bin/python
+	$(INSTALL) build twine pre-commit
+	@touch $@
+
 # A stamp for each set of dependencies, renewed when what it is made from changes.
-$(VENV)/.examples $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.examples $(VENV)/.test $(VENV)/.docs $(VENV)/.bench: $(VENV)/.%: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable ".[$*]"
 	@touch $@
 
@@ -42,4 +71,4 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage checkpoints lightning_logs outputs
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage checkpoints lightning_logs outputs docs/_build

@@ -1,0 +1,109 @@
+"""The project's own tools find what they are there to find."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.check_dist import wrong_for_release, wrong_in_archive, wrong_in_wheel
+from tools.check_pins import disagreements
+from tools.run_on_wheel import user_extras
+
+ROOT = Path(__file__).parents[1]
+
+# Pins
+
+
+def _checkout(folder: Path) -> Path:
+    for name in ("constraints.txt", "constraints-lowest.txt", ".pre-commit-config.yaml", "setup.cfg"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def test_hooks_and_lowest_versions_agree_with_what_the_project_states() -> None:
+    assert disagreements(ROOT) == []
+
+
+def test_a_hook_of_another_version_is_found(tmp_path: Path) -> None:
+    hooks = _checkout(tmp_path) / ".pre-commit-config.yaml"
+    text, count = re.subn(r"ruff==[\d.]+", "ruff==0.1.2", hooks.read_text(), count=1)
+    hooks.write_text(text)
+    assert count == 1
+    assert [line.split(", in")[0] for line in disagreements(tmp_path)] == [".pre-commit-config.yaml: ruff is 0.1.2"]
+
+
+def test_a_lowest_version_that_is_not_the_promised_one_is_found(tmp_path: Path) -> None:
+    lowest = _checkout(tmp_path) / "constraints-lowest.txt"
+    lowest.write_text("torch==2.9.0\nunheard-of==1.0\n")
+    assert disagreements(tmp_path) == [
+        "constraints-lowest.txt: torch is 2.9.0, in setup.cfg it is 2.6",
+        "constraints-lowest.txt: unheard-of is 1.0, in setup.cfg it is not named",
+    ]
+
+
+# What is published
+
+TRACKED = {
+    "freezehooks/__init__.py",
+    "freezehooks/py.typed",
+    "tests/test_errors.py",
+    ".ci/run",
+    ".gitignore",
+    "LICENSE",
+}
+
+
+def test_a_whole_wheel_and_a_whole_archive_pass() -> None:
+    info = "freezehooks-1.0.0.dist-info"
+    wheel = ["freezehooks/__init__.py", "freezehooks/py.typed", f"{info}/METADATA", f"{info}/licenses/LICENSE"]
+    archive = ["freezehooks/__init__.py", "freezehooks/py.typed", "tests/test_errors.py", "LICENSE", "PKG-INFO"]
+    assert wrong_in_wheel(wheel, TRACKED) == []
+    assert wrong_in_archive([*archive, "freezehooks.egg-info/SOURCES.txt"], TRACKED) == []
+
+
+def test_what_a_wheel_lacks_and_should_not_hold_is_found() -> None:
+    assert wrong_in_wheel(["freezehooks/__init__.py", "tests/test_errors.py"], TRACKED) == [
+        "the wheel lacks freezehooks/py.typed",
+        "the wheel holds tests/test_errors.py, which it should not",
+        "the wheel lacks LICENSE",
+    ]
+
+
+def test_what_a_source_archive_lacks_and_should_not_hold_is_found() -> None:
+    names = [*(TRACKED - {"tests/test_errors.py"}), "outputs/model.pt"]
+    assert wrong_in_archive(names, TRACKED) == [
+        "the source archive lacks tests/test_errors.py",
+        "the source archive holds .ci/run, which it should not",
+        "the source archive holds .gitignore, which it should not",
+        "the source archive holds outputs/model.pt, which it should not",
+    ]
+
+
+def test_a_release_needs_a_plain_version_and_its_part_of_the_changelog() -> None:
+    assert wrong_for_release("1.2.0", "# Changelog\n\n## [1.2.0] - 2026-01-31\n") == []
+    assert wrong_for_release("1.2.0.dev0", "## [Unreleased]\n") == [
+        "1.2.0.dev0 is no version to publish",
+        "CHANGELOG.md has no heading `## [1.2.0.dev0] - year-month-day`",
+    ]
+
+
+def test_the_description_for_the_index_links_to_nothing_in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("setuptools")
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", lambda **metadata: given.update(metadata))
+    runpy.run_path(str(ROOT / "setup.py"))
+    readme = (ROOT / "README.md").read_text()
+    assert re.search(r"\]\((?!https?://|#)", readme)  # there is something to take out
+    assert not re.search(r"\]\((?!https?://|#)", given["long_description"])
+    for linked in re.findall(r"\[([^\[\]]*)\]\(", readme):
+        assert linked in given["long_description"]
+
+
+def test_a_user_is_asked_for_no_development_extra() -> None:
+    assert {"cli", "lightning", "plot", "transformers"} <= set(user_extras())
+    assert {"test", "docs", "bench"}.isdisjoint(user_extras())
