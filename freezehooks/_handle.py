@@ -165,7 +165,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         for part in self._parts.values():
             rules = ", ".join(map(str, part.rules))
             rows.append((part.name, str(tuple(part.shape)), rules, f"{part.frozen_count:,}", f"{part.free_count:,}"))
-        return aligned(rows, left=3) if self._parts else "nothing is frozen"
+        return aligned(rows, right=(3, 4)) if self._parts else "nothing is frozen"
 
     @property
     def model(self) -> Model:

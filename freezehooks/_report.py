@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -73,7 +73,7 @@ class Report:
     def __str__(self) -> str:
         if not self.parts:
             return "nothing is frozen"
-        return f"{aligned([_HEADINGS, *map(_cells, self.parts.values())], _WORDS)}\n{self._verdict()}"
+        return f"{aligned([_HEADINGS, *map(_cells, self.parts.values())], _NUMBERS)}\n{self._verdict()}"
 
     def _repr_html_(self) -> str:
         headings = "".join(f"<th>{heading}</th>" for heading in _HEADINGS)
@@ -93,8 +93,8 @@ _HEADINGS: Final = (
     *("parameter", "shape", "rules", "values", "gradient", "forward", "saving", "optimizers"),
     *("frozen", "free", "drift", "bytes"),
 )
-_WORDS: Final = 8
-"""How many of the columns hold words; the others hold numbers."""
+_NUMBERS: Final = range(8, 12)
+"""Which of the columns hold numbers; the others hold words."""
 
 _MISSING: Final = "MISSING"
 
@@ -126,15 +126,13 @@ def _html_row(cells: Sequence[str]) -> str:
     return "".join(f"<td>{cell}</td>" for cell in shown)
 
 
-def aligned(rows: Sequence[tuple[str, ...]], left: int) -> str:
-    """Return rows of text as a table, the first columns aligned to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [text.ljust(width) for text, width in zip(row[:left], widths, strict=False)]
-        cells += [text.rjust(width) for text, width in zip(row[left:], widths[left:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+def aligned(rows: Sequence[tuple[str, ...]], right: Container[int]) -> str:
+    """Return rows of text as a table, the columns in `right` aligned to the right and the others to the left."""
+    columns = []
+    for n, column in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, column))
+        columns.append([text.rjust(width) if n in right else text.ljust(width) for text in column])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
 
 
 def report_part(part: FrozenPart, violations: Iterable[Violation], mechanisms: Mechanisms) -> PartReport:

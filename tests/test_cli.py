@@ -7,6 +7,8 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,59 @@ def test_a_closed_pipe_ends_it_quietly_and_is_no_yes(folder: Folder) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_an_answer_that_cannot_be_written_is_no_yes(folder: Folder) -> None:
+    command = [sys.executable, "-m", "freezehooks", "show", folder.checkpoint("a.pt", w=ramp(2))]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+        silent = subprocess.run([*command[:-1], "none.pt"], stdout=full, stderr=full, timeout=300, check=False)
+    said = "freezehooks: error: the answer cannot be written (No space left on device); write it elsewhere\n"
+    assert (done.returncode, done.stderr) == (2, said)
+    assert silent.returncode == 2
+
+
+@pytest.mark.parametrize(("rule", "code"), [("w[0] = 1", 0), ("w = 1", 1), ("v = 1", 2)])
+def test_without_streams_the_code_still_tells(
+    folder: Folder, rule: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder.checkpoint("a.pt", w=ramp(2))
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it where a process is started with it closed
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["verify", path, "--rule", rule]) == code
+
+
+class _Raises:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __call__(self, *_: object, **__: object) -> Any:
+        raise self.error
+
+
+_NO_MEMORY = [
+    MemoryError(),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    RuntimeError("unable to mmap 8 bytes from file <a.pt>: Cannot allocate memory (12)"),
+]
+
+
+@pytest.mark.parametrize("place", ["torch.load", "freezehooks.cli._show.rules_by_name"], ids=["opening", "looking"])
+@pytest.mark.parametrize("error", _NO_MEMORY, ids=["Python", "allocator", "mmap"])
+def test_too_little_memory_is_told_as_such(
+    folder: Folder, place: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder.checkpoint("a.pt", w=ramp(2))
+    monkeypatch.setattr(place, _Raises(error))
+    told = "freezehooks: error: the tensors do not fit into memory; run it where there is more\n"
+    assert folder.run("show", path, "--rule", "w") == (2, told)
+
+
+def test_what_nobody_foresaw_is_not_hidden(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("freezehooks.cli._show.open_checkpoint", _Raises(RuntimeError("unforeseen")))
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        main(["show", "a.pt"])
+
+
 def test_an_interrupt_ends_it_quietly(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -168,6 +223,13 @@ def test_a_key_says_where_else_they_are(folder: Folder) -> None:
         open_checkpoint(path, "ema")
 
 
+def test_two_models_in_one_file_are_told_apart_by_the_key(folder: Folder) -> None:
+    path = folder.saved("a.pt", {"model": {"w": ramp(3)}, "state_dict": {"w": ramp(2)}, "ema": {"w": ramp(4)}})
+    with pytest.raises(CheckpointError, match="holds tensors under `state_dict` and `model`; say which: --key state_d"):
+        open_checkpoint(path)
+    assert len(open_checkpoint(path, "model")["w"]) == 3
+
+
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "legacy"])
 def test_both_formats_of_torch_are_read(tmp_path: Path, options: Any) -> None:
     torch.save({"w": ramp(2)}, tmp_path / "a.bin", **options)
@@ -210,6 +272,21 @@ def _file(folder: Folder, kind: str) -> str:
             return folder.saved("list.pt", [ramp(2)])
         case "optimizer":
             return folder.saved("optimizer.pt", {"state": {0: {"exp_avg": ramp(2)}}, "param_groups": []})
+        case "compressed":
+            packed = folder.path / "packed.pt"
+            with zipfile.ZipFile(whole) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as copy:
+                for part in archive.namelist():
+                    copy.writestr(part, archive.read(part))
+            return str(packed)
+        case "TorchScript":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch is giving it up
+                torch.jit.save(torch.jit.script(nn.Linear(2, 2)), folder.path / "script.pt")
+            return str(folder.path / "script.pt")
+        case "nested":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it is a prototype
+                return folder.saved("nested.pt", {"w": torch.nested.nested_tensor([ramp(2), ramp(3)])})
         case "sparse":
             return folder.saved("sparse.pt", {"w": torch.eye(3).to_sparse()})
     return folder.saved("meta.pt", {"w": torch.empty(2, device="meta")})
@@ -232,6 +309,12 @@ def _file(folder: Folder, kind: str) -> str:
         ("no tensors", r"holds no tensors by name: its keys are `epoch` \(int\); say where they are: --key KEY"),
         ("a list", "holds no tensors by name: there is a list"),
         ("optimizer", r"its keys are `state` \(dict\), `param_groups` \(list\)"),
+        (
+            "compressed",
+            r"is compressed \(`whole/data/0` in it\), as torch.save never does; load it and save it again",
+        ),
+        ("TorchScript", r"is no checkpoint, .*TorchScript archive"),
+        ("nested", r"`w` of .* is nested; save dense tensors"),
         ("sparse", r"`w` of .* is torch.float32 in layout torch.sparse_coo; save dense tensors"),
         ("meta", r"`w` of .* is on the meta device"),
     ],
@@ -241,6 +324,12 @@ def test_a_file_that_is_no_checkpoint_is_refused(folder: Folder, kind: str, mess
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(path)
     assert folder.run("show", path)[0] == 2
+
+
+def test_a_folder_that_may_not_be_read_is_refused(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "iterdir", _Raises(PermissionError(13, "Permission denied")))
+    with pytest.raises(CheckpointError, match=r"is a folder; name the file inside it$"):
+        open_checkpoint(str(folder.path))
 
 
 class _Part(torch.Tensor):
@@ -320,6 +409,14 @@ def test_names_pair_but_for_names_of_wrappers() -> None:
     }
     with pytest.raises(CheckpointError, match=r"`w` may be `module.w` or `_orig_mod.w` of the other file; save both"):
         counterparts({"w": one}, {"module.w": one, "_orig_mod.w": one})
+    with pytest.raises(CheckpointError, match=r"`w` of the other file may be `module.w` or `_orig_mod.w`; save both"):
+        counterparts({"module.w": one, "_orig_mod.w": one}, {"w": one})
+
+
+def test_a_name_that_both_files_have_stands_for_itself_alone() -> None:
+    one = ramp(1)
+    assert counterparts({"w": one, "module.w": one}, {"w": one}) == {"w": "w"}
+    assert counterparts({"w": one}, {"module.w": one, "w": one}) == {"w": "w"}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -437,6 +534,13 @@ def test_the_table_says_what_is_selected_and_what_it_holds(folder: Folder) -> No
         "w          (3,)    w[:2] = 0.5       2     1  0.5\n"
         "frozen: 5 of all 10 entries of the file (50 %)\n",
     )
+
+
+def test_a_file_without_entries_is_shown(folder: Folder) -> None:
+    path = folder.checkpoint("a.pt", w=torch.empty(2, 0))
+    code, said = folder.run("show", path, "--rule", "w = tied(0)")
+    assert code == 0
+    assert said.endswith("frozen: 0 of all 0 entries of the file (0 %)\n")
 
 
 @pytest.mark.parametrize(

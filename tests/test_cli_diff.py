@@ -58,6 +58,13 @@ def test_what_differs_is_listed_entry_by_entry(folder: Folder) -> None:
     )
 
 
+def test_what_lost_entries_is_not_said_to_be_kept(folder: Folder) -> None:
+    """`w = keep` would be refused by `verify`: the base holds entries that are gone."""
+    first, second = folder.checkpoint("a.pt", w=ramp(6)), folder.checkpoint("b.pt", w=ramp(4))
+    _, said = folder.run("diff", first, second)
+    assert said.splitlines()[-1] == "# w: 4 of 4 entries unchanged, but it has lost others: freeze what both files have"
+
+
 def test_files_that_hold_the_same_bits_differ_in_nothing(folder: Folder) -> None:
     one, two = folder.checkpoint("a.pt", w=ramp(2)), folder.saved("b.ckpt", {"state_dict": {"module.w": ramp(2)}})
     code, said = folder.run("diff", one, two)
@@ -82,6 +89,18 @@ def test_every_dtype_is_compared(folder: Folder, dtype: torch.dtype) -> None:
     assert "w (2,): 1 of 2 entries differ, by up to 1\n" in said
 
 
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch has no numbers of four bits")
+def test_two_numbers_in_one_byte_are_compared_as_the_byte(folder: Folder) -> None:
+    packed = [torch.tensor(numbers, dtype=torch.uint8).view(torch.float4_e2m1fn_x2) for numbers in ([7, 16], [7, 33])]
+    one, two = (folder.checkpoint(name, w=tensor) for name, tensor in zip(("a.pt", "b.pt"), packed, strict=True))
+    code, said = folder.run("diff", one, two)
+    assert (code, said.split("\n#")[0]) == (
+        1,
+        "w (2,): 1 of 2 entries differ, by up to 17\n    w[1]: 16 in A, 33 in B\n1 of 1 tensors differ",
+    )
+    assert folder.run("diff", one, one)[0] == 0
+
+
 def test_a_file_that_cannot_be_read_is_code_2(folder: Folder) -> None:
     assert folder.run("diff", folder.checkpoint("a.pt", w=ramp(2)), "none.pt")[0] == 2
 
@@ -89,6 +108,18 @@ def test_a_file_that_cannot_be_read_is_code_2(folder: Folder) -> None:
 def test_the_second_file_may_have_a_key_of_its_own(folder: Folder) -> None:
     one, two = folder.saved("a.pt", {"x": {"w": ramp(2)}}), folder.saved("b.pt", {"y": {"w": ramp(2)}})
     assert folder.run("diff", one, two, "--key", "x", "--key-b", "y")[0] == 0
+
+
+def test_the_second_file_may_be_flat_while_the_first_is_not(folder: Folder) -> None:
+    one, two = folder.saved("a.pt", {"ema": {"w": ramp(2)}}), folder.checkpoint("b.pt", w=ramp(2))
+    assert folder.run("diff", one, two, "--key", "ema", "--key-b", "")[0] == 0
+
+
+def test_a_tensor_that_one_file_has_twice_differs(folder: Folder) -> None:
+    one, two = folder.checkpoint("a.pt", w=ramp(2)), folder.checkpoint("b.pt", w=ramp(2), module__w=ramp(2))
+    for files, only in (((one, two), "B"), ((two, one), "A")):
+        code, said = folder.run("diff", *files)
+        assert (code, said.split("\n#")[0]) == (1, f"module.w: only in {only}\n1 of 2 tensors differ")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -227,6 +258,23 @@ def test_what_did_not_change_is_said_in_few_rules() -> None:
     second["conv.weight"][:, :, 1, 1] = 0
     second["head.weight"][0] = first["head.weight"][0]
     assert _rules(first, second) == ["*.ln.weight", "wte.weight[:7]", "conv.weight[center] = 0", "head.weight[0]"]
+
+
+def test_rules_speak_of_nothing_that_the_second_file_lacks(folder: Folder) -> None:
+    first = {"h.v": ramp(2), "h.w": ramp(3), "h.n": ramp(2), "head": ramp(2)}
+    second = {"module.h.v": ramp(2), "module.h.w": ramp(3), "module.h.n": ramp(2).int()}
+    one, two = folder.saved("a.pt", first), folder.saved("b.pt", second)
+    rules = folder.run("diff", one, two)[1].split("--against A`:\n")[1]
+    assert rules.splitlines() == ["module.h.v", "module.h.w"]  # not `module.*`, which in the first is `*`
+    assert folder.run("verify", two, "--rules", folder.text("r.txt", rules), "--against", one)[0] == 0
+
+
+def test_a_tensor_without_a_name_is_told(folder: Folder) -> None:
+    one = folder.saved("a.pt", {"": ramp(2), "w": ramp(2)})
+    two = folder.saved("b.pt", {"": ramp(2), "w": ramp(2) + 1})
+    code, said = folder.run("diff", one, two)
+    assert code == 1
+    assert said.endswith("\n# : no rule can name it alone: freeze it through a mapping\n")
 
 
 def test_old_rows_are_described_where_new_ones_were_added(folder: Folder) -> None:

@@ -214,7 +214,9 @@ def test_a_number_in_a_new_row_needs_no_base(folder: Folder) -> None:
         ("w", ramp(2), None, "there is nothing that says what the entries held before; name the base: --against BASE"),
         ("w[zeros] = 0", ramp(2), None, "`zeros` chosen on the checkpoint itself would be true of anything; name the"),
         ("w[~zeros | 0] = 0", ramp(2), None, "`zeros` chosen on the checkpoint itself"),
-        ("w[:5]", ramp(6), ramp(4), "the base has no entry [4] of `w`, its shape is (4,) instead of (6,); freeze what"),
+        ("w[:5]", ramp(6), ramp(4), "the base has no entry [4] of `w`, its shape is (4,) in the base and (6,) in"),
+        ("w", ramp(4), ramp(6), "the checkpoint has no entry [4] of `w`, its shape is (6,) in the base and (4,) in"),
+        ("w[~-1]", ramp(4), ramp(6), "the checkpoint has no entry [4] of `w`"),
         ("w[smallest(0.5)]", ramp(6), ramp(4), "`smallest` is chosen on the base, where `w` has shape (4,) instead of"),
         ("w[0]", ramp(2, 2), ramp(4), "`w` has shape (2, 2), and (4,) in the base; name parameters that have the same"),
         ("w", ramp(2), ramp(2).double(), "`w` is of torch.float32, and of torch.float64 in the base; convert one of"),
@@ -253,6 +255,49 @@ def test_a_base_without_the_parameter_is_no_base(folder: Folder) -> None:
     code, said = folder.run("verify", tuned, "--rule", "w = 1", "--against", base)
     assert code == 2
     assert "rule `w = 1`: the base has no `w`; name parameters that both files have, or another base" in said
+
+
+@pytest.mark.parametrize("value", ["keep", "1"])
+def test_a_checkpoint_without_what_the_rules_speak_of_in_the_base_is_no_yes(folder: Folder, value: str) -> None:
+    base = folder.checkpoint("base.pt", v=torch.ones(2), w=torch.ones(3))
+    tuned = folder.checkpoint("a.pt", module__v=torch.ones(2))
+    code, said = folder.run("verify", tuned, "--rule", f"* = {value}", "--against", base)
+    assert code == 2
+    told = (
+        "the checkpoint has no `w`, which the base has; name parameters that both files have, or the whole checkpoint"
+    )
+    assert f"rule `* = {value}`: {told}" in said
+    assert folder.run("verify", tuned, "--rule", f"v = {value}", "--against", base)[0] == 0
+
+
+def test_numbers_that_became_integers_are_no_yes(folder: Folder) -> None:
+    base = folder.checkpoint("base.pt", v=torch.ones(2), w=torch.ones(3))
+    tuned = folder.checkpoint("a.pt", v=torch.ones(2), w=torch.ones(3, dtype=torch.int8))
+    code, said = folder.run("verify", tuned, "--rule", "*", "--against", base)
+    assert code == 2
+    assert "rule `* = keep`: `w` is of torch.int8, and of torch.float32 in the base; convert one of them" in said
+
+
+@pytest.mark.parametrize("rule", ["* = 1", "w = 1", "w"])
+def test_numbers_of_eight_bits_are_refused_before_anything_is_said(folder: Folder, rule: str) -> None:
+    tensors = {"v": ramp(2), "w": torch.ones(2).to(torch.float8_e4m3fn)}
+    one, two = folder.checkpoint("a.pt", **tensors), folder.checkpoint("b.pt", **tensors)
+    code, said = folder.run("verify", one, "--rule", rule, "--against", two)
+    assert code == 2
+    assert "the parameter holds torch.float8_e4m3fn, which no optimizer trains (parameter `w`); name" in said
+
+
+def test_copies_of_which_there_is_one_alone_leave_nothing_to_verify(folder: Folder) -> None:
+    code, said = _verify(folder, torch.ones(1, 2), "w = tied(0)")
+    assert code == 2
+    assert "the rules freeze no entry of the checkpoint: there is nothing to verify; correct them" in said
+
+
+def test_the_base_may_be_where_tensors_usually_are_while_the_checkpoint_is_not(folder: Folder) -> None:
+    tuned, base = folder.saved("a.pt", {"ema": {"w": ramp(2)}}), folder.checkpoint("b.pt", w=ramp(2))
+    arguments = ["verify", tuned, "--rule", "w", "--against", base, "--key", "ema"]
+    assert folder.run(*arguments, "--against-key", "")[0] == 0
+    assert folder.run(*arguments)[0] == 2
 
 
 def test_rules_that_disagree_are_refused(folder: Folder) -> None:

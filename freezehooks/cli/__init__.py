@@ -6,7 +6,6 @@ Exit codes: 0 is yes, 1 is no (an entry does not hold, two files differ), 2 is a
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +13,8 @@ from typing import Final
 
 from .._errors import FreezeError
 from . import _diff, _explain, _show, _verify
-from ._output import complain
+from ._checkpoints import lacks_memory
+from ._output import complain, silence
 
 _INTERRUPTED: Final = 130
 _PIPE_CLOSED: Final = 141
@@ -60,24 +60,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(argv)
     try:
-        code: int = options.run(options)
-        sys.stdout.flush()  # a pipe that is closed says so here, not when Python ends
-    except FreezeError as error:
-        complain(str(error))
-        return 2
+        code = _answer(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a pipe that is closed, or a disk that is full, says so here, not when Python ends
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
-        _silence()
+        silence(sys.stdout)
         return _PIPE_CLOSED
+    except OSError as error:
+        silence(sys.stdout)
+        complain(f"the answer cannot be written ({error.strerror or error}); write it elsewhere")
+        return 2
     return code
 
 
-def _silence() -> None:
-    """Let what Python still wants to write when it ends go nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+def _answer(options: argparse.Namespace) -> int:
+    try:
+        code: int = options.run(options)
+    except FreezeError as error:
+        complain(str(error))
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        complain("the tensors do not fit into memory; run it where there is more")
+        return 2
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from .._errors import CheckpointError, FrozenValueError, RegionError
+from .._errors import CheckpointError, FrozenValueError, RegionError, TargetError
 from .._frozen import FrozenPart
 from .._rules import Keep, Rule
-from ._checkpoints import counterparts
-from ._selection import chosen_by_numbers
+from .._targets import Targets
+from ._checkpoints import counterparts, freezable
+from ._selection import part_of
+from ._words import chosen_by_numbers
 
 
 class Base:
@@ -52,9 +55,7 @@ class Base:
                 "name parameters that have the same dimensions in both files",
             )
         if base.dtype != tensor.dtype and (rule.value is Keep.KEEP or base.is_complex() or tensor.is_complex()):
-            raise CheckpointError(
-                f"rule `{rule}`: `{name}` is of {tensor.dtype}, and of {base.dtype} in the base", "convert one of them"
-            )
+            raise _of_two_dtypes(rule, name, tensor, base)
         _check_finite(rule, name, tensor)
         chosen = chosen_by_numbers(rule.region)
         if chosen and base.shape != tensor.shape:
@@ -64,6 +65,34 @@ class Base:
                 "write the region as an index",
             )
 
+    def check_all_seen(self, tensors: Mapping[str, Tensor], selected: Mapping[str, Sequence[Rule]]) -> None:
+        """Refuse rules that speak of a parameter of the base that the checkpoint has not, or has as integers.
+
+        Args:
+            tensors: The tensors of the checkpoint.
+            selected: For each of its parameters the rules that speak of it.
+
+        Raises:
+            CheckpointError: A rule does.
+        """
+        if self._others is None:
+            return
+        targets = Targets(freezable(self._others))
+        for rule in dict.fromkeys(rule for own in selected.values() for rule in own):
+            seen = {self._names[name] for name, own in selected.items() if rule in own}
+            for other in _spoken_of(rule, targets):
+                if other not in seen:
+                    raise self._unseen(rule, other, self._others[other], tensors)
+
+    def _unseen(self, rule: Rule, other: str, base: Tensor, tensors: Mapping[str, Tensor]) -> CheckpointError:
+        for name, its in self._names.items():
+            if its == other and tensors[name].dtype != base.dtype:
+                return _of_two_dtypes(rule, name, tensors[name], base)
+        return CheckpointError(
+            f"rule `{rule}`: the checkpoint has no `{other}`, which the base has",
+            "name parameters that both files have, or the whole checkpoint",
+        )
+
     def reference(self, name: str, tensor: Tensor) -> Tensor:
         """Return a tensor of the parameter's shape that holds what the base does, where the base has it."""
         if self._others is None:
@@ -72,7 +101,7 @@ class Base:
         return base if base.shape == tensor.shape else laid_over(tensor, base)
 
     def check_kept(self, name: str, tensor: Tensor, part: FrozenPart) -> None:
-        """Refuse to keep entries that the base has not.
+        """Refuse to keep entries that the base has not, or that the checkpoint has no longer.
 
         Raises:
             CheckpointError: A rule does; the message names the first.
@@ -80,21 +109,43 @@ class Base:
         if self._others is None or self._others[self._names[name]].shape == tensor.shape:
             return
         base = self._others[self._names[name]]
-        for piece in part.pieces:
-            missing = piece.places.frozen(tensor.shape, tensor.device)
-            missing[overlap(tensor, base)] = False
-            if piece.keeps and bool(missing.any()):
-                raise CheckpointError(
-                    f"rule `{piece.rule}`: the base has no entry {missing.nonzero()[0].tolist()} of `{name}`, "
-                    f"its shape is {tuple(base.shape)} instead of {tuple(tensor.shape)}",
-                    "freeze what both files have, as in `wte[:50257]`",
-                )
+        shapes = f"its shape is {tuple(base.shape)} in the base and {tuple(tensor.shape)} in the checkpoint"
+        for rule, entry in _kept_beyond(part, base):
+            raise CheckpointError(f"rule `{rule}`: the base has no entry {entry} of `{name}`, {shapes}", _BOTH)
+        kept = [piece.rule for piece in part.pieces if piece.keeps]
+        for rule, entry in _kept_beyond(part_of(name, base, kept), tensor) if kept else ():
+            raise CheckpointError(f"rule `{rule}`: the checkpoint has no entry {entry} of `{name}`, {shapes}", _BOTH)
 
     def notes(self, rules: Sequence[Rule]) -> Iterator[str]:
         """Yield what a reader must know about how rules were understood."""
         for rule in rules if self._others is None else ():
             for pattern in sorted(chosen_by_numbers(rule.region)):
                 yield f"note: `{rule}`: `{pattern}` was chosen on the checkpoint itself, for want of --against BASE"
+
+
+_BOTH: Final = "freeze what both files have, as in `wte[:50257]`"
+
+
+def _kept_beyond(part: FrozenPart, other: Tensor) -> Iterator[tuple[Rule, list[int]]]:
+    """Yield the rules that keep entries outside another tensor of as many dimensions, each with the first of these."""
+    for piece in part.pieces:
+        missing = piece.places.frozen(part.shape, other.device)
+        missing[tuple(map(slice, other.shape))] = False
+        if piece.keeps and bool(missing.any()):
+            yield piece.rule, missing.nonzero()[0].tolist()
+
+
+def _spoken_of(rule: Rule, targets: Targets) -> list[str]:
+    try:
+        return targets.find(rule.target)
+    except TargetError:  # what the checkpoint has as numbers, the base has as integers
+        return []
+
+
+def _of_two_dtypes(rule: Rule, name: str, tensor: Tensor, base: Tensor) -> CheckpointError:
+    return CheckpointError(
+        f"rule `{rule}`: `{name}` is of {tensor.dtype}, and of {base.dtype} in the base", "convert one of them"
+    )
 
 
 def _check_alone(rule: Rule) -> None:

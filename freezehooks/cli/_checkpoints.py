@@ -7,7 +7,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,7 +34,7 @@ def open_checkpoint(path: str, key: str | None = None) -> dict[str, Tensor]:
 
     Raises:
         CheckpointError: There is no such file, it cannot be read without executing what it says, or it holds no
-            tensors there.
+            tensors there, or those of two models.
     """
     _check_is_file(path)
     loaded = _load_safetensors(path) if path.endswith(".safetensors") else _load_torch(path)
@@ -51,21 +51,30 @@ def counterparts(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) ->
     """Pair the names of two files: each name of the first that the second knows, perhaps but for names of wrappers.
 
     Raises:
-        CheckpointError: Without the names of wrappers, two names of the second file are one.
+        CheckpointError: Without the names of wrappers, two names of a file are one.
     """
-    by_core: dict[str, list[str]] = {}
-    for name in others:
-        by_core.setdefault(unwrapped(name), []).append(name)
-    return {name: other for name in tensors if (other := _counterpart(name, others, by_core)) is not None}
+    ours, theirs = _by_core(tensors, others), _by_core(others, tensors)
+    paired = dict(_pair(names, theirs[core]) for core, names in ours.items() if core in theirs)
+    paired |= {name: name for name in tensors if name in others}
+    return {name: paired[name] for name in tensors if name in paired}
 
 
-def _counterpart(name: str, others: Mapping[str, Tensor], by_core: Mapping[str, list[str]]) -> str | None:
-    found = [name] if name in others else by_core.get(unwrapped(name), [])
-    if len(found) > 1:
-        raise CheckpointError(
-            f"`{name}` may be `{found[0]}` or `{found[1]}` of the other file", "save both models with the same wrappers"
-        )
-    return found[0] if found else None
+def _by_core(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Return the names that one file alone has, under what they are without the names of wrappers."""
+    found: dict[str, list[str]] = {}
+    for name in tensors:
+        if name not in others:
+            found.setdefault(unwrapped(name), []).append(name)
+    return found
+
+
+def _pair(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str, str]:
+    advice = "save both models with the same wrappers"
+    if len(theirs) > 1:
+        raise CheckpointError(f"`{ours[0]}` may be `{theirs[0]}` or `{theirs[1]}` of the other file", advice)
+    if len(ours) > 1:
+        raise CheckpointError(f"`{theirs[0]}` of the other file may be `{ours[0]}` or `{ours[1]}`", advice)
+    return ours[0], theirs[0]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -74,28 +83,58 @@ def _counterpart(name: str, others: Mapping[str, Tensor], by_core: Mapping[str, 
 
 def _check_is_file(path: str) -> None:
     if os.path.isdir(path):
-        inside = sorted(entry.name for entry in Path(path).iterdir() if entry.is_file())
-        listed = ", ".join(inside[:5]) or "no files"
-        raise CheckpointError(f"`{path}` is a folder", f"name the file inside it; it holds {listed}")
+        raise CheckpointError(f"`{path}` is a folder", f"name the file inside it{_files_in(path)}")
     if not os.path.exists(path):
         raise CheckpointError(f"there is no file `{path}`", "check the path")
+
+
+def _files_in(path: str) -> str:
+    try:
+        inside = sorted(entry.name for entry in Path(path).iterdir() if entry.is_file())
+    except OSError:  # it may not be read
+        return ""
+    return f"; it holds {', '.join(inside[:5]) or 'no files'}"
 
 
 def _load_torch(path: str) -> Any:
     """Load what torch.save wrote, by the unpickler that makes tensors and builtins and nothing else."""
     try:
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            _check_is_stored_plainly(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch has to say of old formats is no help here
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refused(path, str(error)), _SAVE_TENSORS) from None
     except OSError as error:
         raise CheckpointError(f"`{path}` cannot be read ({error.strerror or error})", "check the file") from None
     except Exception as error:  # whatever the unpickler meets in a file that is no checkpoint
+        if lacks_memory(error):
+            raise
         raise CheckpointError(
             f"`{path}` is no checkpoint, or part of it is missing ({_first_line(error)})",
             "give a file that torch.save wrote, or one that ends in .safetensors; copy it again if it was cut short",
         ) from None
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Return whether Python, or torch, has asked for more memory than there is."""
+    return isinstance(error, MemoryError) or bool(re.search("allocate memory|tried to allocate", str(error)))
+
+
+def _check_is_stored_plainly(path: str) -> None:
+    """Refuse an archive that somebody has packed anew: mapped into memory, its bytes would be taken for numbers."""
+    with zipfile.ZipFile(path) as archive:
+        packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
+    numbers = next((name for name in packed if "/data/" in name), None)  # the others are read, and are unpacked then
+    if numbers is not None:
+        raise CheckpointError(
+            f"`{path}` is compressed (`{numbers}` in it), as torch.save never does",
+            "load it and save it again: torch.save(torch.load(path, weights_only=True), path)",
+        )
 
 
 def _refused(path: str, message: str) -> str:
@@ -132,11 +171,13 @@ def _load_safetensors(path: str) -> Any:
 
 
 def _tensors_of(loaded: Any, path: str) -> dict[str, Tensor]:
-    places = [loaded.get(key) for key in _USUAL_KEYS] if isinstance(loaded, Mapping) else []
-    for place in [*places, loaded]:
-        found = _named_tensors(place)
-        if found:
-            return found
+    usual = [key for key in _USUAL_KEYS if isinstance(loaded, Mapping) and _named_tensors(loaded.get(key))]
+    if len(usual) > 1:
+        first, second = usual[:2]
+        raise CheckpointError(f"`{path}` holds tensors under `{first}` and `{second}`", f"say which: --key {first}")
+    found = _named_tensors(loaded[usual[0]] if usual else loaded)
+    if found:
+        return found
     raise CheckpointError(f"`{path}` holds no tensors by name: {_listed(loaded)}", "say where they are: --key KEY")
 
 
@@ -173,8 +214,14 @@ def _plain(name: str, tensor: Tensor, path: str) -> Tensor:
             f"`{name}` of `{path}` is a {type(tensor).__name__}, of which the file may hold a part only",
             "save the full state_dict: torch.distributed.checkpoint.state_dict.get_model_state_dict gathers it",
         )
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        found = "on the meta device" if tensor.is_meta else f"{tensor.dtype} in layout {tensor.layout}"
-        raise CheckpointError(f"`{name}` of `{path}` is {found}", "save dense tensors: `to_dense()`, `dequantize()`")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+        advice = "save dense tensors: `to_dense()`, `dequantize()`"
+        raise CheckpointError(f"`{name}` of `{path}` is {_oddity(tensor)}", advice)
     plain = tensor.detach().resolve_conj().resolve_neg()
     return plain.contiguous() if 0 in plain.stride() else plain
+
+
+def _oddity(tensor: Tensor) -> str:
+    if tensor.is_nested:
+        return "nested"
+    return "on the meta device" if tensor.is_meta else f"{tensor.dtype} in layout {tensor.layout}"

@@ -54,6 +54,7 @@ def differ(first: Tensor, second: Tensor) -> Tensor:
 
 def compare(found: Tensor, expected: Tensor, limit: int) -> Comparison:
     """Compare two tensors of one shape and dtype; `limit`: how many examples to return."""
+    found, expected = _readable(found), _readable(expected)
     ours, theirs = found.reshape(-1), expected.reshape(-1)
     count, gap, worst = 0, -1.0, -1
     first: list[int] = []
@@ -68,6 +69,11 @@ def compare(found: Tensor, expected: Tensor, limit: int) -> Comparison:
                 gap, worst = float(gaps.max()), start + int(places[gaps.argmax()])
     examples = tuple(_entry(found, expected, place) for place in first)
     return Comparison(count, examples, _entry(found, expected, worst) if count else None, max(gap, 0.0))
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """Return a tensor whose entries Python can read: of two numbers in one byte, the byte."""
+    return tensor.view(torch.uint8) if tensor.dtype == getattr(torch, "float4_e2m1fn_x2", None) else tensor
 
 
 def _gaps(first: Tensor, second: Tensor) -> Tensor:

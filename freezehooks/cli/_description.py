@@ -59,7 +59,7 @@ class _Search:
                 continue
             if pattern != zeros or all(torch.equal(mask, tensor.eq(0)) for tensor in numbers):
                 self._fixed.append((pattern, mask))
-        rows, columns = (torch.arange(size) for size in (*shape[-2:], 0, 0)[:2])
+        rows, columns = (torch.arange(size, dtype=torch.int32) for size in (*shape[-2:], 0, 0)[:2])
         self._distance = columns - rows[:, None] if len(shape) > 1 else None
 
     def regions(self, wanted: Tensor) -> Iterator[Region]:
@@ -112,13 +112,22 @@ class _Search:
             return
         seen = ~wanted if inside else wanted
         seen = seen.flatten(0, -3).any(dim=0) if seen.ndim > 2 else seen
-        lowest, highest = (int(self._distance[seen].min()), int(self._distance[seen].max()))
+        lowest, highest = _outermost_diagonals(seen)
         upper, lower = (highest + 1, lowest - 1) if inside else (lowest, highest)
         found = [("triu", upper, self._distance >= upper), ("tril", lower, self._distance <= lower)]
         found += [("diagonal", k, self._distance == k) for k in ({0} if inside else {lowest} & {highest})]
         for name, k, mask in found:
             if bool(mask.any()) and not bool(mask.all()):
                 yield Pattern(name, (k,)), mask.expand(self._shape)
+
+
+def _outermost_diagonals(seen: Tensor) -> tuple[int, int]:
+    """Return the lowest and the highest diagonal that a matrix, True somewhere, is True on."""
+    height, width = seen.shape
+    ahead = torch.arange(1, width + 1, dtype=torch.int32)
+    last, first = (seen * ahead).amax(dim=1) - 1, width - (seen * ahead.flip(0)).amax(dim=1)
+    rows = torch.arange(height)[last >= 0]
+    return int((first[rows] - rows).min()), int((last[rows] - rows).max())
 
 
 # --------------------------------------------------------------------------------------------------------------------

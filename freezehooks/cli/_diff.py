@@ -42,14 +42,14 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("second", metavar="B", help="another")
     add_limit(parser)
     parser.add_argument("--key", help="where in the files the tensors are, with dots between nested keys")
-    parser.add_argument("--key-b", metavar="KEY", help="where they are in B, if not under --key")
+    parser.add_argument("--key-b", metavar="KEY", help="where they are in B, if not under --key ('': where usual)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
     first = open_checkpoint(options.first, options.key)
-    second = open_checkpoint(options.second, options.key_b or options.key)
+    second = open_checkpoint(options.second, options.key if options.key_b is None else options.key_b)
     names = counterparts(second, first)
     differing = _say_differences(first, second, names, options.limit)
     total = len(second) + len(set(first) - set(names.values()))

@@ -6,18 +6,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from .._rules import TARGET
-from .._targets import matching
+from .._targets import matching, matching_unwrapped
 
 _LONGEST: Final = 12
 """Up to how many parts of a name every way to leave some out in the middle is tried."""
 
 
-def targets_for(names: Sequence[str], others: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+def targets_for(
+    names: Sequence[str], others: Sequence[str], absent: Sequence[str] = ()
+) -> tuple[dict[str, list[str]], list[str]]:
     """Return targets, each with the names that it speaks of, and the names that no target can say alone.
 
     Args:
         names: What the targets are to speak of.
         others: Every other name of the file, which none of them may speak of.
+        absent: Names of another file, with other wrappers perhaps, which none of them may speak of either.
     """
     every = [*names, *others]
     found: dict[str, list[str]] = {}
@@ -25,7 +28,7 @@ def targets_for(names: Sequence[str], others: Sequence[str]) -> tuple[dict[str, 
     left = dict.fromkeys(names)
     while left:
         name = next(iter(left))
-        exact = _exact_targets(name, set(names), every)
+        exact = _exact_targets(name, set(names), every, list(absent))
         if not exact:
             unsayable.append(name)
             del left[name]
@@ -36,10 +39,15 @@ def targets_for(names: Sequence[str], others: Sequence[str]) -> tuple[dict[str, 
     return found, unsayable
 
 
-def _exact_targets(name: str, wanted: set[str], every: list[str]) -> dict[str, list[str]]:
+def _exact_targets(name: str, wanted: set[str], every: list[str], absent: list[str]) -> dict[str, list[str]]:
     """Return the targets that speak of a name and of no other than those wanted, each with what it speaks of."""
-    spoken = {target: matching(target, every) for target in dict.fromkeys(_candidates(name))}
-    return {target: said for target, said in spoken.items() if name in said and wanted.issuperset(said)}
+    spoken = {target: matching(target, every) for target in dict.fromkeys(_candidates(name)) if target}
+    exact = {target: said for target, said in spoken.items() if name in said and wanted.issuperset(said)}
+    return {target: said for target, said in exact.items() if not _speaks_of_any(target, absent)}
+
+
+def _speaks_of_any(target: str, absent: list[str]) -> bool:
+    return bool(matching(target, absent) or matching_unwrapped(target, absent))
 
 
 def _rank(target: str, said: list[str], left: Mapping[str, None]) -> tuple[int, int, int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
 from typing import Final, TextIO
 
 _IN_ASCII: Final = str.maketrans(
@@ -14,13 +14,28 @@ _IN_ASCII: Final = str.maketrans(
 
 def say(text: str) -> None:
     """Write a line, or several, to the standard output."""
-    sys.stdout.write(_sayable(text, sys.stdout) + "\n")
+    _write(text, sys.stdout)
 
 
 def complain(text: str) -> None:
-    """Write an error to the standard error, as one line."""
+    """Write an error to the standard error, as one line; where nobody can read that, the exit code still says it."""
     line = " ".join(text.split())
-    sys.stderr.write(_sayable(f"freezehooks: error: {line}", sys.stderr) + "\n")
+    try:
+        _write(f"freezehooks: error: {line}", sys.stderr)
+    except OSError:
+        silence(sys.stderr)
+
+
+def _write(text: str, stream: TextIO | None) -> None:
+    if stream is not None:  # as Python has it in a process that was started with the stream closed
+        stream.write(_sayable(text, stream) + "\n")
+
+
+def silence(stream: TextIO) -> None:
+    """Let what Python still wants to write there when it ends go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _sayable(text: str, stream: TextIO) -> str:
@@ -42,16 +57,3 @@ def shown(name: str) -> str:
 
 def _escaped(sign: str) -> str:
     return sign.encode("unicode_escape").decode("ascii")
-
-
-def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Return rows as text with aligned columns, the first row being the head; `right`: columns of numbers."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            text.rjust(width) if n in right else text.ljust(width)
-            for n, (text, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from .._errors import FreezeError, TargetError, UnsupportedParameterError
-from .._expressions import And, Not, Or, Pattern
 from .._frozen import FrozenPart
 from .._parts import resolve
 from .._rules import Rule, Tied
-from .._targets import Targets
+from .._targets import Targets, check_supported
 from ._checkpoints import freezable
 
 
@@ -22,12 +21,13 @@ def rules_by_name(tensors: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[
 
     Raises:
         TargetError: A rule speaks of no parameter.
-        UnsupportedParameterError: A rule names integers alone.
+        UnsupportedParameterError: A rule names integers alone, or what no mechanism here can hold.
     """
     targets = Targets(freezable(tensors))
     found: dict[str, list[Rule]] = {}
     for rule in dict.fromkeys(rules):
         for name in _names(rule, targets, tensors):
+            _check_supported(rule, name, tensors[name])
             found.setdefault(name, []).append(rule)
     return {name: found[name] for name in tensors if name in found}
 
@@ -38,6 +38,13 @@ def _names(rule: Rule, targets: Targets, tensors: Mapping[str, Tensor]) -> list[
     except TargetError as error:
         _refuse_integers(rule, tensors)
         raise error.within(f"rule `{rule}`") from None
+
+
+def _check_supported(rule: Rule, name: str, tensor: Tensor) -> None:
+    try:
+        check_supported(tensor)
+    except FreezeError as error:
+        raise error.within(f"rule `{rule}`", f"parameter `{name}`") from None
 
 
 def _refuse_integers(rule: Rule, tensors: Mapping[str, Tensor]) -> None:
@@ -83,15 +90,3 @@ def _from_the_first(rule: Rule) -> Rule:
 def tying(rules: Iterable[Rule]) -> Rule | None:
     """Return the rule that makes copies one, or None."""
     return next((rule for rule in rules if isinstance(rule.value, Tied)), None)
-
-
-def chosen_by_numbers(region: object) -> set[str]:
-    """Return the patterns in a region that look at a parameter's numbers, not at its shape alone."""
-    match region:
-        case Pattern(name=name):
-            return {name} & {"zeros", "smallest", "nm"}
-        case Not(operand=operand):
-            return chosen_by_numbers(operand)
-        case And(left=left, right=right) | Or(left=left, right=right):
-            return chosen_by_numbers(left) | chosen_by_numbers(right)
-    return set()

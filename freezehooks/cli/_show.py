@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from .._frozen import FrozenPart
+from .._report import aligned
 from .._rules import Rule
 from .._tie import Tie
 from ._checkpoints import open_checkpoint
 from ._comparison import compare, differ
-from ._output import say, shown, table
+from ._output import say, shown
 from ._rules_file import add_rules_arguments, asked_rules
 from ._selection import part_of, rules_by_name
 
@@ -60,7 +61,7 @@ def _listed(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in tensors.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         rows.append((shown(name), str(tuple(tensor.shape)), dtype, f"{tensor.numel():,}"))
-    return f"{table(rows, right=[3])}\n{len(tensors):,} tensors, {_entries(tensors):,} entries"
+    return f"{aligned(rows, right=(3,))}\n{len(tensors):,} tensors, {_entries(tensors):,} entries"
 
 
 def _entries(tensors: Mapping[str, Tensor]) -> int:
@@ -75,8 +76,8 @@ def _selected(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> str:
         frozen += part.frozen_count
         rows.append(_row(part, tensors[name], own))
     total = _entries(tensors)
-    share = f"{100 * frozen / total:.3g} %"
-    return f"{table(rows, right=[3, 4])}\nfrozen: {frozen:,} of all {total:,} entries of the file ({share})"
+    share = f"{100 * frozen / max(total, 1):.3g} %"
+    return f"{aligned(rows, right=(3, 4))}\nfrozen: {frozen:,} of all {total:,} entries of the file ({share})"
 
 
 def _row(part: FrozenPart, tensor: Tensor, rules: Sequence[Rule]) -> tuple[str, ...]:

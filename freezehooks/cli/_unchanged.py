@@ -43,13 +43,23 @@ def unchanged_rules(
         same = _same(first[names[name]], tensor) if name in names else None
         if same is None or not bool(same.any()):
             continue
+        if any(before > now for before, now in zip(first[names[name]].shape, tensor.shape, strict=True)):
+            yield f"# {shown(name)}: {_counted(same)}, but it has lost others: freeze what both files have"
+            continue
         found = _described(same, first[names[name]], tensor)
         if found is None:
             yield _no_rule(name, same)
         else:
             groups.setdefault(str(found.region), {})[name] = found
+    absent = list(_absent(first, second, names))
     for group in sorted(groups.values(), key=lambda group: next(iter(group.values())).region != WHOLE):
-        yield from _lines(group, [name for name in freezable(second) if name not in group])
+        yield from _lines(group, [name for name in freezable(second) if name not in group], absent)
+
+
+def _absent(first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: Mapping[str, str]) -> Iterator[str]:
+    """Yield what the first file has and the second has not, or has as integers: no rule may speak of it."""
+    paired = {names[name] for name in freezable(second) if name in names}
+    yield from (name for name in freezable(first) if name not in paired)
 
 
 def _same(first: Tensor, second: Tensor) -> Tensor | None:
@@ -87,12 +97,15 @@ def _is_exactly(entry: Tensor, number: float) -> bool:
 
 
 def _no_rule(name: str, same: Tensor) -> str:
-    count = f"{int(same.sum()):,} of {same.numel():,} entries unchanged"
-    return f'# {shown(name)}: {count}, no short rule: freeze them by a mask, {{"{shown(name)}": a == b}}'
+    return f'# {shown(name)}: {_counted(same)}, no short rule: freeze them by a mask, {{"{shown(name)}": a == b}}'
 
 
-def _lines(group: Mapping[str, _Unchanged], others: list[str]) -> Iterator[str]:
-    targets, unsayable = targets_for(list(group), others)
+def _counted(same: Tensor) -> str:
+    return f"{int(same.sum()):,} of {same.numel():,} entries unchanged"
+
+
+def _lines(group: Mapping[str, _Unchanged], others: list[str], absent: list[str]) -> Iterator[str]:
+    targets, unsayable = targets_for(list(group), others, absent)
     for target, names in targets.items():
         numbers = {repr(group[name].number) for name in names}
         number = group[names[0]].number

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._errors import CheckpointError
+from .._errors import CheckpointError, RegionError
 from .._frozen import FrozenPart
 from .._rules import Rule
 from ._base import Base
@@ -31,8 +31,8 @@ examples:
   freezehooks verify last.ckpt --rules rules.yaml --against first.ckpt && ./release.sh
       in a pipeline: code 0 is given only where every entry was looked at and holds
 
-A region chosen by numbers (zeros, smallest, nm) is chosen on BASE. Where BASE has another shape, as before new rows
-were added, entries are compared where both have them.
+A region chosen by numbers (zeros, smallest, nm) is chosen on BASE. BASE may have another shape, as before new rows
+were added, if both have every entry that is kept.
 """
 
 
@@ -51,7 +51,9 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--against", metavar="BASE", help="the checkpoint whose numbers are kept")
     add_limit(parser)
     parser.add_argument("--key", help="where in the files the tensors are, with dots between nested keys")
-    parser.add_argument("--against-key", metavar="KEY", help="where they are in BASE, if not under --key")
+    parser.add_argument(
+        "--against-key", metavar="KEY", help="where they are in BASE, if not under --key ('': where usual)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -80,11 +82,14 @@ def run(options: argparse.Namespace) -> int:
     selected = rules_by_name(tensors, rules)
     for name, own in selected.items():  # what can be told without numbers comes before the first line
         base.check(name, tensors[name], own)
+    base.check_all_seen(tensors, selected)
     total = _Total()
     for name, own in selected.items():
         before = total.entries
         findings = list(_findings(name, tensors[name], own, base, options.limit, total))
         _report(shown(name), total.entries - before, findings)
+    if not total.entries:  # copies that are to be one, and there is one alone
+        raise RegionError("the rules freeze no entry of the checkpoint: there is nothing to verify", "correct them")
     for note in dict.fromkeys(note for own in selected.values() for note in base.notes(own)):
         say(note)
     say(total.text())
@@ -93,10 +98,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _base(options: argparse.Namespace, tensors: Mapping[str, Tensor]) -> Base:
     if options.against is None:
-        if options.against_key:
+        if options.against_key is not None:
             raise CheckpointError("--against-key without --against says nothing", "name the base: --against BASE")
         return Base(tensors, None)
-    return Base(tensors, open_checkpoint(options.against, options.against_key or options.key))
+    key = options.key if options.against_key is None else options.against_key
+    return Base(tensors, open_checkpoint(options.against, key))
 
 
 @dataclass(slots=True)

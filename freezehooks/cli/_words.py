@@ -47,9 +47,9 @@ def has_pattern(region: Any, *names: str) -> bool:
     return any(isinstance(leaf, Pattern) and leaf.name in names for leaf in leaves(region))
 
 
-def chosen_by_numbers(region: Any) -> bool:
-    """Return whether the numbers in a parameter have a say in which of its entries a region takes."""
-    return has_pattern(region, "zeros", "smallest", "nm")
+def chosen_by_numbers(region: Any) -> set[str]:
+    """Return the patterns in a region that look at a parameter's numbers, not at its shape alone."""
+    return {name for name in ("zeros", "smallest", "nm") if has_pattern(region, name)}
 
 
 # --------------------------------------------------------------------------------------------------------------------
