@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ._counted import counted
 from ._errors import (
     FrozenValueError,
     ParameterChangedError,
@@ -50,9 +51,8 @@ class Violation:
 
     def __str__(self) -> str:
         place = ", ".join(map(str, self.index))
-        return (
-            f"`{self.name}[{place}]` holds {self.found!r} instead of {self.expected!r} ({self.count} entries drifted)"
-        )
+        drifted = counted(self.count, "entry", "entries")
+        return f"`{self.name}[{place}]` holds {self.found!r} instead of {self.expected!r} ({drifted} drifted)"
 
 
 class FrozenPart:
@@ -399,7 +399,15 @@ class FrozenPart:
         """Return what of the parameter has drifted, bit for bit, or None where every frozen entry holds.
 
         Of a parameter that is spread over ranks, each rank looks at its own part.
+
+        Raises:
+            ParameterChangedError: The parameter is on the meta device now.
         """
+        if parameter.is_meta:
+            raise ParameterChangedError(
+                f"`{self.name}` is on the meta device and has no numbers",
+                "give it numbers with `to_empty`, and load or impose them, before you check",
+            )
         if not self.follow(parameter):
             return None
         found = local(parameter.detach())

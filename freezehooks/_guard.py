@@ -26,14 +26,18 @@ class Guard:
     Args:
         held: Returns each part with the parameter that it holds now.
         optimizer: The optimizer whose steps are guarded; only weakly referenced.
+
+    Attributes:
+        held: Returns each part with the parameter that it holds now, whichever optimizer steps it.
     """
 
     def __init__(self, held: Held, optimizer: Optimizer) -> None:
-        self._held = held
+        self.held = held
         self._optimizer: weakref.ref[Optimizer] | None = weakref.ref(optimizer)
         self._compaction: Compaction | None = None
         self._handles: list[RemovableHandle] = []
         self._stepped: list[tuple[FrozenPart, Tensor, dict[str, Any]]] | None = None
+        self._has_stepped = False
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -61,14 +65,15 @@ class Guard:
 
     @property
     def is_alive(self) -> bool:
-        """Whether all of its hooks are on an optimizer that still lives."""
-        hooked = [handle.id in (handle.hooks_dict_ref() or ()) for handle in self._handles]
-        return self.optimizer is not None and bool(hooked) and all(hooked)
-
-    def holds(self) -> Iterator[tuple[FrozenPart, Tensor]]:
-        """Pair each part with the parameter that it holds through the steps of the optimizer."""
-        if self.optimizer is not None:
-            yield from ((part, parameter) for part, parameter, _ in self._held_by(self.optimizer))
+        """Whether all of its hooks are on an optimizer that still lives, and whose step calls them."""
+        optimizer = self.optimizer
+        if optimizer is None or not self._handles:
+            return False
+        # `Optimizer.__init__` marks the step of its class as hooked; a class that skips it may call a marked one
+        is_called = self._has_stepped or getattr(type(optimizer).step, "hooked", False)
+        return is_called and all(
+            handle.id in getattr(optimizer, where) for handle, where in zip(self._handles, _WHERE, strict=True)
+        )
 
     def install(self) -> None:
         """Register the hooks on the optimizer and bring its present state into line."""
@@ -80,7 +85,7 @@ class Guard:
             watch_gradient(parameter, part)
         self._share_compaction(optimizer)
         if self._compaction is not None:
-            self._compaction.join(self._held, optimizer)
+            self._compaction.join(self.held, optimizer)
         self.settle(optimizer)
         after = optimizer.register_step_post_hook(self.after_step)
         # first of all post-hooks: whoever looks after the step sees the values
@@ -106,7 +111,7 @@ class Guard:
         if self._compaction is None:
             self._compaction = compaction
             if self._handles and self.optimizer is not None:
-                compaction.join(self._held, self.optimizer)
+                compaction.join(self.held, self.optimizer)
 
     def remove(self) -> None:
         """Stop guarding the optimizer for good; the frozen entries are then held by the model's own hooks alone."""
@@ -118,7 +123,7 @@ class Guard:
         for handle in self._handles:
             handle.remove()
         if self._handles and self._compaction is not None and self.optimizer is not None:
-            self._compaction.leave(self._held, self.optimizer)
+            self._compaction.leave(self.held, self.optimizer)
         self._handles = []
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -165,6 +170,7 @@ class Guard:
 
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Impose the values on the parameters, and on state that holds weights."""
+        self._has_stepped = True
         if self._compaction is not None:
             self._compaction.end_step(optimizer)
         held = self._held_by(optimizer) if self._stepped is None else self._stepped
@@ -197,7 +203,7 @@ class Guard:
     def _held_by(self, optimizer: Optimizer) -> Iterator[tuple[FrozenPart, Tensor, dict[str, Any]]]:
         """Return each part with the parameter that it holds and the group in which the optimizer steps it."""
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        for part, parameter in self._held():
+        for part, parameter in self.held():
             group = groups.get(id(parameter))
             if group is not None:
                 yield part, parameter, group
@@ -216,6 +222,15 @@ class Guard:
             settle(optimizer.state.get(parameter) or {}, part, group)
         if self._compaction is None:
             settle_history(optimizer, [(part, parameter) for part, parameter, _ in held])
+
+
+_WHERE: Final = (
+    "_optimizer_step_post_hooks",
+    "_optimizer_step_pre_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+"""Where torch keeps an optimizer's hooks, in the order in which a guard registers its own."""
 
 
 def _is_distributed() -> bool:

@@ -24,8 +24,8 @@ from ._hooks import (
     unwatch_gradient,
     watch_gradient,
 )
-from ._mechanisms import Mechanisms, check_complete, find_mechanisms, guarded_now
-from ._model_hook import ImposeBeforeModel, remove_before_model
+from ._mechanisms import Mechanisms, OnModules, check_complete, find_mechanisms, guarded_now
+from ._model_hook import ImposeBeforeModel, is_before_model, remove_before_model
 from ._parts import Model, resolve, saved_pieces, state_of
 from ._report import Report, aligned, report_part
 from ._rules import Rule
@@ -213,12 +213,15 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         """Return, for each parameter where frozen entries drifted, how many and the worst of them.
 
         Raises:
-            ParameterChangedError: A parameter is gone, has another shape, or lies in a module that was replaced.
+            ParameterChangedError: A parameter is gone, has another shape or no numbers (on the meta device), or lies in
+                a module that was replaced.
         """
         self._check_in_place()
-        found = {
-            (part.name, id(site.find())): part.violation(part.current(site.computed())) for part, site in self._sites
-        }
+        found: dict[tuple[str, int], Violation | None] = {}
+        for part, site in self._sites:
+            place = part.name, id(site.find())
+            if found.get(place) is None:  # of names of one tensor, one may be pruned
+                found[place] = part.violation(part.current(site.computed()))
         return tuple(filter(None, found.values()))
 
     def _check_in_place(self) -> None:
@@ -242,7 +245,8 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         Raises:
             DriftError: Some entries do not; the message names them.
             UnguardedError: All do, but a hook is no longer there, or no optimizer is guarded.
-            ParameterChangedError: A parameter is gone, has another shape, or lies in a module that was replaced.
+            ParameterChangedError: A parameter is gone, has another shape or no numbers (on the meta device), or lies in
+                a module that was replaced.
         """
         violations = self.violations()
         if violations:
@@ -258,7 +262,8 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         Of a parameter that is spread over ranks, values and drift are of this rank's part.
 
         Raises:
-            ParameterChangedError: A parameter is gone, has another shape, or lies in a module that was replaced.
+            ParameterChangedError: A parameter is gone, has another shape or no numbers (on the meta device), or lies in
+                a module that was replaced.
 
         Example:
             >>> import torch
@@ -272,19 +277,23 @@ class FrozenEntries(Mapping[str, FrozenPart]):
             >>> frozen.report().holds
             True
         """
-        violations, mechanisms = self.violations(), self._mechanisms()
-        parts = {
-            name: report_part(part, [each for each in violations if each.name == name], mechanisms[name])
-            for name, part in self._parts.items()
-        }
-        return Report(parts)
+        violations: dict[str, list[Violation]] = {}
+        for violation in self.violations():
+            violations.setdefault(violation.name, []).append(violation)
+        mechanisms = self._mechanisms()
+        return Report(
+            {name: report_part(part, violations.get(name, ()), mechanisms[name]) for name, part in self._parts.items()}
+        )
 
     def _mechanisms(self) -> dict[str, Mechanisms]:
         sites: dict[str, list[Site]] = {}
         for part, site in self._sites:
             sites.setdefault(part.name, []).append(site)
+        came_with_model = self._family is not self._parts  # the model may be a part of the one that was frozen
+        has_model_hook = came_with_model or is_before_model(self._model, self._family)
+        on_modules = OnModules(self._model, self._modules, has_model_hook=has_model_hook)
         guarded = guarded_now()
-        return {name: find_mechanisms(self._parts[name], sites[name], self._modules, guarded) for name in self._parts}
+        return {name: find_mechanisms(self._parts[name], sites[name], on_modules, guarded) for name in self._parts}
 
     def trainable(self) -> Trainable:
         """Count the entries of the model that train, as they are reported: in number and in percent.
@@ -298,8 +307,15 @@ class FrozenEntries(Mapping[str, FrozenPart]):
             >>> print(frozen.trainable())
             trainable entries: 5 of 8 (62.5 %)
         """
-        own = [(part, site.tensor()) for part, site in self._sites] if self._attached else []
+        own = [(part, site.tensor()) for part, site in self._sites if self._is_held(part, site)]
         return count_trainable(self._model, own)
+
+    def _is_held(self, part: FrozenPart, site: Site) -> bool:
+        """Return whether one place is held still: another handle of the same parts may have let it go."""
+        if not isinstance(site.owner, nn.Module):
+            return self._attached
+        hooks = self._modules.get(site.owner)
+        return hooks is not None and hooks.installed and hooks.parts.get(site.key) is part
 
     def plot(self, name: str, path: str | Path | None = None) -> Figure:
         """Draw a parameter, kernel by kernel or as a matrix, with a mark on every frozen entry.

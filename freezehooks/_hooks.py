@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
 from ._frozen import FrozenPart
@@ -27,11 +28,28 @@ class ZeroFrozenGradient:
 
     def __init__(self, part: FrozenPart) -> None:
         self.part = part
+        self._seen: tuple[int, StorageWeakRef] | None = None
 
     def __call__(self, parameter: Tensor) -> None:
         self.part.zero_gradient(parameter)
         if is_distributed():
             clean_after_reducer(self.part, parameter)
+
+    def make_called(self, parameter: Tensor) -> None:
+        """Make sure that the lists of the parameter's hooks are called.
+
+        A swapped tensor (torch.utils.swap_tensors) keeps them and loses the nodes that call them; to set a list anew
+        makes one. Not at each forward: a backward pass in another thread may be calling the one that this replaces.
+        """
+        if self._seen is not None and not is_sharded(parameter):
+            number, storage = self._seen
+            if number == parameter._cdata and storage.cdata == parameter.untyped_storage()._cdata:
+                return
+        parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+        if self.part.tie is not None:
+            parameter._backward_hooks = parameter._backward_hooks
+        # the storage tells the tensor from a later one in the same place
+        self._seen = None if is_sharded(parameter) else (parameter._cdata, StorageWeakRef(parameter.untyped_storage()))
 
 
 def clean_after_reducer(part: FrozenPart, parameter: Tensor) -> None:
@@ -66,21 +84,19 @@ def watch_gradient(parameter: Tensor, part: FrozenPart) -> None:
     """
     if not parameter.requires_grad or torch.compiler.is_compiling():
         return
-    if not _is_watched(parameter, part):
+    hook = _zeroing(parameter, part)
+    if hook is None:
+        hook = ZeroFrozenGradient(part)
         others = dict(parameter._post_accumulate_grad_hooks or {})  # type: ignore[attr-defined]
-        parameter.register_post_accumulate_grad_hook(ZeroFrozenGradient(part))
+        parameter.register_post_accumulate_grad_hook(hook)
         # First of all: a hook that logs the gradient, or steps in backward, sees the clean one. Put in again behind
         # it, because the engine goes by the order of insertion and not by OrderedDict.move_to_end.
         for hook_id in others:
             del parameter._post_accumulate_grad_hooks[hook_id]  # type: ignore[attr-defined]
         parameter._post_accumulate_grad_hooks.update(others)  # type: ignore[attr-defined]
-    # A swapped tensor (torch.utils.swap_tensors) keeps its lists of hooks and loses the nodes that call them; to set
-    # a list anew, here and below, makes one.
-    parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
-    if part.tie is not None:
-        if not _is_summed(parameter, part.tie):
-            parameter.register_hook(SumTiedGradient(part, part.tie))
-        parameter._backward_hooks = parameter._backward_hooks
+    if part.tie is not None and not _is_summed(parameter, part.tie):
+        parameter.register_hook(SumTiedGradient(part, part.tie))
+    hook.make_called(parameter)
 
 
 def unwatch_gradient(parameter: Tensor, part: FrozenPart) -> None:
@@ -93,15 +109,18 @@ def unwatch_gradient(parameter: Tensor, part: FrozenPart) -> None:
 
 
 def is_watched(parameter: Tensor, part: FrozenPart) -> bool:
-    """Return whether the parameter's gradient is zeroed, and summed over tied copies."""
-    return _is_watched(parameter, part) and (part.tie is None or _is_summed(parameter, part.tie))
+    """Return whether the parameter's gradient is zeroed, and summed over tied copies.
+
+    It changes nothing: another thread may look while a backward pass calls the hooks.
+    """
+    return _zeroing(parameter, part) is not None and (part.tie is None or _is_summed(parameter, part.tie))
 
 
-def _is_watched(parameter: Tensor, part: FrozenPart) -> bool:
+def _zeroing(parameter: Tensor, part: FrozenPart) -> ZeroFrozenGradient | None:
     for hook in (parameter._post_accumulate_grad_hooks or {}).values():  # type: ignore[attr-defined]
         if isinstance(hook, ZeroFrozenGradient) and hook.part is part:
-            return True
-    return False
+            return hook
+    return None
 
 
 def _is_summed(parameter: Tensor, tie: Tie) -> bool:
@@ -161,13 +180,22 @@ class ModuleHooks:
         for caller, path in callers:
             self._handles.append(caller.register_forward_pre_hook(ImposeBeforeCaller(self, path), prepend=True))
 
-    def lost(self, module: nn.Module) -> set[str]:
-        """Return the moments ("forward", "saving", "loading") whose hooks are no longer on the module."""
-        return {moment for moment, where, kind in _MOMENTS if not self._is_among(getattr(module, where), kind)}
+    def lost(self, module: nn.Module, callers: list[tuple[nn.Module, str]]) -> set[str]:
+        """Return the moments ("forward", "saving", "loading") whose hooks are no longer on the module or its callers.
 
-    def _is_among(self, hooks: dict[int, Any], kind: type[_ModuleHook]) -> bool:
+        Args:
+            module: The module that owns the parameters.
+            callers: What `install` took, as it is now.
+        """
+        lost = {moment for moment, where, kind in _MOMENTS if not self._among(getattr(module, where), kind)}
+        for caller, path in callers:
+            if all(hook.path != path for hook in self._among(caller._forward_pre_hooks, ImposeBeforeCaller)):
+                lost.add("forward")
+        return lost
+
+    def _among(self, hooks: dict[int, Any], kind: type[_Hook]) -> list[_Hook]:
         plain = [getattr(hook, "hook", hook) for hook in hooks.values()]  # torch wraps hooks that take the module
-        return any(isinstance(hook, kind) and hook.hooks is self for hook in plain)
+        return [hook for hook in plain if isinstance(hook, kind) and hook.hooks is self]
 
     def remove(self) -> None:
         """Take every hook off again."""
@@ -234,6 +262,9 @@ def _untraced() -> Iterator[None]:
 class _ModuleHook:
     def __init__(self, hooks: ModuleHooks) -> None:
         self.hooks = hooks
+
+
+_Hook = TypeVar("_Hook", bound=_ModuleHook)
 
 
 class ImposeBeforeForward(_ModuleHook):

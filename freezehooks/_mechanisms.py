@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 from typing import Final, TypeAlias
 
 from torch import nn
+from torch.optim import Optimizer
 
-from ._errors import UnguardedError
+from ._compact import Held
+from ._errors import ParameterChangedError, UnguardedError
 from ._frozen import FrozenPart
 from ._guard import living_guards
-from ._hooks import ModuleHooks, is_watched
+from ._hooks import ModuleHooks, is_watched, silent_callers
+from ._parts import Model
 from ._targets import Site
 
 _GUARD: Final = "a guarded optimizer"
@@ -29,7 +35,8 @@ class Mechanisms:
         gradient_hook: Whether its gradient is zeroed at the frozen entries.
         forward_hook: Whether the values are imposed before its module's forward; None for a bare tensor.
         checkpoint_hooks: Whether they are imposed around saving and loading; None for a bare tensor.
-        optimizers: The optimizers that step it and are guarded, by the names of their classes.
+        optimizers: The optimizers that step it and are guarded, by the names of their classes; none where its names no
+            longer stand for one tensor, and one of these is not guarded.
     """
 
     trained: bool
@@ -50,43 +57,76 @@ class Mechanisms:
         return tuple(name for name, is_absent in absent.items() if is_absent)
 
 
-def find_mechanisms(
-    part: FrozenPart, sites: Sequence[Site], hooks: Mapping[nn.Module, ModuleHooks], guarded: Guarded
-) -> Mechanisms:
+def find_mechanisms(part: FrozenPart, sites: Sequence[Site], on_modules: OnModules, guarded: Guarded) -> Mechanisms:
     """Look for what holds the frozen entries of one parameter.
 
     Args:
         part: What is frozen of it.
         sites: The places that hold it.
-        hooks: The hooks of the handle on the modules that own such places.
+        on_modules: The hooks of the handle on the modules that own such places, and on those that call them.
         guarded: What `guarded_now` returned.
     """
-    parameters = [part.current(site.tensor()) for site in sites]
-    lost = [_lost(site.owner, site.key, part, hooks) for site in sites if isinstance(site.owner, nn.Module)]
-    pairs = dict.fromkeys((id(part), id(parameter)) for parameter in parameters)
+    parameters = list({id(found): found for found in (part.current(site.tensor()) for site in sites)}.values())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    lost = [on_modules.lost(site.owner, site.key, part) for site in sites if isinstance(site.owner, nn.Module)]
+    by_parameter = [guarded.get((id(part), id(parameter)), ()) for parameter in trained or parameters]
     return Mechanisms(
-        trained=any(parameter.requires_grad for parameter in parameters),
-        gradient_hook=all(is_watched(parameter, part) for parameter in parameters),
+        trained=bool(trained),
+        gradient_hook=all(is_watched(parameter, part) for parameter in trained or parameters),
         forward_hook=not any("forward" in moments for moments in lost) if lost else None,
         checkpoint_hooks=not any({"saving", "loading"} & moments for moments in lost) if lost else None,
-        optimizers=tuple(sorted(name for pair in pairs for name in guarded.get(pair, ()))),
+        optimizers=tuple(sorted(chain(*by_parameter))) if all(by_parameter) else (),
     )
 
 
-def _lost(owner: nn.Module, key: str, part: FrozenPart, hooks: Mapping[nn.Module, ModuleHooks]) -> set[str]:
-    """Return the moments at which nothing imposes the values on one place."""
-    if owner in hooks and hooks[owner].parts.get(key) is part:
-        return hooks[owner].lost(owner)
-    return {"forward", "saving", "loading"}
+class OnModules:
+    """What imposes the values of a handle on the modules of a model, as it is now.
+
+    Args:
+        model: The model, or a mapping of bare tensors, which has no modules.
+        hooks: The hooks of the handle on the modules that own parameters.
+        has_model_hook: Whether something imposes before the forward of the whole model, on what FSDP2 gathers.
+    """
+
+    def __init__(self, model: Model, hooks: Mapping[nn.Module, ModuleHooks], *, has_model_hook: bool) -> None:
+        self._hooks = hooks
+        self._callers = silent_callers(model) if isinstance(model, nn.Module) else {}
+        self._has_model_hook = has_model_hook
+
+    def lost(self, owner: nn.Module, key: str, part: FrozenPart) -> set[str]:
+        """Return the moments at which nothing imposes the values on one place."""
+        if owner not in self._hooks or self._hooks[owner].parts.get(key) is not part:
+            return {"forward", "saving", "loading"}
+        before_model = {"forward"} if part.is_spread and not self._has_model_hook else set()
+        return before_model | self._hooks[owner].lost(owner, self._callers.get(owner, []))
 
 
 def guarded_now() -> Guarded:
-    """Return what the guards of all handles hold now."""
+    """Return what the guards of all handles hold now; each handle and each optimizer is asked once."""
     found: dict[tuple[int, int], list[str]] = {}
+    held_by, stepped_by = cache(_held), cache(_stepped)
     for guard in living_guards():
-        for part, parameter in guard.holds():
-            found.setdefault((id(part), id(parameter)), []).append(type(guard.optimizer).__name__)
+        optimizer = guard.optimizer
+        if optimizer is not None:
+            held = held_by(guard.held)
+            for parameter in held.keys() & stepped_by(optimizer):
+                for part in held[parameter]:
+                    found.setdefault((part, parameter), []).append(type(optimizer).__name__)
     return found
+
+
+def _held(held: Held) -> dict[int, list[int]]:
+    """Return the ids of what a handle freezes of each parameter, by the parameter's id."""
+    found: dict[int, list[int]] = {}
+    with suppress(ParameterChangedError):  # perhaps of another model: the handle itself says so, and its next step
+        for part, parameter in held():
+            found.setdefault(id(parameter), []).append(id(part))
+    return found
+
+
+def _stepped(optimizer: Optimizer) -> set[int]:
+    """Return the ids of the parameters that an optimizer steps."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def check_complete(mechanisms: Mapping[str, Mechanisms], *, guarded: bool) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ._frozen import FrozenPart
 from ._hooks import ModuleHooks, hooks_on
+from ._parts import Model
 from ._ranks import check_same_parts, is_distributed
 
 
@@ -62,12 +63,22 @@ class ImposeBeforeModel:
                     hooks.parts[key].follow(shard)
 
 
+def is_before_model(model: Model, family: dict[str, FrozenPart]) -> bool:
+    """Return whether the hook of a family of parts is on the model."""
+    return isinstance(model, nn.Module) and any(True for _ in _found_before_model(model, family))
+
+
 def remove_before_model(model: nn.Module, family: dict[str, FrozenPart]) -> None:
     """Take the hook of a family of parts off the model again."""
+    for module, key in list(_found_before_model(model, family)):
+        del module._forward_pre_hooks[key]
+
+
+def _found_before_model(model: nn.Module, family: dict[str, FrozenPart]) -> Iterator[tuple[nn.Module, int]]:
     for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
+        for key, hook in module._forward_pre_hooks.items():
             if isinstance(hook, ImposeBeforeModel) and hook.family is family:
-                del module._forward_pre_hooks[key]
+                yield module, key
 
 
 def _has_fsdp2(model: nn.Module) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._cells import Kernels, Matrix, count_broken, kernels_of, looks_like_kernels, matrix_of, stressed
+from ._counted import counted
 from ._errors import UnsupportedParameterError
 from ._frozen import FrozenPart
 from ._shards import local
@@ -64,7 +65,7 @@ def _drawn(part: FrozenPart, numbers: Tensor, frozen: Tensor, owner: Any) -> Fig
         notes.append("complex entries by their magnitude")
     broken = count_broken(numbers)
     if broken:
-        notes.append(f"yellow: nan or inf, {broken:,} {'entry' if broken == 1 else 'entries'} of all")
+        notes.append(f"yellow or circled: nan or inf, {counted(broken, 'entry', 'entries')} of all")
     if part.is_spread:
         notes.append(f"this rank's part: {tuple(numbers.shape)}, {int(frozen.sum()):,} of its entries frozen")
     sheet.write(_title(part), notes)
@@ -84,7 +85,7 @@ def _title(part: FrozenPart) -> list[str]:
     return [
         f"{part.name}, {shape}{also}",
         "; ".join(map(str, part.rules)),
-        f"{part.frozen_count:,} of {total:,} {'entry' if total == 1 else 'entries'} frozen{free}",
+        f"{part.frozen_count:,} of {counted(total, 'entry', 'entries')} frozen{free}",
     ]
 
 
@@ -124,6 +125,7 @@ def _draw_slice(sheet: Sheet, axis: Axes, numbers: Tensor, corner: tuple[float, 
     image = axis.imshow(
         torch.where(numbers.isfinite(), numbers, torch.nan).numpy(),
         interpolation="nearest",
+        origin="upper",  # whatever the style says: the extent has row 0 on top
         extent=(left, left + width, top + height, top),
         **scale,
     )
@@ -210,6 +212,7 @@ def _show(axis: Axes, numbers: Tensor, matrix: Matrix, **style: Any) -> Any:
     image = axis.imshow(
         numbers.numpy(),
         interpolation="nearest",
+        origin="upper",  # whatever the style says: the extent has row 0 on top
         aspect="auto",
         extent=(-0.5, across - 0.5, down - 0.5, -0.5),
         **style,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ class Sheet:
         across, down = (panels, 1) if side_by_side else (1, panels)
         size = max(across * (width + 1.4), 4.5), down * (height + 0.5) + 1.0
         figure = Picture(figsize=size, dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
-        figure.subplots(down, across)
+        for axis in figure.subplots(down, across, squeeze=False).flat:
+            axis.grid(False)  # some styles draw one, over the entries
         return Sheet(figure, cell)
 
     def axes(self) -> list[Axes]:
@@ -133,14 +135,17 @@ def shares() -> Scale:
     return {"cmap": _SHARES, "norm": BoundaryNorm(_STEPS, len(_STEPS) - 1), "label": "share"}
 
 
+_MOST: Final = sys.float_info.max / 4  # matplotlib subtracts one end of a scale from the other
+
+
 def _limit(numbers: Tensor) -> float:
-    return float(numbers.nan_to_num(0, 0, 0).abs().max()) or 1.0
+    return min(float(numbers.nan_to_num(0, 0, 0).abs().max()) or 1.0, _MOST)
 
 
 def name_sides(axis: Axes, names: tuple[str, str]) -> None:
     """Say what lies across and what lies down, with whole numbers at the ticks."""
     for side, name in zip((axis.xaxis, axis.yaxis), names, strict=True):
-        side.set_major_locator(MaxNLocator("auto", integer=True))
+        side.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
         side.set_label_text(name, fontsize=9)
         side.set_tick_params(labelsize=7)
         if not name:

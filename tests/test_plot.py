@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from freezehooks import ParameterChangedError, SpecError, TargetError, Unsupport
 
 pytest.importorskip("matplotlib")
 
-from matplotlib.figure import Figure  # after the skip
+from matplotlib import rc_context  # after the skip
+from matplotlib.figure import Figure
 
 from freezehooks._cells import kernels_of, matrix_of, stressed
 
@@ -170,7 +172,7 @@ def test_nan_and_inf_are_shown_apart_and_leave_the_scale_alone() -> None:
     figure = frozen.plot("weight")
     assert figure.axes[0].images[0].get_clim() == (-5.0, 5.0)
     assert sorted(_marks(figure, "o")) == [(0.0, 2.0), (2.0, 1.0)]
-    assert "yellow: nan or inf, 2 entries of all" in _says(figure)
+    assert "yellow or circled: nan or inf, 2 entries of all" in _says(figure)
 
 
 @pytest.mark.parametrize(
@@ -325,3 +327,29 @@ def test_rare_cells_grow_to_every_side_but_not_along_a_short_one() -> None:
     grown = torch.zeros(3, 200)
     grown[1, 99:102] = 1
     assert torch.equal(stressed(share), grown)
+
+
+# Styles
+
+
+@pytest.mark.parametrize(("shape", "region"), [((4, 4), "0"), ((2, 4, 3, 3), ":, :, 0")], ids=["matrix", "kernels"])
+def test_a_style_turns_no_picture_upside_down_and_draws_no_grid_over_it(shape: tuple[int, ...], region: str) -> None:
+    weight = torch.arange(float(math.prod(shape))).view(shape).requires_grad_()
+    frozen = freeze_entries({"weight": weight}, f"weight[{region}]")
+    with rc_context({"image.origin": "lower", "axes.grid": True}):
+        axis = frozen.plot("weight").axes[0]
+        assert {image.origin for image in axis.images} == {"upper"}
+        assert not any(line.get_visible() for line in axis.get_xgridlines() + axis.get_ygridlines())
+
+
+def test_a_side_of_one_entry_has_one_tick() -> None:
+    frozen = freeze_entries({"weight": torch.ones(1, 60, requires_grad=True)}, "weight[0, 0]")
+    figure = frozen.plot("weight")
+    figure.canvas.draw()
+    low, high = figure.axes[0].get_ylim()[::-1]
+    assert [tick for tick in figure.axes[0].get_yticks() if low <= tick <= high] == [0]
+
+
+def test_numbers_near_the_largest_can_be_drawn() -> None:
+    weight = torch.tensor([[-1.7e308, 1.7e308]], dtype=torch.float64, requires_grad=True)
+    freeze_entries({"weight": weight}, "weight[0, 0]").plot("weight").canvas.draw()

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, AdamW
+from torch.nn.utils import prune
+from torch.optim import LBFGS, SGD, Adam, AdamW
 
 from freezehooks import (
     DriftError,
@@ -139,6 +140,219 @@ def test_a_stripped_hook_is_missed_and_can_be_put_on_again(strip: Callable[[Any,
     frozen.remove()
     frozen.attach()
     frozen.assert_frozen()
+
+
+class _Scales(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList([nn.Parameter(torch.ones(3))])
+
+    def forward(self, values: torch.Tensor) -> Any:
+        return self.scales[0] * values
+
+
+@pytest.mark.parametrize(
+    ("make", "target"),
+    [(lambda: nn.MultiheadAttention(4, 1), "out_proj.weight"), (_Scales, "scales.0")],
+    ids=["attention", "container"],
+)
+def test_the_hook_of_a_module_that_computes_with_the_parameters_of_another_is_missed(
+    make: Callable[[], nn.Module], target: str
+) -> None:
+    model = make()
+    frozen = freeze_entries(model, f"{target}[0] = 1")
+    frozen.assert_frozen(guarded=False)
+    model._forward_pre_hooks.clear()
+    with pytest.raises(UnguardedError, match=rf"missing is the forward hook of `{re.escape(target)}`"):
+        frozen.assert_frozen(guarded=False)
+    frozen.remove()
+    frozen.attach()
+    frozen.assert_frozen(guarded=False)
+
+
+def test_hooks_in_a_dict_that_the_optimizer_no_longer_reads_do_not_guard() -> None:
+    _, frozen, optimizer = _guarded()
+    before = optimizer.inner._optimizer_step_post_hooks
+    optimizer.inner._optimizer_step_post_hooks = type(before)()
+    with pytest.raises(UnguardedError, match="a guarded optimizer"):
+        frozen.assert_frozen()
+    assert before
+
+
+def test_hooks_that_were_copied_to_another_dict_guard() -> None:
+    _, frozen, optimizer = _guarded()
+    optimizer.inner._optimizer_step_post_hooks = copy.copy(optimizer.inner._optimizer_step_post_hooks)
+    frozen.assert_frozen()
+
+
+class _Unhooked(SGD):
+    def __init__(self, inner: SGD) -> None:  # as some wrappers do: without the `Optimizer.__init__` that hooks `step`
+        vars(self).update(vars(inner))
+        self._optimizer_step_pre_hooks = type(inner._optimizer_step_pre_hooks)()
+        self._optimizer_step_post_hooks = type(inner._optimizer_step_post_hooks)()
+
+    def step(self, closure: Any = None) -> Any:
+        return None
+
+
+class _HookedBelow(_Unhooked):
+    def step(self, closure: Any = None) -> Any:
+        return SGD.step(self, closure)
+
+
+def test_an_optimizer_whose_step_calls_no_hooks_does_not_guard() -> None:
+    model = nn.Linear(3, 2)
+    frozen = freeze_entries(model, "weight[0] = 1")
+    optimizer = _Unhooked(SGD(model.parameters(), lr=0.1))
+    frozen.guard(optimizer)
+    optimizer.step()
+    with pytest.raises(UnguardedError, match="a guarded optimizer"):
+        frozen.assert_frozen()
+
+
+def test_an_optimizer_whose_step_calls_hooks_by_a_detour_guards_once_it_was_seen_to() -> None:
+    model = nn.Linear(3, 2)
+    frozen = freeze_entries(model, "weight[0] = 1")
+    optimizer = _HookedBelow(SGD(model.parameters(), lr=0.1))
+    frozen.guard(optimizer)
+    optimizer.step()
+    frozen.assert_frozen()
+
+
+class _Stepping(SGD):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def _plain(optimizer: Any, frozen: FrozenEntries) -> Any:
+    frozen.guard(optimizer)
+    return optimizer
+
+
+def _scheduled(optimizer: Any) -> Any:
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # it puts a `step` of its own on the optimizer
+    return optimizer
+
+
+WRAPPED: dict[str, Callable[[Any, FrozenEntries], Any]] = {
+    "masked": lambda parameters, frozen: MaskedOptimizer(AdamW(parameters), frozen),
+    "compact": lambda parameters, frozen: MaskedOptimizer(AdamW(parameters), frozen, compact=True),
+    "compact LBFGS": lambda parameters, frozen: MaskedOptimizer(LBFGS(parameters), frozen, compact=True),
+    "scheduled": lambda parameters, frozen: _scheduled(_plain(AdamW(parameters), frozen)),
+    "masked, scheduled": lambda parameters, frozen: _scheduled(MaskedOptimizer(AdamW(parameters), frozen)),
+    "overriding": lambda parameters, frozen: _plain(_Stepping(parameters), frozen),
+}
+
+
+@pytest.mark.parametrize("make", WRAPPED.values(), ids=WRAPPED)
+def test_no_wrapper_of_a_guarded_step_raises_a_false_alarm(make: Callable[[Any, FrozenEntries], Any]) -> None:
+    model = _model()
+    frozen = freeze_entries(model, SPEC)
+    held = list(model.parameters())
+    optimizer = make(held, frozen)
+    frozen.assert_frozen()
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 2, 5, 5)).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    frozen.assert_frozen()
+
+
+def test_another_model_whose_parameter_is_gone_does_not_answer_for_this_one() -> None:
+    other = nn.Linear(3, 2)
+    lost = freeze_entries(other, "weight[0] = 1")
+    optimizers = [SGD(other.parameters(), lr=0.1)]
+    lost.guard(optimizers[0])
+    del other.weight
+    _, frozen, optimizer = _guarded()
+    frozen.assert_frozen()
+    assert frozen.report().holds
+    del optimizer
+    with pytest.raises(UnguardedError, match="a guarded optimizer"):
+        frozen.assert_frozen()
+
+
+def test_a_handle_is_asked_once_for_what_it_holds_however_many_optimizers_it_guards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = _model()
+    frozen = freeze_entries(model, SPEC)
+    optimizers = [SGD([parameter], lr=0.1) for parameter in (model[0].weight, model[2].weight, model[2].bias)]
+    for optimizer in optimizers:
+        frozen.guard(optimizer)
+    asked: list[FrozenEntries] = []
+    held = FrozenEntries.held
+
+    def counted(handle: FrozenEntries) -> Any:
+        asked.append(handle)
+        return held(handle)
+
+    monkeypatch.setattr(FrozenEntries, "held", counted)
+    for guard in frozen._guards:
+        guard.held = frozen.held
+    frozen.assert_frozen()
+    assert asked == [frozen]
+
+
+def test_a_tied_name_that_became_a_tensor_of_its_own_needs_an_optimizer_too() -> None:
+    model: Any = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    frozen = freeze_entries(model, "0.weight[0] = 1")
+    optimizer = MaskedOptimizer(SGD(model.parameters(), lr=0.1), frozen)
+    frozen.assert_frozen()
+    model[1].weight = nn.Parameter(model[1].weight.detach().clone())
+    model(torch.ones(1, 3))  # which renews the gradient hook
+    with pytest.raises(UnguardedError, match=r"missing is a guarded optimizer of `0\.weight`"):
+        frozen.assert_frozen()
+    model[1].weight.requires_grad_(False)
+    frozen.assert_frozen()
+    del optimizer
+
+
+class _Untouched(torch.nn.Parameter):
+    """A parameter whose lists of hooks nobody may set while a backward pass in another thread reads them."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        assert not name.endswith("_hooks")
+        super().__setattr__(name, value)
+
+
+def test_a_look_sets_no_hooks_that_a_backward_pass_may_be_calling() -> None:
+    weight = nn.Parameter(torch.ones(2, 3, 3))
+    frozen = freeze_entries({"weight": weight}, "weight = tied(0, start=first)\nweight[:, 0] = 1")
+    weight.__class__ = _Untouched
+    assert frozen.report().parts["weight"].mechanisms.gradient_hook
+    frozen.assert_frozen(guarded=False)
+
+
+def test_saving_and_forward_set_no_hooks_that_a_backward_pass_may_be_calling() -> None:
+    model = nn.Linear(3, 2)
+    freeze_entries(model, "weight[0] = 1")
+    model.weight.__class__ = _Untouched
+    model.state_dict()
+    model(torch.ones(1, 3)).sum().backward()
+    FrozenEntries.of(model)
+
+
+def test_a_tied_tensor_that_is_pruned_under_one_of_its_names_drifted() -> None:
+    model: Any = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    frozen = freeze_entries(model, "0.weight[0] = 1")
+    prune.custom_from_mask(model[0], "weight", torch.zeros(3, 3))  # type: ignore[no-untyped-call]
+    with pytest.raises(DriftError, match=r"`0\.weight\[0, 0\]` holds 0\.0 instead of 1\.0 \(3 entries drifted\)"):
+        frozen.assert_frozen()
+
+
+def test_a_parameter_without_numbers_cannot_be_checked() -> None:
+    model, frozen, _ = _guarded()
+    model.to("meta")
+    for look in (frozen.assert_frozen, frozen.report, frozen.violations):
+        with pytest.raises(ParameterChangedError, match=r"`0\.weight` is on the meta device and has no numbers; give"):
+            look()
 
 
 def test_the_advice_speaks_of_what_is_missing() -> None:
@@ -371,6 +585,24 @@ def test_entries_that_were_let_go_train() -> None:
     frozen = freeze_entries(model, SPEC)
     frozen.remove()
     assert frozen.trainable().percent == 100
+
+
+def test_entries_that_another_handle_of_the_same_parts_let_go_train() -> None:
+    model = _model()
+    frozen = freeze_entries(model, SPEC)
+    (again,) = FrozenEntries.of(model)
+    again.remove()
+    assert frozen.trainable() == again.trainable()
+    assert frozen.trainable().percent == 100
+
+
+def test_a_parameter_that_another_handle_of_the_same_parts_thawed_trains() -> None:
+    model = _model()
+    frozen = freeze_entries(model, SPEC)
+    (again,) = FrozenEntries.of(model)
+    again.thaw("2.bias")
+    assert frozen.trainable() == again.trainable()
+    assert frozen.trainable().trainable == frozen.trainable().total - 3 * 2 - 27
 
 
 def test_parameters_under_two_names_count_once_and_lazy_ones_not_yet() -> None:

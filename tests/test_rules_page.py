@@ -155,7 +155,7 @@ RAISE: Final = {
 
 NO_MESSAGE: Final = {
     "a shape in a rule's text": "<{} of shape {}>",
-    "how a violation prints, which a drift error lists": "`{}[{}]` holds {} instead of {} ({} entries drifted)",
+    "how a violation prints, which a drift error lists": "`{}[{}]` holds {} instead of {} ({} drifted)",
     "the topic of a comparison between ranks, which no message shows": "in the first forward",
 }
 

@@ -30,7 +30,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from freezehooks import DriftError, FreezeError, FrozenEntries, MaskedOptimizer, freeze_entries
+from freezehooks import DriftError, FreezeError, FrozenEntries, MaskedOptimizer, UnguardedError, freeze_entries
 
 from .claims import same_bits
 from .parallel import FIXED, SPEC, OneProcess, adamw, batch, build, loss_of, my_part, train, whole, wholes
@@ -109,6 +109,18 @@ def test_fsdp2_trains_as_one_process(first: str, **options: Any) -> None:
     train(model, optimizer, reference)
     reference.assert_same(model)
     frozen.assert_frozen()
+
+
+@on_ranks(2, _BOTH)
+def test_the_audit_misses_the_hook_on_the_whole_model_and_only_where_it_can_know(first: str) -> None:
+    model, frozen = frozen_and_sharded(first)
+    model(batch(0))
+    frozen.assert_frozen(guarded=False)
+    for handle in [*FrozenEntries.of(model), *FrozenEntries.of(model.up)]:
+        handle.assert_frozen(guarded=False)
+    model._forward_pre_hooks.clear()
+    with pytest.raises(UnguardedError, match="missing is the forward hook of"):
+        frozen.assert_frozen(guarded=False)
 
 
 @on_ranks(2)
