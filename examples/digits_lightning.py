@@ -21,6 +21,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
+from freezehooks import freeze_entries
 from freezehooks.integrations.lightning import FreezeEntries
 
 
@@ -34,7 +35,7 @@ class Digits(pl.LightningModule):
         self.cnn3 = nn.Conv2d(16, 8, kernel_size=3, padding=1)
         self.cnn4_dilation = nn.Conv2d(8, 16, kernel_size=3, padding=5, dilation=5)
         self.cnn5 = nn.Conv2d(16, 10, kernel_size=1)
-        self.largest_drift = 0.0
+        self.farthest = 0.0
 
     def forward(self, images: Tensor) -> Tensor:
         for convolution in (self.cnn1, self.cnn2, self.cnn3, self.cnn4_dilation):
@@ -46,7 +47,7 @@ class Digits(pl.LightningModule):
 
     def on_train_batch_end(self, *args: Any) -> None:
         centre = self.cnn4_dilation.weight[:, :, 1, 1]
-        self.largest_drift = max(self.largest_drift, centre.abs().max().item())
+        self.farthest = max(self.farthest, centre.abs().max().item())
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.log("accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean(), prog_bar=True)
@@ -70,7 +71,8 @@ def main() -> None:
     train, held_out = random_split(TensorDataset(images, torch.tensor(digits.target)), [0.8, 0.2])
 
     model, freeze = Digits(), FreezeEntries(options.rule)
-    torch.save(model.state_dict(), outputs / "digits_start.pt")
+    with freeze_entries(model, options.rule):  # the rule's values, before any training
+        torch.save(model.state_dict(), outputs / "digits_start.pt")
     trainer = pl.Trainer(
         max_epochs=options.epochs, callbacks=[freeze], accelerator="cpu", logger=False, enable_checkpointing=False
     )
@@ -84,7 +86,7 @@ def main() -> None:
     assert frozen is not None  # there since the start of fit
     print(frozen)
     print(f"accuracy on {len(held_out)} held-out digits: {trainer.callback_metrics['accuracy']:.1%}")
-    print(f"largest drift of the centre after any step: {model.largest_drift}")
+    print(f"farthest a centre of cnn4_dilation was from 0 after any step: {model.farthest}")
     for name in frozen:
         frozen.plot(name, outputs / f"{name}.png")
         print(f"kernels drawn in {outputs / name}.png")
@@ -92,8 +94,8 @@ def main() -> None:
     beside = os.path.relpath(Path(sys.executable).with_name("freezehooks"))
     program = "freezehooks" if shutil.which("freezehooks") else beside
     print(f"  {program} show {outputs}/digits.ckpt")
-    print(f"  {program} verify {outputs}/digits.ckpt --rules {outputs}/rules.yaml")
-    print(f"  {program} diff {outputs}/digits_start.pt {outputs}/digits.ckpt")
+    print(f"  {program} verify {outputs}/digits.ckpt --rules {outputs}/rules.yaml --against {outputs}/digits_start.pt")
+    print(f"  {program} diff {outputs}/digits_start.pt {outputs}/digits.ckpt --limit 0")
 
 
 if __name__ == "__main__":

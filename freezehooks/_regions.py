@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from ._counted import counted
 from ._errors import RegionError, SpecError
 from ._expressions import And, Index, IndexItem, Not, Or, Pattern, Region, Slice
 
@@ -117,12 +118,13 @@ def _by_dimension(index: Index, shape: torch.Size) -> list[tuple[int, int | Slic
     items: list[IndexItem] = list(index.items)
     split = items.index(...) if ... in items else len(items)
     before, after = _without_ellipsis(items[:split]), _without_ellipsis(items[split + 1 :])
-    if len(before) + len(after) > len(shape):
+    spoken_of = len(before) + len(after)
+    if spoken_of > len(shape):
         raise RegionError(
-            f"an index of {len(before) + len(after)} dimensions on a tensor of {len(shape)}",
+            f"an index of {counted(spoken_of, 'dimension', 'dimensions')} on a tensor of {len(shape)}",
             f"give {len(shape)} at most",
         )
-    skipped = len(shape) - len(before) - len(after) if split < len(items) else 0
+    skipped = len(shape) - spoken_of if split < len(items) else 0
     filled = [*before, *[Slice(None, None, None)] * skipped, *after]
     return list(enumerate(filled))
 
@@ -252,8 +254,9 @@ _PATTERNS: Final[dict[str, Callable[..., Tensor]]] = {
 
 def _spatial_dimensions(shape: torch.Size, pattern: str) -> int:
     if len(shape) < 3:
+        found = counted(len(shape), "dimension", "dimensions")
         raise RegionError(
-            f"pattern `{pattern}` needs a convolution weight (out, in/groups, *kernel), found {len(shape)} dimensions",
+            f"pattern `{pattern}` needs a convolution weight (out, in/groups, *kernel), found {found}",
             "name the convolutions alone, or write an index",
         )
     return len(shape) - 2

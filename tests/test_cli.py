@@ -565,6 +565,13 @@ def test_tied_copies_are_shown_whether_they_differ_or_not(folder: Folder, copies
     assert f"w = tied(0)       0     2  {said}" in out
 
 
+def test_one_of_a_kind_is_counted_as_one(folder: Folder) -> None:
+    path = folder.checkpoint("a.pt", w=ramp(1))
+    assert folder.run("show", path)[1].endswith("\n1 tensor, 1 entry\n")
+    assert folder.run("show", path, "--rule", "w")[1].endswith("\nfrozen: 1 of all 1 entry of the file (100 %)\n")
+    assert "1 copy is one\n" in folder.run("show", path, "--rule", "w = tied(0)")[1]
+
+
 def test_a_wildcard_passes_over_integers_and_a_name_does_not(folder: Folder) -> None:
     path = folder.checkpoint("a.pt", bn__num_batches_tracked=torch.tensor(3), bn__weight=ramp(2))
     assert "num_batches" not in folder.run("show", path, "--rule", "bn.*")[1]

@@ -48,7 +48,7 @@ def test_what_differs_is_listed_entry_by_entry(folder: Folder) -> None:
         "w (2, 2): 2 of 4 entries differ, by up to 8\n"
         "    w[1, 0]: 3.0 in A, 3.5 in B\n"
         "    and 1 more\n"
-        "n (): 1 of 1 entries differ, by up to 1\n"
+        "n (): 1 of 1 entry differs, by up to 1\n"
         "    n: 3 in A, 4 in B\n"
         "new: only in B\n"
         "m: shape (2,) in A, (1, 2) in B\n"
@@ -65,11 +65,22 @@ def test_what_lost_entries_is_not_said_to_be_kept(folder: Folder) -> None:
     assert said.splitlines()[-1] == "# w: 4 of 4 entries unchanged, but it has lost others: freeze what both files have"
 
 
+def test_where_nothing_stayed_as_it_was_no_rules_are_announced(folder: Folder) -> None:
+    first, second = folder.saved("a.pt", {"w": torch.ones(2)}), folder.saved("b.pt", {"w": torch.zeros(2)})
+    code, said = folder.run("diff", first, second, "--limit", "0")
+    assert (code, said) == (
+        1,
+        "w (2,): 2 of 2 entries differ, by up to 1\n"
+        "1 of 1 tensor differs\n"
+        "# No entry that a rule can name stayed as it was.\n",
+    )
+
+
 def test_files_that_hold_the_same_bits_differ_in_nothing(folder: Folder) -> None:
     one, two = folder.checkpoint("a.pt", w=ramp(2)), folder.saved("b.ckpt", {"state_dict": {"module.w": ramp(2)}})
     code, said = folder.run("diff", one, two)
     assert code == 0
-    assert said.startswith("nothing differs: 1 tensors\n#")
+    assert said.startswith("nothing differs: 1 tensor\n#")
     assert said.endswith("\nmodule.w\n")
 
 
@@ -86,7 +97,8 @@ def test_every_dtype_is_compared(folder: Folder, dtype: torch.dtype) -> None:
     two = folder.checkpoint("b.pt", w=torch.tensor([0.0, 0.0]).to(dtype))
     code, said = folder.run("diff", one, two)
     assert code == 1
-    assert "w (2,): 1 of 2 entries differ, by up to 1\n" in said
+    assert "w (2,): 1 of 2 entries differs, by up to 1\n" in said
+    assert "\n1 of 1 tensor differs\n" in said
 
 
 @pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch has no numbers of four bits")
@@ -96,7 +108,7 @@ def test_two_numbers_in_one_byte_are_compared_as_the_byte(folder: Folder) -> Non
     code, said = folder.run("diff", one, two)
     assert (code, said.split("\n#")[0]) == (
         1,
-        "w (2,): 1 of 2 entries differ, by up to 17\n    w[1]: 16 in A, 33 in B\n1 of 1 tensors differ",
+        "w (2,): 1 of 2 entries differs, by up to 17\n    w[1]: 16 in A, 33 in B\n1 of 1 tensor differs",
     )
     assert folder.run("diff", one, one)[0] == 0
 
@@ -119,7 +131,7 @@ def test_a_tensor_that_one_file_has_twice_differs(folder: Folder) -> None:
     one, two = folder.checkpoint("a.pt", w=ramp(2)), folder.checkpoint("b.pt", w=ramp(2), module__w=ramp(2))
     for files, only in (((one, two), "B"), ((two, one), "A")):
         code, said = folder.run("diff", *files)
-        assert (code, said.split("\n#")[0]) == (1, f"module.w: only in {only}\n1 of 2 tensors differ")
+        assert (code, said.split("\n#")[0]) == (1, f"module.w: only in {only}\n1 of 2 tensors differs")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -341,7 +341,7 @@ def test_every_rule_is_explained_or_refused(rule: Rule, shape: tuple[int, ...]) 
         ("w[smallest(0.5) & ~0]", "4,5", "20 entries, 0 to 15 frozen: how many depends on the numbers"),
         ("w[zeros | ...]", "4,5", "20 entries, 20 (100 %) frozen, 0 free"),
         ("d = tied(0)", "64,1,3,3", "576 entries, but the 64 slices along dimension\n0 are one: 9 numbers to train"),
-        ("d = tied(-1)", "3,1", "3 entries, but the 1 slice along dimension\n1 are one: 3 numbers to train"),
+        ("d = tied(-1)", "3,1", "3 entries, but the 1 slice along dimension\n1 is one: 3 numbers to train"),
     ],
 )
 def test_a_count_as_printed(capsys: pytest.CaptureFixture[str], rule: str, shape: str, counted: str) -> None:
@@ -408,6 +408,11 @@ def test_of_many_different_kernels_the_first_four_are_drawn() -> None:
         *("kernel [0, 0] and 1 more:", "kernel [1, 0] and 1 more:", "kernel [2, 0] and 1 more:"),
         *("kernel [3, 0] and 1 more:", "4 more kernels differ from these", "", "# frozen   · free"),
     ]
+
+
+def test_one_kernel_that_is_not_drawn_is_one() -> None:
+    mask = torch.eye(5, dtype=torch.bool).reshape(5, 1, 5)
+    assert "1 more kernel differs from these" in draw(mask).splitlines()
 
 
 def test_one_kernel_is_named_as_one() -> None:

@@ -48,7 +48,7 @@ def test_what_was_trained_under_rules_is_verified_by_them(folder: Folder) -> Non
         0,
         "ok  0.weight: `0.weight[center] = 0`: 4 entries hold\n"
         "ok  2.weight: `2.weight[smallest(0.5)] = keep`: 16 entries hold\n"
-        "ok  2.bias: `2.bias[0] = keep`: 1 entries hold\n"
+        "ok  2.bias: `2.bias[0] = keep`: 1 entry holds\n"
         "verified 21 entries of 3 parameters\n",
     )
 
@@ -106,6 +106,26 @@ def test_integers_are_passed_over_by_wildcards(folder: Folder) -> None:
 
 # --------------------------------------------------------------------------------------------------------------------
 # No
+
+
+def test_one_entry_does_not_hold(folder: Folder) -> None:
+    path = folder.checkpoint("a.pt", w=torch.ones(1))
+    assert folder.run("verify", path, "--rule", "w = 0") == (
+        1,
+        "NO  w: `w = 0`: 1 of 1 entry does not hold\n"
+        "    w[0]: found 1.0, expected 0.0\n"
+        "NOT verified: 1 of 1 entry, in 1 of 1 parameter, does not hold\n",
+    )
+
+
+def test_a_limit_of_0_lists_no_entry_but_the_worst(folder: Folder) -> None:
+    path = folder.checkpoint("a.pt", w=torch.tensor([1.0, 2.0]))
+    assert folder.run("verify", path, "--rule", "w = 0", "--limit", "0") == (
+        1,
+        "NO  w: `w = 0`: 2 of 2 entries do not hold\n"
+        "    worst, off by 2: w[1]: found 2.0, expected 0.0\n"
+        "NOT verified: 2 of 2 entries, in 1 of 1 parameter, do not hold\n",
+    )
 
 
 def test_what_does_not_hold_is_listed_with_exact_numbers(folder: Folder) -> None:

@@ -428,7 +428,7 @@ _ITEM: Final = "`model` must be a module or a mapping from name to tensor, found
         (torch.ones(3, requires_grad=True) * 2, UnsupportedParameterError,
          ("rule `w[0] = 0`: ", "the tensor is computed from others (it has a grad_fn)", "; name the leaf tensors")),
         (torch.ones(3, dtype=torch.bool), UnsupportedParameterError, ("rule `w[0] = 0`: ", "holds torch.bool")),
-        (torch.tensor(1.0), RegionError, ("rule `w[0] = 0`: an index of 1 dimensions on a tensor of 0", "of shape ()")),
+        (torch.tensor(1.0), RegionError, ("rule `w[0] = 0`: an index of 1 dimension on a tensor of 0", "of shape ()")),
     ],
     ids=["number", "None", "computed", "bool", "no dimensions"],
 )  # fmt: skip

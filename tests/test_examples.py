@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from freezehooks import MaskedOptimizer
+from freezehooks.cli import main
 
 pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
@@ -56,7 +57,7 @@ def test_digits_holds_the_centre_and_draws_it(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "outputs"
     output = _run("digits_lightning.py", "--epochs", "1", "--outputs", str(folder))
     assert "cnn4_dilation.weight[center] = 0     128  1,024" in output
-    assert "largest drift of the centre after any step: 0.0" in output
+    assert "farthest a centre of cnn4_dilation was from 0 after any step: 0.0" in output
     assert re.search(r"accuracy on 359 held-out digits: \d+\.\d%", output)
     assert (folder / "cnn4_dilation.weight.png").read_bytes().startswith(b"\x89PNG")
 
@@ -66,16 +67,28 @@ def test_digits_leaves_what_the_command_line_looks_into(tmp_path: Path) -> None:
     start = torch.load(tmp_path / "digits_start.pt", weights_only=True)
     trained = torch.load(tmp_path / "digits.ckpt", weights_only=True)["state_dict"]
     assert start.keys() == trained.keys()
-    assert bool((start["cnn4_dilation.weight"][..., 1, 1] != 0).all())
+    assert not bool(start["cnn4_dilation.weight"][..., 1, 1].any())
     assert not bool(trained["cnn4_dilation.weight"][..., 1, 1].any())
     assert (tmp_path / "rules.yaml").read_text() == '- "cnn4_dilation.weight[center] = 0"\n'
     assert f"freezehooks verify {tmp_path}/digits.ckpt --rules {tmp_path}/rules.yaml" in output
 
 
+def test_digits_s_rule_is_what_a_diff_finds_unchanged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = _run("digits_lightning.py", "--epochs", "1", "--outputs", str(tmp_path))
+    command = ["diff", f"{tmp_path}/digits_start.pt", f"{tmp_path}/digits.ckpt", "--limit", "0"]
+    assert f"freezehooks {' '.join(command)}" in output
+    assert main(command) == 1
+    assert capsys.readouterr().out.endswith("--against A`:\ncnn4_dilation.weight[center] = 0\n")
+
+
 def test_digits_takes_another_rule(tmp_path: Path) -> None:
-    output = _run("digits_lightning.py", "--epochs", "1", "--outputs", str(tmp_path), "--rule", "cnn1[border] = 0")
-    assert "largest drift of the centre after any step: 0.0" not in output
+    output = _run("digits_lightning.py", "--epochs", "1", "--outputs", str(tmp_path), "--rule", "cnn1[border]")
+    assert "farthest a centre of cnn4_dilation was from 0 after any step: 0.0" not in output
     assert (tmp_path / "cnn1.weight.png").exists()
+    command = ["verify", f"{tmp_path}/digits.ckpt", "--rules", f"{tmp_path}/rules.yaml"]
+    command += ["--against", f"{tmp_path}/digits_start.pt"]  # which says what the border held
+    assert f"freezehooks {' '.join(command)}\n" in output
+    assert main(command) == 0
 
 
 def test_pinned_weight_moves_only_while_it_is_free() -> None:

@@ -16,6 +16,7 @@ PACKAGE = Path(freezehooks.__file__).parent
 
 FLOORS = {
     "_errors": 0,
+    "_counted": 0,
     "_expressions": 1,
     "_rules": 1.1,
     "_grammar": 1.2,

@@ -91,6 +91,13 @@ def test_a_tied_parameter_stands_under_its_first_name_and_is_found_under_both() 
     assert model["head"].weight[:2].tolist() == [[1, 1], [2, 2]]
 
 
+def test_a_violation_of_one_entry_says_one_entry() -> None:
+    model = _model()
+    frozen = freeze_entries(model, SPEC)
+    model[2].bias.data[2] = 4.0
+    assert str(frozen.violations()[0]) == "`2.bias[2]` holds 4.0 instead of -1.0 (1 entry drifted)"
+
+
 def test_violations_name_the_worst_entry_and_count_them() -> None:
     model = _model()
     frozen = freeze_entries(model, SPEC)

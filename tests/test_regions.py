@@ -341,7 +341,7 @@ _MISFITS: list[tuple[str, Any, tuple[int, ...], str]] = [
     ("empty dimension", entries[0], (0, 3), "index 0 is out of range for dimension 0 of size 0; the dimension is"),
     ("too many", entries[0, 0, 0], (8, 3), "an index of 3 dimensions on a tensor of 2"),
     ("too many with ...", entries[0, ..., 0], (8,), "an index of 2 dimensions on a tensor of 1"),
-    ("on a number", entries[0], (), "an index of 1 dimensions on a tensor of 0"),
+    ("on a number", entries[0], (), "an index of 1 dimension on a tensor of 0"),
     ("lists", entries[[0, 1], [0, 1, 2]], (8, 3),
      "lists in one index are read side by side and need one length, found [2, 3]; "
      "join two rules with `&` to take every combination"),
@@ -353,6 +353,7 @@ _MISFITS: list[tuple[str, Any, tuple[int, ...], str]] = [
     ("empty intersection", center & border, (1, 1, 3, 3), "the region selects no entry"),
     ("outside of all", ~entries[...], (8,), "the region selects no entry"),
     ("center of a matrix", center, (8, 3), f"pattern `center` {_CONVOLUTION}"),
+    ("center of a vector", center, (8,), f"pattern `center` {_CONVOLUTION.replace('2 dimensions', '1 dimension')}"),
     ("cross of a matrix", cross, (8, 3), f"pattern `cross` {_CONVOLUTION}"),
     ("border of a matrix", border, (8, 3), f"pattern `border` {_CONVOLUTION}"),
     ("center of an even kernel", center, (1, 1, 3, 2),

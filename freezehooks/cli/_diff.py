@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .._counted import counted
 from ._base import overlap
 from ._checkpoints import counterparts, open_checkpoint
 from ._comparison import Comparison, compare
@@ -53,9 +54,15 @@ def run(options: argparse.Namespace) -> int:
     names = counterparts(second, first)
     differing = _say_differences(first, second, names, options.limit)
     total = len(second) + len(set(first) - set(names.values()))
-    say(f"{differing:,} of {total:,} tensors differ" if differing else f"nothing differs: {total:,} tensors")
-    say("# What did not change, as rules for `freezehooks verify B --rules FILE --against A`:")
-    for line in unchanged_rules(first, second, names):
+    tensors = counted(total, "tensor", "tensors")
+    differ = counted(differing, f"of {tensors} differs", f"of {tensors} differ")
+    say(differ if differing else f"nothing differs: {tensors}")
+    unchanged = list(unchanged_rules(first, second, names))
+    if unchanged:
+        say("# What did not change, as rules for `freezehooks verify B --rules FILE --against A`:")
+    else:
+        say("# No entry that a rule can name stayed as it was.")
+    for line in unchanged:
         say(line)
     return int(differing > 0)
 
@@ -100,10 +107,11 @@ class _Pair:
     def _entries(self, comparison: Comparison, total: int) -> Iterator[str]:
         if not comparison.count:
             return
-        counts = f"{comparison.count:,} of {total:,} entries differ"
-        yield f"{shown(self.name)} {tuple(self.second.shape)}: {counts}, by up to {comparison.gap:g}"
+        of = f"of {counted(total, 'entry', 'entries')}"
+        found = counted(comparison.count, f"{of} differs", f"{of} differ")
+        yield f"{shown(self.name)} {tuple(self.second.shape)}: {found}, by up to {comparison.gap:g}"
         for entry in comparison.examples:
             yield f"    {entry.place(self.name)}: {entry.expected} in A, {entry.found} in B"
         left = comparison.count - len(comparison.examples)
-        if left:
+        if left and comparison.examples:
             yield f"    and {left:,} more"

@@ -9,6 +9,8 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from .._counted import counted
+
 _COLUMNS: Final = 64
 _ROWS: Final = 24
 _SIDE_COLUMNS: Final = 16
@@ -85,7 +87,7 @@ def _blocks(codes: Tensor, leading: int) -> Iterator[str]:
         heading = _heading(kind, lead, noun)
         yield from filter(None, [heading, _plane_rows(kind.kernel, scale)])
     if rest:
-        yield f"{rest:,} more {noun} differ from these"
+        yield f"{counted(rest, f'more {_SINGULAR[noun]} differs', f'more {noun} differ')} from these"
     if any(size > 1 for size in scale):
         uneven = any(size % cell for size, cell in zip(spatial, scale, strict=True))
         yield f"each cell stands for {_product(scale)} entries{', the last ones for what is left' if uneven else ''}"

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 
+from .._counted import counted
 from .._errors import FreezeError, SpecError
 from .._grammar import rules_of
 from .._rules import Rule, Tied
@@ -101,13 +102,15 @@ def _on_shape(rule: Rule, shape: tuple[int, ...]) -> list[str]:
 def _tied_lines(tied: Tied, rule: Rule, shape: tuple[int, ...]) -> Iterator[str]:
     Tie.resolve(rule, tied, torch.zeros([1 if size else 0 for size in shape]))  # of the shape, all that it looks at
     entries, copies = prod(shape), shape[tied.dim]
-    yield f"{_text(shape)}: {_entries(entries)}, but the {_counted(copies, 'slice', 'slices')} along dimension"
-    yield f"{tied.dim % len(shape)} are one: {_counted(entries // copies, 'number', 'numbers')} to train"
+    slices = counted(copies, "slice", "slices")
+    yield f"{_text(shape)}: {counted(entries, 'entry', 'entries')}, but the {slices} along dimension"
+    one = "is one" if copies == 1 else "are one"
+    yield f"{tied.dim % len(shape)} {one}: {counted(entries // copies, 'number', 'numbers')} to train"
 
 
 def _lines(rule: Rule, shape: tuple[int, ...]) -> Iterator[str]:
     found = extent(rule.region, shape)
-    yield f"{_text(shape)}: {_entries(prod(shape))}, {_count(found, prod(shape))}"
+    yield f"{_text(shape)}: {counted(prod(shape), 'entry', 'entries')}, {_count(found, prod(shape))}"
     yield ""
     unknown = None if found.surely is found.possibly else found.possibly & ~found.surely
     if unknown is not None and bool(unknown.all()):
@@ -131,14 +134,6 @@ def _share(part: int, whole: int) -> str:
     if part < whole and percent == "100":
         percent = "over 99.9"
     return f"{part:,} ({'under 0.1' if percent == '0' else percent} %)"
-
-
-def _entries(count: int) -> str:
-    return _counted(count, "entry", "entries")
-
-
-def _counted(count: int, one: str, several: str) -> str:
-    return f"{count:,} {one if count == 1 else several}"
 
 
 def _text(shape: tuple[int, ...]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._counted import counted
 from .._frozen import FrozenPart
 from .._report import aligned
 from .._rules import Rule
@@ -61,7 +62,11 @@ def _listed(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in tensors.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         rows.append((shown(name), str(tuple(tensor.shape)), dtype, f"{tensor.numel():,}"))
-    return f"{aligned(rows, right=(3,))}\n{len(tensors):,} tensors, {_entries(tensors):,} entries"
+    return f"{aligned(rows, right=(3,))}\n{_counts(tensors)}"
+
+
+def _counts(tensors: Mapping[str, Tensor]) -> str:
+    return f"{counted(len(tensors), 'tensor', 'tensors')}, {counted(_entries(tensors), 'entry', 'entries')}"
 
 
 def _entries(tensors: Mapping[str, Tensor]) -> int:
@@ -77,7 +82,8 @@ def _selected(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> str:
         rows.append(_row(part, tensors[name], own))
     total = _entries(tensors)
     share = f"{100 * frozen / max(total, 1):.3g} %"
-    return f"{aligned(rows, right=(3, 4))}\nfrozen: {frozen:,} of all {total:,} entries of the file ({share})"
+    entries = counted(total, "entry", "entries")
+    return f"{aligned(rows, right=(3, 4))}\nfrozen: {frozen:,} of all {entries} of the file ({share})"
 
 
 def _row(part: FrozenPart, tensor: Tensor, rules: Sequence[Rule]) -> tuple[str, ...]:
@@ -104,4 +110,6 @@ def _copies(tensor: Tensor, tie: Tie) -> str:
     one = tensor.clone(memory_format=torch.contiguous_format)
     tie.impose_(one)
     gap = compare(tensor, one, limit=0)
-    return f"{count} copies differ, by up to {gap.gap:g} from the first" if gap.count else f"{count} copies are one"
+    if gap.count:
+        return f"{count} copies differ, by up to {gap.gap:g} from the first"
+    return counted(count, "copy is one", "copies are one")

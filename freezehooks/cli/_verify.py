@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._counted import counted
 from .._errors import CheckpointError, RegionError
 from .._frozen import FrozenPart
 from .._rules import Rule
@@ -115,15 +116,12 @@ class _Total:
     broken_parameters: int = 0
 
     def text(self) -> str:
-        looked = f"{self.entries:,} entries of {_counted(self.parameters, 'parameter')}"
+        entries = counted(self.entries, "entry", "entries")
+        parameters = counted(self.parameters, "parameter", "parameters")
         if not self.broken:
-            return f"verified {looked}"
-        of = f"of {self.entries:,} entries, in {self.broken_parameters} of {_counted(self.parameters, 'parameter')}"
-        return f"NOT verified: {self.broken:,} {of}, do not hold"
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+            return f"verified {entries} of {parameters}"
+        of = f"of {entries}, in {self.broken_parameters:,} of {parameters},"
+        return f"NOT verified: {counted(self.broken, f'{of} does not hold', f'{of} do not hold')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,18 +167,20 @@ def _report(name: str, count: int, findings: Sequence[_Finding]) -> None:
     wrong = [finding for finding in findings if finding.comparison.count]
     if not wrong:
         said = ", ".join(f"`{finding.rule}`" for finding in findings)
-        say(f"ok  {name}: {said}: {count:,} entries hold")
+        say(f"ok  {name}: {said}: {counted(count, 'entry holds', 'entries hold')}")
     for finding in wrong:
         say("\n".join(_complaint(name, finding)))
 
 
 def _complaint(name: str, finding: _Finding) -> Iterator[str]:
     comparison = finding.comparison
-    yield f"NO  {name}: `{finding.rule}`: {comparison.count:,} of {finding.frozen:,} entries do not hold"
+    of = f"of {counted(finding.frozen, 'entry', 'entries')}"
+    found = counted(comparison.count, f"{of} does not hold", f"{of} do not hold")
+    yield f"NO  {name}: `{finding.rule}`: {found}"
     for entry in comparison.examples:
         yield f"    {entry.place(name)}: found {entry.found}, expected {entry.expected}"
     left = comparison.count - len(comparison.examples)
-    if left:
+    if left and comparison.examples:
         yield f"    and {left:,} more"
     if comparison.worst is not None and comparison.count > 1:
         worst = comparison.worst

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from .._counted import counted
 from .._errors import OptimizerMismatchError, SpecError, StateMismatchError
 from .._frozen import FrozenPart
 from .._grammar import rules_of
@@ -186,7 +187,9 @@ class FreezeEntries(_Callback):
     @staticmethod
     def _report(trainer: Any, pl_module: Any, frozen: FrozenEntries) -> None:
         total = sum(parameter.numel() for parameter in pl_module.parameters())
-        _log(trainer, f"FreezeEntries: {frozen.frozen_count:,} of {total:,} entries are frozen\n{frozen}")
+        of = f"of {counted(total, 'entry', 'entries')}"
+        told = counted(frozen.frozen_count, f"{of} is frozen", f"{of} are frozen")
+        _log(trainer, f"FreezeEntries: {told}\n{frozen}")
 
 
 class FrozenEntriesMonitor(_Callback):

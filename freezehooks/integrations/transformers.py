@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 
+from .._counted import counted
 from .._errors import DriftError, SpecError, StateMismatchError
 from .._grammar import Spec, rules_of
 from .._handle import FrozenEntries, freeze_entries
@@ -191,7 +192,9 @@ class FreezeEntriesCallback(TrainerCallback):
 
     def _report(self, state: Any, model: Any, frozen: FrozenEntries) -> None:
         total = sum(parameter.numel() for parameter in model.parameters())
-        _log(state, f"{type(self).__name__}: {frozen.frozen_count:,} of {total:,} entries are frozen\n{frozen}")
+        of = f"of {counted(total, 'entry', 'entries')}"
+        told = counted(frozen.frozen_count, f"{of} is frozen", f"{of} are frozen")
+        _log(state, f"{type(self).__name__}: {told}\n{frozen}")
 
 
 def _unwrapped(optimizer: Any) -> Any:
