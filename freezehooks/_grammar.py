@@ -36,7 +36,11 @@ _TOKEN: Final = re.compile(
 _MOST_OPERATORS: Final = 64
 _MOST_DIGITS: Final = 1000  # of an integer; Python itself refuses to read a few thousand
 
-_EXAMPLES: Final = {"rule": "`conv.weight[:, :, 1, 1] = 0`", "region": "`:, :, 1, 1` or `center`", "value": "`0.5`"}
+_EXAMPLES: Final = {
+    "rule": "`conv.weight[:, :, 1, 1] = 0`, one rule a line",
+    "region": "`:, :, 1, 1` or `center`",
+    "value": "`0.5`",
+}
 
 
 class _Token(NamedTuple):
