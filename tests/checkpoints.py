@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -31,9 +32,7 @@ class Folder:
     def saved(self, name: str, content: Any) -> str:
         path = str(self.path / name)
         if name.endswith(".safetensors"):
-            from safetensors.torch import save_file
-
-            save_file(content, path)
+            pytest.importorskip("safetensors.torch").save_file(content, path)
         else:
             torch.save(content, path)
         return path

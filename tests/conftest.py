@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterable
+from typing import Final
+
 import pytest
 import torch
 
@@ -8,6 +12,17 @@ from .ranks import Launches
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="the device that the promises are tested on (default: cpu)")
+
+
+NEEDS: Final = {"freezehooks._handle.FrozenEntries.plot": "matplotlib"}
+"""The examples of docstrings that need an optional package, where their module does without."""
+
+
+def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+    for item in items:
+        package = NEEDS.get(item.name) if isinstance(item, pytest.DoctestItem) else None
+        if package is not None and importlib.util.find_spec(package) is None:
+            item.add_marker(pytest.mark.skip(reason=f"the example needs {package}"))
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ class Launches:
         self._results: dict[int, dict[Job, list[str]]] = {}
         for item in selected:
             marked = getattr(getattr(item, "function", None), "on_ranks", None)
-            if marked is not None:
+            if marked is not None and not any(mark.args[0] for mark in item.iter_markers("skipif")):
                 case = item.callspec.params["case"] if hasattr(item, "callspec") else ALONE
                 self._jobs.setdefault(marked.count, []).append(Job(marked.body.__module__, marked.body.__name__, case))
                 if marked.before is not None:

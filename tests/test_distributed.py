@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch.distributed
 
+from .parallel import computes_in_shards
+
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch was built without torch.distributed"
 )
@@ -88,6 +90,7 @@ os._exit(0)
 """
 
 
+@computes_in_shards
 def test_a_spread_model_is_converted_after_a_forward() -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python", sys.executable]
     done = subprocess.run(

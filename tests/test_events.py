@@ -80,8 +80,18 @@ def test_every_scheduler_of_torch_is_here() -> None:
     assert found - {"LRScheduler"} <= set(_SCHEDULERS)
 
 
+def _scheduler_cases() -> list[Any]:
+    """Each scheduler by name; in torch 2.6 SequentialLR itself calls `step(0)`, which torch then warns of."""
+    warned = "scheduler.step(0)" in inspect.getsource(lr_scheduler.SequentialLR.step)
+    own = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
+    return [
+        pytest.param(schedule, id=name, marks=[own] if warned and name == "SequentialLR" else [])
+        for name, schedule in _SCHEDULERS.items()
+    ]
+
+
 @pytest.mark.parametrize("place", ["inner_before_freezing", "inner_after_wrapping", "wrapper"])
-@pytest.mark.parametrize("schedule", _SCHEDULERS.values(), ids=_SCHEDULERS)
+@pytest.mark.parametrize("schedule", _scheduler_cases())
 def test_a_scheduler_moves_what_it_moves_without_the_wrapper_and_warns_of_nothing(
     schedule: Callable[[Optimizer], Any], place: str
 ) -> None:
@@ -480,7 +490,7 @@ def _positions_in_numpy(region: Index | Tensor, shape: tuple[int, ...]) -> set[t
     key = region.numpy() if isinstance(region, Tensor) else tuple(map(_as_numpy, region.items))
     try:
         selected = np.atleast_1d(np.arange(np.prod(shape)).reshape(shape)[key]).flatten()
-    except IndexError:
+    except (IndexError, DeprecationWarning):  # numpy 1 warns of a list out of range where nothing is selected
         return set()
     return {tuple(map(int, np.unravel_index(n, shape))) for n in selected}
 

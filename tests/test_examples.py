@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import inspect
 import os
 import re
@@ -17,10 +19,7 @@ import torch
 from freezehooks import MaskedOptimizer
 from freezehooks.cli import main
 
-pytest.importorskip("lightning")
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
-pytest.importorskip("transformers")
+from .parallel import computes_in_shards
 
 needs_compact = pytest.mark.skipif(
     "compact" not in inspect.signature(MaskedOptimizer).parameters, reason="MaskedOptimizer keeps no compact state yet"
@@ -29,7 +28,19 @@ needs_compact = pytest.mark.skipif(
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
+def _lacking(name: str) -> list[str]:
+    """Return the packages that an example needs, be it in a function, and that are not here."""
+    source = (EXAMPLES / name).read_text()
+    nodes = list(ast.walk(ast.parse(source)))
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    needed = {module.split(".")[0] for module in modules} | ({"matplotlib"} if ".plot(" in source else set())
+    return sorted(package for package in needed if importlib.util.find_spec(package) is None)
+
+
 def _run(name: str, *options: str, ranks: int = 0) -> str:
+    if lacking := _lacking(name):
+        pytest.skip(f"the example needs {', '.join(lacking)}")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     command = [sys.executable, *launcher, str(EXAMPLES / name), *options]
     with subprocess.Popen(
@@ -170,6 +181,7 @@ def test_two_ranks_train_as_one_process() -> None:
     _assert_as_one_process(_run("distributed/train_ddp.py", "--steps", "5", ranks=2))
 
 
+@computes_in_shards
 def test_two_ranks_with_shards_train_as_one_process() -> None:
     output = _run("distributed/train_fsdp2.py", "--steps", "5", ranks=2)
     _assert_as_one_process(output)

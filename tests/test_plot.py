@@ -20,8 +20,6 @@ pytest.importorskip("matplotlib")
 from matplotlib import rc_context  # after the skip
 from matplotlib.figure import Figure
 
-from freezehooks._cells import kernels_of, matrix_of, stressed
-
 
 def _picture(module: nn.Module, spec: Any, name: str = "weight") -> Figure:
     return freeze_entries(module, spec).plot(name)
@@ -134,35 +132,6 @@ def test_a_large_matrix_is_binned_and_the_picture_says_so() -> None:
     figure = _picture(nn.Linear(1000, 193), "weight[0] = 0")
     assert "each cell is the entry of largest magnitude of 2 x 6" in _says(figure)
     assert figure.axes[0].get_xlim() == (-0.5, 999.5)
-
-
-def test_a_cell_is_the_entry_of_largest_magnitude_with_its_sign() -> None:
-    numbers = torch.zeros(400, 5)
-    numbers[2, 1], numbers[3, 1], numbers[399, 4], numbers[5, 0] = 3.0, -4.0, 2.0, torch.inf
-    frozen = torch.zeros(400, 5, dtype=torch.bool)
-    frozen[:4] = True
-    matrix = matrix_of(numbers, frozen)
-    assert matrix.cell == (3, 1)
-    assert matrix.numbers[:2, :2].nan_to_num(nan=99).tolist() == [[0, 3], [99, -4]]
-    assert matrix.numbers[-1, 4] == 2
-    assert matrix.share[:3, 0].tolist() == pytest.approx([1, 1 / 3, 0])
-
-
-@pytest.mark.parametrize("columns", [1, 7, 193, 400, 1001])
-def test_no_cell_is_lost_at_the_edge(columns: int) -> None:
-    numbers = torch.arange(columns * 2, dtype=torch.float32).view(2, columns)
-    matrix = matrix_of(numbers, numbers == numbers.max())
-    assert matrix.numbers.max() == numbers.max()
-    assert len(matrix.numbers[0]) == -(-columns // matrix.cell[1])
-    assert matrix.share[1, -1] > 0
-
-
-def test_sampled_kernels_are_those_of_the_named_channels() -> None:
-    numbers = torch.randn(50, 30, 3, 3)
-    kernels = kernels_of(numbers, numbers > 0)
-    outputs, inputs = kernels.channels
-    assert kernels.numbers[3, 5, 0].equal(numbers[outputs[3], inputs[5]].double())
-    assert kernels.frozen[3, 5, 0].equal(numbers[outputs[3], inputs[5]] > 0)
 
 
 def test_nan_and_inf_are_shown_apart_and_leave_the_scale_alone() -> None:
@@ -319,14 +288,6 @@ def test_a_few_frozen_entries_of_thousands_can_be_seen() -> None:
 def test_what_is_not_rare_is_drawn_as_it_is(spec: str) -> None:
     figure = _picture(nn.Linear(300, 300, bias=False), spec)
     assert "rare" not in _says(figure)
-
-
-def test_rare_cells_grow_to_every_side_but_not_along_a_short_one() -> None:
-    share = torch.zeros(3, 200)
-    share[1, 100] = 0.2
-    grown = torch.zeros(3, 200)
-    grown[1, 99:102] = 1
-    assert torch.equal(stressed(share), grown)
 
 
 # Styles

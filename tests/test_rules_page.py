@@ -17,8 +17,8 @@ from freezehooks import FreezeError, parse_region, parse_rule
 from freezehooks._grammar import rules_of
 from freezehooks._regions import select
 
-ROOT: Final = Path(__file__).parents[1]
-PAGE: Final = (ROOT / "docs" / "rules.md").read_text()
+PACKAGE: Final = Path(freezehooks.__file__).parent
+PAGE: Final = (Path(__file__).parents[1] / "docs" / "rules.md").read_text()
 LANGUAGE, ERRORS = PAGE.split("## Every error")
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_the_search_for_messages_finds_them_and_sees_a_missing_one() -> None:
 
 
 def _source(name: str) -> str:
-    return (ROOT / "freezehooks" / f"{name}.py").read_text()
+    return (PACKAGE / f"{name}.py").read_text()
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -33,7 +33,20 @@ from torch.distributed.tensor.parallel import (
 from freezehooks import DriftError, FreezeError, FrozenEntries, MaskedOptimizer, UnguardedError, freeze_entries
 
 from .claims import same_bits
-from .parallel import FIXED, SPEC, OneProcess, adamw, batch, build, loss_of, my_part, train, whole, wholes
+from .parallel import (
+    FIXED,
+    SPEC,
+    OneProcess,
+    adamw,
+    batch,
+    build,
+    computes_in_shards,
+    loss_of,
+    my_part,
+    train,
+    whole,
+    wholes,
+)
 from .ranks import folder, on_ranks
 
 LAYERS = ("conv", "norm", "up", "down", "last")
@@ -101,6 +114,7 @@ def crossed(*tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {f"{a}, {b}": {**tables[0][a], **rest[b]} for a in tables[0] for b in rest}
 
 
+@computes_in_shards
 @on_ranks(2, crossed(_BOTH, _WAYS))
 def test_fsdp2_trains_as_one_process(first: str, **options: Any) -> None:
     model, frozen = frozen_and_sharded(first, **options)
@@ -111,6 +125,7 @@ def test_fsdp2_trains_as_one_process(first: str, **options: Any) -> None:
     frozen.assert_frozen()
 
 
+@computes_in_shards
 @on_ranks(2, _BOTH)
 def test_the_audit_misses_the_hook_on_the_whole_model_and_only_where_it_can_know(first: str) -> None:
     model, frozen = frozen_and_sharded(first)
@@ -132,6 +147,7 @@ def test_shards_are_uneven_and_empty_here() -> None:
         assert rows[name] == by_rank[dist.get_rank()]
 
 
+@computes_in_shards
 @on_ranks(
     2,
     {
@@ -164,6 +180,7 @@ def test_slices_that_lie_on_several_ranks_are_not_tied() -> None:
         frozen_and_sharded("sharded", "up.weight = tied(0, start=mean)")
 
 
+@computes_in_shards
 @on_ranks(2, _BOTH)
 def test_a_handle_speaks_of_this_ranks_part_and_counts_the_whole(first: str) -> None:
     model, frozen = frozen_and_sharded(first)
@@ -177,6 +194,7 @@ def test_a_handle_speaks_of_this_ranks_part_and_counts_the_whole(first: str) -> 
     assert str(frozen) == str(whole_frozen)
 
 
+@computes_in_shards
 @on_ranks(2, _BOTH)
 def test_shards_are_thawed_let_go_and_held_again(first: str) -> None:
     model, frozen = frozen_and_sharded(first)
@@ -236,6 +254,7 @@ _UNUSUAL: dict[str, dict[str, Any]] = {
 }
 
 
+@computes_in_shards
 @on_ranks(2, crossed(_BOTH, _UNUSUAL))
 def test_fsdp2_over_unusual_modules_trains_as_one_process(
     first: str, kind: type[nn.Module], layers: tuple[str, ...], spec: Any
@@ -259,6 +278,7 @@ def test_fsdp2_over_unusual_modules_trains_as_one_process(
     reference.assert_same(model)
 
 
+@computes_in_shards
 @on_ranks(2, _BOTH)
 def test_a_part_of_a_sharded_model_is_frozen_by_itself(first: str) -> None:
     rules = ["weight[:, ::3] = -0.0", "bias[6] = 1"]
@@ -271,6 +291,7 @@ def test_a_part_of_a_sharded_model_is_frozen_by_itself(first: str) -> None:
     reference.assert_same(model)
 
 
+@computes_in_shards
 @on_ranks(2, _BOTH)
 def test_a_stray_write_is_undone_before_layers_are_prefetched(first: str) -> None:
     model, frozen = frozen_and_sharded(first)
@@ -285,6 +306,7 @@ def test_a_stray_write_is_undone_before_layers_are_prefetched(first: str) -> Non
     reference.train(2, 1).assert_same(model)
 
 
+@computes_in_shards
 @on_ranks(2, _BOTH)
 def test_fsdp2_accumulates_and_clips_as_one_process(first: str) -> None:
     model, frozen = frozen_and_sharded(first)
@@ -302,6 +324,7 @@ def test_fsdp2_accumulates_and_clips_as_one_process(first: str) -> None:
     reference.assert_same(model)
 
 
+@computes_in_shards
 @on_ranks(2, _BOTH)
 def test_fsdp2_in_mixed_precision_keeps_the_values_exactly(first: str) -> None:
     """The forward computes with values rounded to bfloat16; what is stored and stepped is not rounded."""
@@ -320,6 +343,7 @@ def test_fsdp2_in_mixed_precision_keeps_the_values_exactly(first: str) -> None:
     reference.assert_same(model, tolerance=0.05)
 
 
+@computes_in_shards
 @on_ranks(2, _BOTH)
 def test_fsdp2_with_activation_checkpointing(first: str) -> None:
     model: Any = build()
@@ -336,6 +360,7 @@ def test_fsdp2_with_activation_checkpointing(first: str) -> None:
 _NUMBERS = ["conv.weight[center] = 0.5", "up.weight[:, ::3] = -0.0", "up.bias[6] = 1", "last.weight[:, 1:] = 0.25"]
 
 
+@computes_in_shards
 @on_ranks(
     2, {"frozen before loading": {"spec": _NUMBERS, "first": True}, "frozen after": {"spec": SPEC, "first": False}}
 )
@@ -360,6 +385,7 @@ def test_fsdp2_freezes_nothing_on_the_meta_device() -> None:
         freeze_entries(shard(model), "up.weight[0] = 1")
 
 
+@computes_in_shards
 @on_ranks(2, crossed(_BOTH, _WAYS))
 def test_a_stray_write_into_a_shard_is_undone_before_the_next_forward(first: str, **options: Any) -> None:
     """Forward, backward and the shard itself are those of the values."""
@@ -387,6 +413,7 @@ def test_a_stray_write_into_a_shard_is_undone_before_the_next_forward(first: str
     reference.assert_same(model)
 
 
+@computes_in_shards
 @on_ranks(2, crossed(_BOTH, {"layers": {}, "root alone": {"layers": ()}}))
 def test_a_stray_write_is_undone_by_the_step(first: str, **options: Any) -> None:
     model, frozen = frozen_and_sharded(first, **options)
@@ -398,6 +425,7 @@ def test_a_stray_write_is_undone_by_the_step(first: str, **options: Any) -> None
     reference.assert_held(wholes(model))
 
 
+@computes_in_shards
 @on_ranks(2, crossed(_BOTH, {"layers": {}, "root alone": {"layers": ()}}))
 def test_what_is_saved_holds_also_after_evaluation_and_a_stray_write(first: str, **options: Any) -> None:
     """After a forward without backward FSDP2 leaves whole parameters in the modules, and saves the shards."""
@@ -416,6 +444,7 @@ def test_what_is_saved_holds_also_after_evaluation_and_a_stray_write(first: str,
     reference.assert_held(saved)
 
 
+@computes_in_shards
 @on_ranks(2, crossed(_BOTH, {"layers": {}, "root alone": {"layers": ()}}))
 def test_an_optimizer_guarded_after_evaluation_is_guarded(first: str, **options: Any) -> None:
     model, frozen = frozen_and_sharded(first, **options)
@@ -435,6 +464,7 @@ def test_an_optimizer_guarded_after_evaluation_is_guarded(first: str, **options:
     reference.assert_same(model)
 
 
+@computes_in_shards
 @on_ranks(2, _BOTH)
 def test_freezing_in_mid_training_zeroes_the_moments(first: str) -> None:
     """Momentum gathered before would carry the entries away."""
@@ -468,6 +498,7 @@ def test_drift_in_a_shard_is_found_and_put_right() -> None:
     assert (whole(model.up.weight) == 0.5).all()
 
 
+@computes_in_shards
 @on_ranks(2)
 def test_removal_lets_sharded_entries_train() -> None:
     model, frozen = frozen_and_sharded("sharded", "up.weight = 0.5")
@@ -516,8 +547,7 @@ def test_sharded_rules_that_differ_between_ranks_are_refused_on_every_rank(specs
     freeze_entries(model, specs[0]).remove()
 
 
-@on_ranks(2, {"layers": {"layers": LAYERS}, "root alone": {"layers": ()}})
-def test_rules_that_differ_before_sharding_are_refused_in_the_first_forward(layers: tuple[str, ...]) -> None:
+def _assert_refused_in_the_first_forward(layers: tuple[str, ...]) -> None:
     model = build()
     freeze_entries(model, ("up.weight[0] = 0", "up.weight[0] = 1")[dist.get_rank()])
     shard(model, layers)
@@ -525,9 +555,21 @@ def test_rules_that_differ_before_sharding_are_refused_in_the_first_forward(laye
         model(my_part(batch(0)))
 
 
+@on_ranks(2)
+def test_rules_that_differ_before_sharding_are_refused_in_the_first_forward() -> None:
+    _assert_refused_in_the_first_forward(LAYERS)
+
+
+@computes_in_shards  # its first forward gathers the whole before it refuses
+@on_ranks(2)
+def test_rules_that_differ_before_sharding_of_the_root_alone_are_refused_in_the_first_forward() -> None:
+    _assert_refused_in_the_first_forward(())
+
+
 # Saving and loading
 
 
+@computes_in_shards
 @on_ranks(2, crossed(_BOTH, {"full": {"full": True}, "sharded": {"full": False}}))
 def test_state_dicts_are_plain_and_load_both_ways(first: str, full: bool) -> None:
     options = StateDictOptions(full_state_dict=full)
@@ -550,6 +592,7 @@ def test_state_dicts_are_plain_and_load_both_ways(first: str, full: bool) -> Non
     expected.assert_same(other)
 
 
+@computes_in_shards
 @on_ranks(2, crossed(_BOTH, {"full": {"full": True}, "sharded": {"full": False}}))
 def test_kept_values_follow_what_is_loaded(first: str, full: bool) -> None:
     model, frozen = frozen_and_sharded(first)
@@ -581,6 +624,7 @@ def test_the_state_of_a_handle_goes_between_one_process_and_several() -> None:
     reference.assert_held(wholes(several))
 
 
+@computes_in_shards
 @on_ranks(2, _BOTH)
 def test_loading_by_assignment_is_followed(first: str) -> None:
     model, frozen = frozen_and_sharded(first, FIXED)
@@ -631,6 +675,7 @@ def _save_alone(folder: Path) -> None:
         _save(folder / "of one process", reference.model, reference.optimizer)
 
 
+@computes_in_shards
 @on_ranks(2, after=_load_alone)
 def test_a_checkpoint_of_two_ranks_resumes_on_two_and_on_one() -> None:
     model, frozen = frozen_and_sharded("sharded", FIXED)
@@ -645,6 +690,7 @@ def test_a_checkpoint_of_two_ranks_resumes_on_two_and_on_one() -> None:
     reference.assert_same(other)
 
 
+@computes_in_shards
 @on_ranks(2, before=_save_alone)
 def test_a_checkpoint_of_one_process_resumes_on_two_ranks() -> None:
     model = shard(build(seed=5))
@@ -721,6 +767,7 @@ def test_a_norm_over_a_split_sequence_has_clean_gradients() -> None:
     reference.assert_same(model)
 
 
+@computes_in_shards
 @on_ranks(4, {"frozen first": {"first": "frozen"}, "split first": {"first": "split"}})
 def test_fsdp2_over_tensor_parallel_trains_as_one_process(first: str) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
@@ -739,6 +786,7 @@ def test_fsdp2_over_tensor_parallel_trains_as_one_process(first: str) -> None:
     reference.assert_held(model.state_dict())
 
 
+@computes_in_shards
 @on_ranks(4, _BOTH)
 def test_hybrid_shards_train_as_one_process(first: str) -> None:
     """Replicas of shards: a mesh of two dimensions under FSDP2 alone."""

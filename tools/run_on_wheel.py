@@ -2,7 +2,7 @@
 
 A fresh environment gets the wheel from `dist`, and the tests run from the unpacked source archive beside it, away from
 this checkout: what is missing from either shows. With all extras the typed code of `tests/typing` is checked against
-the wheel too. Tests of the sources themselves are left to `make test`.
+the wheel too. What builds a wheel itself is left to `make test`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,8 @@ ROOT: Final = Path(__file__).parents[1]
 NOT_FOR_USERS: Final = frozenset({"test", "docs", "bench"})
 TOOLS_ALONE: Final = ("pytest", "hypothesis", "numpy", "expecttest")
 
-OF_THE_SOURCES: Final = (
-    "tests/test_floors.py::test_a_file_imports_from_lower_floors_only",
-    "tests/test_floors.py::test_rules_and_errors_import_no_torch",
-    "tests/test_package.py::test_the_wheel_holds_the_type_marker_and_neither_tests_nor_examples",
-)
-"""They read the folder `freezehooks` of a checkout, which must not lie beside the tests here: it would be imported."""
+OF_THE_SOURCES: Final = ("tests/test_package.py::test_the_wheel_holds_the_type_marker_and_neither_tests_nor_examples",)
+"""It builds the folder `freezehooks` of a checkout, which must not lie beside the tests here: it would be imported."""
 
 _WHERE: Final = "import freezehooks, pathlib; print(pathlib.Path(freezehooks.__file__).parent.parent.name)"
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 from freezehooks import FrozenEntries, Rule, cross, freeze_entries
-from freezehooks.integrations.lightning import FreezeEntries
+from freezehooks.integrations.lightning import FreezeEntries, FrozenEntriesMonitor
 from freezehooks.integrations.transformers import FreezeEntriesCallback
 from freezehooks.layers import (
     MaskedConv1d,
@@ -52,6 +52,12 @@ def callbacks(rule: Rule) -> list[FrozenEntries | None]:
     return [for_lightning.frozen, for_transformers.frozen]
 
 
+def a_monitor_beside_a_callback(callback: FreezeEntries) -> list[FreezeEntries | FrozenEntriesMonitor]:
+    monitor = FrozenEntriesMonitor(every_n_steps=10)
+    assert_type(monitor.every_n_steps, int | None)
+    return [callback, monitor, FrozenEntriesMonitor()]
+
+
 def wrong_layers_and_callbacks() -> None:
     MaskedConv2d(1, 2, 3)  # type: ignore[call-arg]
     MaskedConv2d(1, 2, 3, mask=None)  # type: ignore[arg-type]
@@ -61,3 +67,5 @@ def wrong_layers_and_callbacks() -> None:
     FreezeEntriesCallback()  # type: ignore[call-arg]
     FreezeEntriesCallback("weight", until_epoch="2")  # type: ignore[arg-type]
     FreezeEntries("weight", until_epoch="2")  # type: ignore[arg-type]
+    FrozenEntriesMonitor(10)  # type: ignore[call-arg]
+    FrozenEntriesMonitor(every_n_steps="10")  # type: ignore[arg-type]
