@@ -30,6 +30,7 @@ from ._narrow import (
 )
 from ._shards import is_sharded
 from ._stage import Slot, Stage, stand_in
+from ._state import stepped_by
 
 Held: TypeAlias = "Callable[[], Iterable[tuple[FrozenPart, Tensor]]]"
 """Returns each part with the parameter that it holds now."""
@@ -158,7 +159,7 @@ class Compaction:
         return {}  # nothing is free: LBFGS asks for the largest gradient, and there must be one
 
     def _frozen_in(self, optimizer: Optimizer) -> dict[Tensor, list[FrozenPart]]:
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        stepped = stepped_by(optimizer)
         found: dict[Tensor, list[FrozenPart]] = {}
         for member in self.members:
             held = list(member())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,6 +30,15 @@ class FreezeError(Exception):
         """Return the same error with `context` before its fact and `detail` in parentheses behind it."""
         behind = f" ({detail})" if detail else ""
         return type(self)(f"{context}: {self.fact}{behind}", self.advice)
+
+
+@contextmanager
+def error_context(context: str, detail: str = "") -> Iterator[None]:
+    """Put `context` before the fact of an error inside the block, and `detail` in parentheses behind it."""
+    try:
+        yield
+    except FreezeError as error:
+        raise error.within(context, detail) from error.__cause__
 
 
 class RuleSyntaxError(FreezeError, ValueError):

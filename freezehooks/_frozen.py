@@ -13,10 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ._counted import counted
 from ._errors import (
-    FrozenValueError,
     ParameterChangedError,
     RuleConflictError,
     UnsupportedParameterError,
+    error_context,
 )
 from ._piece import Piece
 from ._places import bits
@@ -380,10 +380,8 @@ class FrozenPart:
         if not self.follow(parameter):
             return
         if self.tie is not None:
-            try:
+            with error_context(f"rule `{self.tie.rule}`", f"loaded into `{self.name}`"):
                 self.tie.check_start(parameter)
-            except FrozenValueError as error:
-                raise error.within(f"rule `{self.tie.rule}`", f"loaded into `{self.name}`") from None
             self.tie.begin_(parameter.data)
         tensor = local(parameter).data
         if not tensor.is_meta:

@@ -29,6 +29,7 @@ from ._model_hook import ImposeBeforeModel, is_before_model, remove_before_model
 from ._parts import Model, resolve, saved_pieces, state_of
 from ._report import Report, aligned, report_part
 from ._rules import Rule
+from ._state import stepped_by
 from ._targets import Site, matching, matching_unwrapped, unwrapped
 from ._trainable import Trainable, count_trainable
 
@@ -408,7 +409,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
             check_elementwise(optimizer)
             check_whole(self.held())
         self._check_in_place()
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        stepped = stepped_by(optimizer)
         if self._parts and not any(id(parameter) in stepped for _, parameter in self.held()):
             raise OptimizerMismatchError(
                 f"`{type(optimizer).__name__}` steps none of the frozen parameters ({', '.join(self._parts)})",

@@ -10,7 +10,6 @@ from itertools import chain
 from typing import Final, TypeAlias
 
 from torch import nn
-from torch.optim import Optimizer
 
 from ._compact import Held
 from ._errors import ParameterChangedError, UnguardedError
@@ -18,6 +17,7 @@ from ._frozen import FrozenPart
 from ._guard import living_guards
 from ._hooks import ModuleHooks, is_watched, silent_callers
 from ._parts import Model
+from ._state import stepped_by
 from ._targets import Site
 
 _GUARD: Final = "a guarded optimizer"
@@ -104,12 +104,12 @@ class OnModules:
 def guarded_now() -> Guarded:
     """Return what the guards of all handles hold now; each handle and each optimizer is asked once."""
     found: dict[tuple[int, int], list[str]] = {}
-    held_by, stepped_by = cache(_held), cache(_stepped)
+    held_by, steps = cache(_held), cache(stepped_by)
     for guard in living_guards():
         optimizer = guard.optimizer
         if optimizer is not None:
             held = held_by(guard.held)
-            for parameter in held.keys() & stepped_by(optimizer):
+            for parameter in held.keys() & steps(optimizer):
                 for part in held[parameter]:
                     found.setdefault((part, parameter), []).append(type(optimizer).__name__)
     return found
@@ -122,11 +122,6 @@ def _held(held: Held) -> dict[int, list[int]]:
         for part, parameter in held():
             found.setdefault(id(parameter), []).append(id(part))
     return found
-
-
-def _stepped(optimizer: Optimizer) -> set[int]:
-    """Return the ids of the parameters that an optimizer steps."""
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def check_complete(mechanisms: Mapping[str, Mechanisms], *, guarded: bool) -> None:

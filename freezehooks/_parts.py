@@ -8,7 +8,7 @@ from typing import Any, Final, TypeAlias
 
 from torch import Tensor, nn
 
-from ._errors import FreezeError, StateMismatchError
+from ._errors import FreezeError, StateMismatchError, error_context
 from ._frozen import FrozenPart
 from ._piece import Piece
 from ._ranks import check_same_on_ranks
@@ -54,11 +54,11 @@ def _part(names: list[str], parameter: Tensor, members: Sequence[Piece | Tie]) -
 def _asked(targets: Targets, rules: Iterable[Rule]) -> Asked:
     asked: dict[str, tuple[Tensor, list[Rule]]] = {}
     for rule in dict.fromkeys(rules):
-        with _context(f"rule `{rule}`"):
+        with error_context(f"rule `{rule}`"):
             names = targets.find(rule.target)
         for name in names:
             parameter = targets.sites[name].tensor()
-            with _context(f"rule `{rule}`", f"parameter `{name}`"):
+            with error_context(f"rule `{rule}`", f"parameter `{name}`"):
                 check_supported(parameter)
             asked.setdefault(name, (parameter, []))[1].append(rule)
     return asked
@@ -75,19 +75,10 @@ def _chosen_pieces(asked: Asked) -> Chosen:
 
 
 def _piece(rule: Rule, name: str, parameter: Tensor) -> Piece | Tie:
-    with _context(f"rule `{rule}`", f"parameter `{name}` of shape {tuple(parameter.shape)}"):
+    with error_context(f"rule `{rule}`", f"parameter `{name}` of shape {tuple(parameter.shape)}"):
         if isinstance(rule.value, Tied):
             return Tie.resolve(rule, rule.value, parameter)
         return Piece.resolve(rule, parameter)
-
-
-@contextmanager
-def _context(context: str, detail: str = "") -> Iterator[None]:
-    """Say of which rule an error inside the block speaks, and of which parameter."""
-    try:
-        yield
-    except FreezeError as error:
-        raise error.within(context, detail) from error.__cause__
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -130,7 +121,7 @@ def _under_present_names(saved: dict[str, Any], asked: Asked) -> dict[str, Any]:
 def _saved_piece(rule: Rule, name: str, parameter: Tensor, item: dict[str, Any]) -> Piece | Tie:
     if isinstance(rule.value, Tied):
         return _piece(rule, name, parameter)
-    with _context(f"rule `{rule}`", f"parameter `{name}`"):
+    with error_context(f"rule `{rule}`", f"parameter `{name}`"):
         return Piece.from_state(rule, item, parameter)
 
 

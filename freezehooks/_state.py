@@ -26,6 +26,11 @@ _VECTORS: Final = ("d", "prev_flat_grad", "old_dirs", "old_stps")
 """What LBFGS remembers: vectors over all entries of all of its parameters, and lists of such vectors."""
 
 
+def stepped_by(optimizer: Optimizer) -> set[int]:
+    """Return the ids of the parameters that an optimizer steps."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
 def entrywise(state: dict[str, Any], shape: torch.Size) -> Iterator[tuple[str, Tensor]]:
     """Yield the items of a parameter's state that have a number for each entry of a tensor of that shape."""
     for name, value in state.items():

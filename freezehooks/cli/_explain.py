@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 
 from .._counted import counted
-from .._errors import FreezeError, SpecError
+from .._errors import SpecError, error_context
 from .._grammar import rules_of
 from .._rules import Rule, Tied
 from .._tie import Tie
@@ -93,10 +93,8 @@ def _explanation(rule: Rule, shape: tuple[int, ...] | None) -> Iterator[str]:
 
 
 def _on_shape(rule: Rule, shape: tuple[int, ...]) -> list[str]:
-    try:
+    with error_context(f"rule `{rule}`", f"shape {shape}"):
         return list(_tied_lines(rule.value, rule, shape) if isinstance(rule.value, Tied) else _lines(rule, shape))
-    except FreezeError as error:
-        raise error.within(f"rule `{rule}`", f"shape {shape}") from None
 
 
 def _tied_lines(tied: Tied, rule: Rule, shape: tuple[int, ...]) -> Iterator[str]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from .._errors import FreezeError, RuleSyntaxError, SpecError
+from .._errors import RuleSyntaxError, SpecError, error_context
 from .._grammar import rules_of
 from .._rules import Rule
 
@@ -57,7 +56,7 @@ def read_rules(path: str) -> list[Rule]:
         FreezeError: The file cannot be read, or holds no rule; the message names the file, and the rule.
     """
     text = _text_of(path)
-    with _within(f"`{path}`"):
+    with error_context(f"`{path}`"):
         is_yaml = path.endswith((".yaml", ".yml"))
         rules = list(_rules_in_yaml(text) if is_yaml else _rules_in_text(text))
         if not rules:
@@ -74,17 +73,9 @@ def _text_of(path: str) -> str:
         raise RuleSyntaxError(f"the rules file `{path}` is no text in UTF-8", "check --rules") from None
 
 
-@contextmanager
-def _within(context: str) -> Iterator[None]:
-    try:
-        yield
-    except FreezeError as error:
-        raise error.within(context) from None
-
-
 def _rules_in_text(text: str) -> Iterator[Rule]:
     for number, line in enumerate(text.splitlines(), 1):
-        with _within(f"line {number}"):
+        with error_context(f"line {number}"):
             yield from rules_of(line)
 
 
@@ -112,14 +103,14 @@ def _rules_in(content: Any) -> Iterable[Rule]:
 
 def _rules_in_list(content: list[Any]) -> Iterator[Rule]:
     for number, item in enumerate(content, 1):
-        with _within(f"item {number}"):
+        with error_context(f"item {number}"):
             if not isinstance(item, str | dict):
                 raise SpecError(f"expected a rule or a mapping, found {_kind(item)}", _FORMS)
             yield from _rules_in(item)
 
 
 def _rules_in_item(target: Any, what: Any) -> tuple[Rule, ...]:
-    with _within(f"rule for `{target}`"):
+    with error_context(f"rule for `{target}`"):
         parts = what if isinstance(what, list) else [what]
         if not isinstance(target, str) or not all(isinstance(part, str) for part in parts):
             wrong = next((part for part in [target, *parts] if not isinstance(part, str)), None)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from .._errors import FreezeError, TargetError, UnsupportedParameterError
+from .._errors import FreezeError, TargetError, UnsupportedParameterError, error_context
 from .._frozen import FrozenPart
 from .._parts import resolve
 from .._rules import Rule, Tied
@@ -27,7 +27,8 @@ def rules_by_name(tensors: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[
     found: dict[str, list[Rule]] = {}
     for rule in dict.fromkeys(rules):
         for name in _names(rule, targets, tensors):
-            _check_supported(rule, name, tensors[name])
+            with error_context(f"rule `{rule}`", f"parameter `{name}`"):
+                check_supported(tensors[name])
             found.setdefault(name, []).append(rule)
     return {name: found[name] for name in tensors if name in found}
 
@@ -38,13 +39,6 @@ def _names(rule: Rule, targets: Targets, tensors: Mapping[str, Tensor]) -> list[
     except TargetError as error:
         _refuse_integers(rule, tensors)
         raise error.within(f"rule `{rule}`") from None
-
-
-def _check_supported(rule: Rule, name: str, tensor: Tensor) -> None:
-    try:
-        check_supported(tensor)
-    except FreezeError as error:
-        raise error.within(f"rule `{rule}`", f"parameter `{name}`") from None
 
 
 def _refuse_integers(rule: Rule, tensors: Mapping[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ from .._frozen import FrozenPart
 from .._grammar import rules_of
 from .._handle import FrozenEntries, freeze_entries
 from .._monitor import drift, gradient_norms
+from .._state import stepped_by
 
 _PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
 
@@ -245,9 +246,9 @@ class FrozenEntriesMonitor(_Callback):
         if not self._is_due(trainer):
             return
         self._has_stepped = True
-        stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        stepped = stepped_by(optimizer)
         for name, parts, parameter in _watched(pl_module):
-            norms = gradient_norms(parts, parameter) if parameter in stepped else None
+            norms = gradient_norms(parts, parameter) if id(parameter) in stepped else None
             if norms is not None:
                 self._metrics[f"freezehooks/{name}/gradient_norm_frozen"] = norms.frozen
                 self._metrics[f"freezehooks/{name}/gradient_norm_free"] = norms.free
