@@ -1,4 +1,4 @@
-"""A count and the word that goes with it."""
+"""A count and the words that go with it."""
 
 from __future__ import annotations
 
@@ -11,3 +11,14 @@ def counted(count: int, one: str, several: str) -> str:
         ('1 entry holds', '2,048 entries hold')
     """
     return f"{count:,} {one if count == 1 else several}"
+
+
+def share_of(count: int, entries: int, one: str, several: str) -> str:
+    """Return how many of so many entries something is said of, in the words for one or those for several.
+
+    Example:
+        >>> share_of(1, 8, "is frozen", "are frozen"), share_of(8, 2048, "is frozen", "are frozen")
+        ('1 of 8 entries is frozen', '8 of 2,048 entries are frozen')
+    """
+    of = f"of {counted(entries, 'entry', 'entries')}"
+    return counted(count, f"{of} {one}", f"{of} {several}")

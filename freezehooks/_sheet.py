@@ -54,9 +54,8 @@ def checked_path(path: Path) -> Path:
     return path
 
 
-def save(figure: Figure, path: str | Path) -> None:
+def save(figure: Figure, file: Path) -> None:
     """Write a picture, and make the folder for it."""
-    file = checked_path(Path(path))
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
 

@@ -28,6 +28,7 @@ class Base:
     def __init__(self, tensors: Mapping[str, Tensor], others: Mapping[str, Tensor] | None) -> None:
         self._others = others
         self._names = counterparts(tensors, others) if others is not None else {}
+        self._bases = {name: others[other] for name, other in self._names.items()} if others is not None else {}
 
     def check(self, name: str, tensor: Tensor, rules: Sequence[Rule]) -> None:
         """Refuse rules about a parameter that cannot be verified with this base, or without one.
@@ -41,14 +42,14 @@ class Base:
             if self._others is None:
                 _check_alone(rule)
             else:
-                self._check_beside(name, tensor, rule, self._others)
+                self._check_beside(name, tensor, rule)
 
-    def _check_beside(self, name: str, tensor: Tensor, rule: Rule, others: Mapping[str, Tensor]) -> None:
-        if name not in self._names:
+    def _check_beside(self, name: str, tensor: Tensor, rule: Rule) -> None:
+        if name not in self._bases:
             raise CheckpointError(
                 f"rule `{rule}`: the base has no `{name}`", "name parameters that both files have, or another base"
             )
-        base = others[self._names[name]]
+        base = self._bases[name]
         if base.ndim != tensor.ndim:
             raise CheckpointError(
                 f"rule `{rule}`: `{name}` has shape {tuple(tensor.shape)}, and {tuple(base.shape)} in the base",
@@ -97,7 +98,7 @@ class Base:
         """Return a tensor of the parameter's shape that holds what the base does, where the base has it."""
         if self._others is None:
             return tensor
-        base = self._others[self._names[name]]
+        base = self._bases[name]
         return base if base.shape == tensor.shape else laid_over(tensor, base)
 
     def check_kept(self, name: str, tensor: Tensor, part: FrozenPart) -> None:
@@ -106,9 +107,9 @@ class Base:
         Raises:
             CheckpointError: A rule does; the message names the first.
         """
-        if self._others is None or self._others[self._names[name]].shape == tensor.shape:
+        if self._others is None or self._bases[name].shape == tensor.shape:
             return
-        base = self._others[self._names[name]]
+        base = self._bases[name]
         shapes = f"its shape is {tuple(base.shape)} in the base and {tuple(tensor.shape)} in the checkpoint"
         for rule, entry in _kept_beyond(part, base):
             raise CheckpointError(f"rule `{rule}`: the base has no entry {entry} of `{name}`, {shapes}", _BOTH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -44,6 +45,13 @@ class Comparison:
     examples: tuple[Entry, ...]
     worst: Entry | None
     gap: float
+
+    def listed(self, told: Callable[[Entry], str]) -> Iterator[str]:
+        """Yield a line for each example, and one that says how many differ beside these."""
+        yield from (f"    {told(entry)}" for entry in self.examples)
+        left = self.count - len(self.examples)
+        if left and self.examples:
+            yield f"    and {left:,} more"
 
 
 def differ(first: Tensor, second: Tensor) -> Tensor:

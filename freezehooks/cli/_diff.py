@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._counted import counted
+from .._counted import counted, share_of
 from ._base import overlap
 from ._checkpoints import counterparts, open_checkpoint
 from ._comparison import Comparison, compare
@@ -107,11 +107,6 @@ class _Pair:
     def _entries(self, comparison: Comparison, total: int) -> Iterator[str]:
         if not comparison.count:
             return
-        of = f"of {counted(total, 'entry', 'entries')}"
-        found = counted(comparison.count, f"{of} differs", f"{of} differ")
+        found = share_of(comparison.count, total, "differs", "differ")
         yield f"{shown(self.name)} {tuple(self.second.shape)}: {found}, by up to {comparison.gap:g}"
-        for entry in comparison.examples:
-            yield f"    {entry.place(self.name)}: {entry.expected} in A, {entry.found} in B"
-        left = comparison.count - len(comparison.examples)
-        if left and comparison.examples:
-            yield f"    and {left:,} more"
+        yield from comparison.listed(lambda e: f"{e.place(self.name)}: {e.expected} in A, {e.found} in B")

@@ -39,21 +39,27 @@ def unchanged_rules(
         names: For names of the second file those of the first.
     """
     groups: dict[str, dict[str, _Unchanged]] = {}
-    for name, tensor in freezable(second).items():
-        same = _same(first[names[name]], tensor) if name in names else None
-        if same is None or not bool(same.any()):
-            continue
-        if any(before > now for before, now in zip(first[names[name]].shape, tensor.shape, strict=True)):
+    for name, before, now, same in _partly_same(first, second, names):
+        if any(was > size for was, size in zip(before.shape, now.shape, strict=True)):
             yield f"# {shown(name)}: {_counted(same)}, but it has lost others: freeze what both files have"
-            continue
-        found = _described(same, first[names[name]], tensor)
-        if found is None:
+        elif (found := _described(same, before, now)) is None:
             yield _no_rule(name, same)
         else:
             groups.setdefault(str(found.region), {})[name] = found
     absent = list(_absent(first, second, names))
     for group in sorted(groups.values(), key=lambda group: next(iter(group.values())).region != WHOLE):
         yield from _lines(group, [name for name in freezable(second) if name not in group], absent)
+
+
+def _partly_same(
+    first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: Mapping[str, str]
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Yield the name of each parameter of which something did not change, it before and now, and where that is."""
+    for name, now in freezable(second).items():
+        before = first[names[name]] if name in names else None
+        same = None if before is None else _same(before, now)
+        if before is not None and same is not None and bool(same.any()):
+            yield name, before, now, same
 
 
 def _absent(first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: Mapping[str, str]) -> Iterator[str]:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._counted import counted
+from .._counted import counted, share_of
 from .._errors import CheckpointError, RegionError
 from .._frozen import FrozenPart
 from .._rules import Rule
 from ._base import Base
 from ._checkpoints import open_checkpoint
-from ._comparison import Comparison, compare, differ
+from ._comparison import Comparison, Entry, compare, differ
 from ._output import say, shown
 from ._rules_file import add_rules_arguments, needed_rules
 from ._selection import part_of, rules_by_name, tying
@@ -174,15 +174,11 @@ def _report(name: str, count: int, findings: Sequence[_Finding]) -> None:
 
 def _complaint(name: str, finding: _Finding) -> Iterator[str]:
     comparison = finding.comparison
-    of = f"of {counted(finding.frozen, 'entry', 'entries')}"
-    found = counted(comparison.count, f"{of} does not hold", f"{of} do not hold")
-    yield f"NO  {name}: `{finding.rule}`: {found}"
-    for entry in comparison.examples:
-        yield f"    {entry.place(name)}: found {entry.found}, expected {entry.expected}"
-    left = comparison.count - len(comparison.examples)
-    if left and comparison.examples:
-        yield f"    and {left:,} more"
+    yield f"NO  {name}: `{finding.rule}`: {share_of(comparison.count, finding.frozen, 'does not hold', 'do not hold')}"
+
+    def told(entry: Entry) -> str:
+        return f"{entry.place(name)}: found {entry.found}, expected {entry.expected}"
+
+    yield from comparison.listed(told)
     if comparison.worst is not None and comparison.count > 1:
-        worst = comparison.worst
-        at = f"{worst.place(name)}: found {worst.found}, expected {worst.expected}"
-        yield f"    worst, off by {comparison.gap:g}: {at}"
+        yield f"    worst, off by {comparison.gap:g}: {told(comparison.worst)}"

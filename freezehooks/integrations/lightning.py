@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from .._counted import counted
+from .._counted import share_of
 from .._errors import OptimizerMismatchError, SpecError, StateMismatchError
 from .._frozen import FrozenPart
 from .._grammar import rules_of
@@ -188,8 +188,7 @@ class FreezeEntries(_Callback):
     @staticmethod
     def _report(trainer: Any, pl_module: Any, frozen: FrozenEntries) -> None:
         total = sum(parameter.numel() for parameter in pl_module.parameters())
-        of = f"of {counted(total, 'entry', 'entries')}"
-        told = counted(frozen.frozen_count, f"{of} is frozen", f"{of} are frozen")
+        told = share_of(frozen.frozen_count, total, "is frozen", "are frozen")
         _log(trainer, f"FreezeEntries: {told}\n{frozen}")
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from .._counted import counted
+from .._counted import share_of
 from .._errors import DriftError, SpecError, StateMismatchError
 from .._grammar import Spec, rules_of
 from .._handle import FrozenEntries, freeze_entries
@@ -192,8 +192,7 @@ class FreezeEntriesCallback(TrainerCallback):
 
     def _report(self, state: Any, model: Any, frozen: FrozenEntries) -> None:
         total = sum(parameter.numel() for parameter in model.parameters())
-        of = f"of {counted(total, 'entry', 'entries')}"
-        told = counted(frozen.frozen_count, f"{of} is frozen", f"{of} are frozen")
+        told = share_of(frozen.frozen_count, total, "is frozen", "are frozen")
         _log(state, f"{type(self).__name__}: {told}\n{frozen}")
 
 
