@@ -26,6 +26,7 @@ from freezehooks import (
     SpecError,
     StateMismatchError,
     TargetError,
+    UnguardedError,
     freeze_entries,
 )
 
@@ -489,6 +490,15 @@ def test_drift_is_raised_at_the_end_of_the_epoch(tmp_path: Path) -> None:
     with pytest.raises(DriftError, match=r"c_fc\.weight\[0, 1\]` holds 7\.0 instead of 0\.5"):
         trainer.train()
     assert trainer.state.global_step == 4
+    _assert_no_trace(model, trainer.optimizer.optimizer)
+
+
+def test_a_stripped_hook_is_raised_at_the_end_of_the_epoch(tmp_path: Path) -> None:
+    model, callback = _gpt2(), FreezeEntriesCallback(SPECS["gpt2"])
+    strip = _At("on_step_end", lambda model, **kwargs: model.transformer.h[0].mlp.c_fc._forward_pre_hooks.clear())
+    trainer = _trainer(model, tmp_path, callback, strip)
+    with pytest.raises(UnguardedError, match=r"missing is the forward hook of `transformer\.h\.0\.mlp\.c_fc\.weight`"):
+        trainer.train()
     _assert_no_trace(model, trainer.optimizer.optimizer)
 
 

@@ -58,6 +58,7 @@ class FreezeEntries(_Callback):
     Raises:
         FreezeError: Text that is no rule, when the callback is made; anything else, at the start of fit.
         DriftError: After the last step of an epoch, where a frozen entry does not hold its value.
+        UnguardedError: After the last step of an epoch, where all do, but a hook that holds them was stripped.
         StateMismatchError: On resuming from a checkpoint that was saved under other rules.
 
     Example:
@@ -134,7 +135,7 @@ class FreezeEntries(_Callback):
         return self.until_epoch is not None and trainer.current_epoch >= self.until_epoch
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Check after the last step of an epoch that every frozen entry holds its value."""
+        """Check after the last step of an epoch that every frozen entry holds its value, and its hooks are in place."""
         if trainer.is_last_batch and self.frozen is not None and self.frozen.attached:
             self.frozen.assert_frozen(guarded=False)
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 
 from .._counted import share_of
-from .._errors import DriftError, SpecError, StateMismatchError
+from .._errors import FreezeError, SpecError, StateMismatchError
 from .._grammar import Spec, rules_of
 from .._handle import FrozenEntries, freeze_entries
 
@@ -53,6 +53,7 @@ class FreezeEntriesCallback(TrainerCallback):
     Raises:
         FreezeError: Text that is no rule, when the callback is made; anything else, at the start of training.
         DriftError: At the end of an epoch, where a frozen entry does not hold its value.
+        UnguardedError: At the end of an epoch, where all do, but a hook that holds them was stripped.
         StateMismatchError: On resuming from a checkpoint that was saved under other rules, or whose `freezehooks.pt`
             is nowhere to be found.
 
@@ -157,11 +158,11 @@ class FreezeEntriesCallback(TrainerCallback):
         return self.until_epoch is not None and int(state.epoch or 0) >= self.until_epoch
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check that every frozen entry holds its value."""
+        """Check that every frozen entry holds its value, and that the hooks that hold it are in place."""
         if self.frozen is not None and self.frozen.attached:
             try:
                 self.frozen.assert_frozen(guarded=False)
-            except DriftError:
+            except FreezeError:
                 self._remove()
                 raise
 
