@@ -57,7 +57,7 @@ def link_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, tex
 def add_region_docstring(*event: Any) -> None:
     """Give `freezehooks.center` and its like the text that stands below them in the file that defines them."""
     _, what, name, _, _, lines = event
-    texts = ModuleAnalyzer.for_module("freezehooks._expressions").find_attr_docs()
+    texts = ModuleAnalyzer.for_module("freezehooks._rules.region").find_attr_docs()
     if what == "data" and ("", name.rpartition(".")[2]) in texts:
         lines[:] = texts["", name.rpartition(".")[2]]
 

@@ -17,16 +17,16 @@ from ._errors import (
     UnsupportedOptimizerError,
     UnsupportedParameterError,
 )
-from ._expressions import Region, border, center, cross, diagonal, entries, nm, smallest, tril, triu, zeros
-from ._frozen import FrozenPart, Violation
-from ._grammar import parse_region, parse_rule
-from ._guard import Guard
 from ._handle import FrozenEntries, freeze_entries
-from ._mechanisms import Mechanisms
+from ._held.parameter import FrozenPart, Violation
+from ._optim.step import Guard
 from ._optimizer import MaskedOptimizer
-from ._report import PartReport, Report
-from ._rules import Rule, keep, tied
-from ._trainable import Trainable
+from ._report.status import Mechanisms
+from ._report.table import PartReport, Report
+from ._report.trainable import Trainable
+from ._rules.parser import parse_region, parse_rule
+from ._rules.region import Region, border, center, cross, diagonal, entries, nm, smallest, tril, triu, zeros
+from ._rules.rule import Rule, keep, tied
 
 __all__ = [
     "CheckpointError",

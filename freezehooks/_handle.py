@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ._compact import check_elementwise, check_whole
 from ._errors import DriftError, OptimizerMismatchError, ParameterChangedError, SpecError, TargetError
-from ._frozen import FrozenPart, Violation
-from ._grammar import Spec, rules_of
-from ._guard import Guard, check_optimizer, compact_guards, guards_on
-from ._hooks import (
+from ._held.names import Site, matching, matching_unwrapped, unwrapped
+from ._held.parameter import FrozenPart, Violation
+from ._held.resolve import Model, resolve, saved_pieces, state_of
+from ._hooks.model import ImposeBeforeModel, is_before_model, remove_before_model
+from ._hooks.module import (
     ModuleHooks,
     hooks_on,
     parts_watching,
@@ -24,14 +24,14 @@ from ._hooks import (
     unwatch_gradient,
     watch_gradient,
 )
-from ._mechanisms import Mechanisms, OnModules, check_complete, find_mechanisms, guarded_now
-from ._model_hook import ImposeBeforeModel, is_before_model, remove_before_model
-from ._parts import Model, resolve, saved_pieces, state_of
-from ._report import Report, aligned, report_part
-from ._rules import Rule
-from ._state import stepped_by
-from ._targets import Site, matching, matching_unwrapped, unwrapped
-from ._trainable import Trainable, count_trainable
+from ._optim.compact import check_elementwise, check_whole
+from ._optim.state import stepped_by
+from ._optim.step import Guard, check_optimizer, compact_guards, guards_on
+from ._report.status import Mechanisms, OnModules, check_complete, find_mechanisms, guarded_now
+from ._report.table import Report, aligned, report_part
+from ._report.trainable import Trainable, count_trainable
+from ._rules.parser import Spec, rules_of
+from ._rules.rule import Rule
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -351,7 +351,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
             >>> figure.get_suptitle().splitlines()[-1]
             '6 of 54 entries frozen, 48 free'
         """
-        from ._plot import plot_part
+        from ._report.plot import plot_part
 
         part = self[name]
         site = next(site for owned, site in self._sites if owned is part)

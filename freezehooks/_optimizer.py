@@ -8,8 +8,8 @@ from typing import Any
 from torch.optim import Optimizer
 
 from ._errors import SpecError
-from ._guard import check_optimizer, compact_state_dict
 from ._handle import FrozenEntries
+from ._optim.step import check_optimizer, compact_state_dict
 
 
 class MaskedOptimizer(Optimizer):

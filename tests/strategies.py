@@ -11,8 +11,8 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor
 
 from freezehooks import Region, Rule, entries, keep
-from freezehooks._expressions import And, Index, IndexItem, Not, Or, Pattern, Slice
-from freezehooks._rules import TARGET, Keep
+from freezehooks._rules.region import And, Index, IndexItem, Not, Or, Pattern, Slice
+from freezehooks._rules.rule import TARGET, Keep
 
 LARGEST: Final = 10**30
 """Of the integers in an index: far beyond the last position of any tensor."""

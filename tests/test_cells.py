@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from freezehooks._cells import kernels_of, matrix_of, stressed
+from freezehooks._report.cells import kernels_of, matrix_of, stressed
 
 
 def test_a_cell_is_the_entry_of_largest_magnitude_with_its_sign() -> None:

@@ -18,9 +18,9 @@ from torch import nn
 
 from freezehooks import CheckpointError, FreezeError, parse_rule
 from freezehooks.cli import main
-from freezehooks.cli._checkpoints import counterparts, open_checkpoint
-from freezehooks.cli._output import complain, say
-from freezehooks.cli._rules_file import read_rules
+from freezehooks.cli.checkpoints import counterparts, open_checkpoint
+from freezehooks.cli.output import complain, say
+from freezehooks.cli.rules_file import read_rules
 
 from .checkpoints import Folder, Hostile, ramp
 
@@ -140,7 +140,7 @@ _NO_MEMORY = [
 ]
 
 
-@pytest.mark.parametrize("place", ["torch.load", "freezehooks.cli._show.rules_by_name"], ids=["opening", "looking"])
+@pytest.mark.parametrize("place", ["torch.load", "freezehooks.cli.show.rules_by_name"], ids=["opening", "looking"])
 @pytest.mark.parametrize("error", _NO_MEMORY, ids=["Python", "allocator", "mmap"])
 def test_too_little_memory_is_told_as_such(
     folder: Folder, place: str, error: Exception, monkeypatch: pytest.MonkeyPatch
@@ -152,7 +152,7 @@ def test_too_little_memory_is_told_as_such(
 
 
 def test_what_nobody_foresaw_is_not_hidden(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("freezehooks.cli._show.open_checkpoint", _Raises(RuntimeError("unforeseen")))
+    monkeypatch.setattr("freezehooks.cli.show.open_checkpoint", _Raises(RuntimeError("unforeseen")))
     with pytest.raises(RuntimeError, match="unforeseen"):
         main(["show", "a.pt"])
 
@@ -161,7 +161,7 @@ def test_an_interrupt_ends_it_quietly(folder: Folder, monkeypatch: pytest.Monkey
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("freezehooks.cli._show.open_checkpoint", interrupted)
+    monkeypatch.setattr("freezehooks.cli.show.open_checkpoint", interrupted)
     assert folder.run("show", "a.pt") == (130, "")
 
 

@@ -15,14 +15,14 @@ from hypothesis.strategies import DrawFn
 from torch import Tensor
 
 from freezehooks import RegionError, parse_region, parse_rule
-from freezehooks._grammar import rules_of
-from freezehooks._parts import resolve
-from freezehooks._regions import select
+from freezehooks._entries.select import select
+from freezehooks._held.resolve import resolve
+from freezehooks._rules.parser import rules_of
 from freezehooks.cli import main
-from freezehooks.cli._comparison import differ
-from freezehooks.cli._description import describe
-from freezehooks.cli._globs import targets_for
-from freezehooks.cli._unchanged import unchanged_rules
+from freezehooks.cli.comparison import differ
+from freezehooks.cli.description import describe
+from freezehooks.cli.globs import targets_for
+from freezehooks.cli.unchanged import unchanged_rules
 
 from .checkpoints import Folder, ramp
 from .strategies import combinations, masks, near_indices, patterns, weights

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from freezehooks import Region, RegionError, Rule, center, entries, nm, parse_rule, smallest, zeros
-from freezehooks._expressions import Index, Slice
-from freezehooks._regions import select
+from freezehooks._entries.select import select
+from freezehooks._rules.region import Index, Slice
 from freezehooks.cli import main
-from freezehooks.cli._drawing import draw
-from freezehooks.cli._extent import extent
-from freezehooks.cli._index_words import EVERYWHERE, NOWHERE, index_in_words
-from freezehooks.cli._words import chosen_by_numbers, in_words
+from freezehooks.cli.drawing import draw
+from freezehooks.cli.extent import extent
+from freezehooks.cli.index_words import EVERYWHERE, NOWHERE, index_in_words
+from freezehooks.cli.words import chosen_by_numbers, in_words
 
 from .strategies import combinations, indices, near_indices, patterns, rules, shapes, weights
 

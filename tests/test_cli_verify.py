@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from freezehooks import MaskedOptimizer, freeze_entries
-from freezehooks.cli import _comparison
-from freezehooks.cli._comparison import compare
+from freezehooks.cli import comparison as _comparison
+from freezehooks.cli.comparison import compare
 
 from .checkpoints import Folder, ramp
 

@@ -228,7 +228,7 @@ def test_a_rank_that_freezes_nothing_is_named() -> None:
     model = DistributedDataParallel(nn.Linear(3, 2))  # no other test asks about this one
     if dist.get_rank() == 0:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("freezehooks._ranks._SECONDS", 2.0)
+            patch.setattr("freezehooks._ranks.agreement._SECONDS", 2.0)
             with pytest.raises(FreezeError, match=r"rank 1 .*every rank"):
                 freeze_entries(model, "weight[0] = 0")
     dist.barrier()

@@ -23,7 +23,7 @@ from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
 
 from freezehooks import FreezeError, FrozenEntries, MaskedOptimizer, StateMismatchError, freeze_entries
-from freezehooks._expressions import Index, Slice
+from freezehooks._rules.region import Index, Slice
 
 from .claims import same_bits
 from .strategies import masks, near_indices

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from freezehooks._free import FreeEntries
+from freezehooks._entries.free import FreeEntries
 
 from .claims import same_bits
 from .strategies import shapes

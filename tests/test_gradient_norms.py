@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from freezehooks import freeze_entries
-from freezehooks._monitor import drift, gradient_norms
+from freezehooks._report.monitor import drift, gradient_norms
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64])

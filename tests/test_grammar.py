@@ -35,8 +35,8 @@ from freezehooks import (
     triu,
     zeros,
 )
-from freezehooks._grammar import parse_value, rules_of
-from freezehooks._rules import Keep
+from freezehooks._rules.parser import parse_value, rules_of
+from freezehooks._rules.rule import Keep
 
 from .strategies import regions, rule_like_texts, rules, targets, values
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from freezehooks._places import Box, Dense, Places, Scattered
+from freezehooks._entries.places import Box, Dense, Places, Scattered
 
 from .claims import same_bits
 from .strategies import boxes, masks, shapes

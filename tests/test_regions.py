@@ -30,8 +30,8 @@ from freezehooks import (
     triu,
     zeros,
 )
-from freezehooks._expressions import And, Index, Not, Or, Pattern
-from freezehooks._regions import positions, select
+from freezehooks._entries.select import positions, select
+from freezehooks._rules.region import And, Index, Not, Or, Pattern
 
 from .strategies import Indexed, combinations, indices_and_shapes, masks, shapes, weights
 

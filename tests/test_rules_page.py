@@ -14,8 +14,8 @@ import torch
 
 import freezehooks
 from freezehooks import FreezeError, parse_region, parse_rule
-from freezehooks._grammar import rules_of
-from freezehooks._regions import select
+from freezehooks._entries.select import select
+from freezehooks._rules.parser import rules_of
 
 PACKAGE: Final = Path(freezehooks.__file__).parent
 PAGE: Final = (Path(__file__).parents[1] / "docs" / "rules.md").read_text()
@@ -142,8 +142,8 @@ def test_every_message_is_preceded_by_what_to_do() -> None:
 # No message is missing
 
 SOURCES: Final = [
-    *("_expressions", "_rules", "_grammar", "_regions", "_piece", "_tie"),
-    *("_parts", "_targets", "_frozen", "_ranks"),
+    *("_rules/region", "_rules/rule", "_rules/parser", "_entries/select"),
+    *("_held/fixed", "_held/tied", "_held/parameter", "_held/names", "_held/resolve", "_ranks/agreement"),
 ]
 RAISE: Final = {
     "_error",

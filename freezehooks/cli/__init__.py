@@ -12,9 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
 from .._errors import FreezeError
-from . import _diff, _explain, _show, _verify
-from ._checkpoints import lacks_memory
-from ._output import complain, silence
+from . import diff, explain, show, verify
+from .checkpoints import lacks_memory
+from .output import complain, silence
 
 _INTERRUPTED: Final = 130
 _PIPE_CLOSED: Final = 141
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"freezehooks {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (_explain, _show, _verify, _diff):
+    for command in (explain, show, verify, diff):
         command.add_parser(commands)
     return parser
 

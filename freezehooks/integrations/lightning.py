@@ -13,11 +13,11 @@ from torch import Tensor
 
 from .._counted import share_of
 from .._errors import OptimizerMismatchError, SpecError, StateMismatchError
-from .._frozen import FrozenPart
-from .._grammar import rules_of
 from .._handle import FrozenEntries, freeze_entries
-from .._monitor import drift, gradient_norms
-from .._state import stepped_by
+from .._held.parameter import FrozenPart
+from .._optim.state import stepped_by
+from .._report.monitor import drift, gradient_norms
+from .._rules.parser import rules_of
 
 _PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
 

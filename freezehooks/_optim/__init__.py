@@ -1,0 +1,1 @@
+"""Around a step: what an optimizer's step hooks do, and its state."""

@@ -1,0 +1,257 @@
+"""Optimizer state in two forms: of whole parameters, and of their free entries alone."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .._entries.free import FreeEntries
+from .._entries.places import Places
+from .._errors import StateMismatchError
+from .state import has_history, history_vectors, is_counter, started, with_history
+
+Narrow: TypeAlias = "Mapping[Tensor, FreeEntries]"
+"""The parameters whose state is narrow, each with the free entries that it is of; that of others is whole."""
+
+_KEY: Final = "freezehooks"
+"""Under it a compact state dict says which entries its flat tensors are of.
+
+It also stands in one more group, of no parameters: without it a plain optimizer would load the state dict, and its
+fused kernels would read and write beyond the ends of the flat tensors.
+"""
+
+_FORMAT: Final = 1
+
+
+def reformed(
+    groups: Iterable[dict[str, Any]],
+    state: Mapping[Any, Any],
+    before: Narrow,
+    after: Narrow,
+    key_of: Callable[[Tensor], Any] = lambda parameter: parameter,
+) -> dict[Any, dict[str, Any]]:
+    """Return an optimizer's state in another form; entries that are new in it get what they start with.
+
+    Args:
+        groups: The optimizer's groups.
+        state: Its state, by parameter or by index.
+        before: Which parameters' state is narrow now.
+        after: Which parameters' state shall be.
+        key_of: Returns a parameter's key in the state.
+
+    Returns:
+        What changes, under the same keys; empty where nothing can be kept (the history of LBFGS, where it moves
+        entries that are frozen now).
+
+    Raises:
+        StateMismatchError: An item is not of the form that `before` says.
+    """
+    changed = {}
+    for group in groups:
+        for parameter in group["params"]:
+            key = key_of(parameter)
+            own = state.get(key) or {}
+            if has_history(own):
+                changed[key] = _reformed_history(own, group["params"], before, after)
+            elif own and before.get(parameter) is not after.get(parameter):
+                changed[key] = _reformed_items(own, parameter, group, before.get(parameter), after.get(parameter))
+    return changed
+
+
+def _reformed_items(
+    state: dict[str, Any],
+    parameter: Tensor,
+    group: dict[str, Any],
+    before: FreeEntries | None,
+    after: FreeEntries | None,
+) -> dict[str, Any]:
+    shape = parameter.shape if before is None else torch.Size([before.count])
+    changed = dict(state)
+    for name, value in state.items():
+        if isinstance(value, Tensor) and not is_counter(name):
+            _check_shape(name, value, parameter, shape)
+            changed[name] = _reformed(value, started(name, parameter, group, value), before, after)
+    return changed
+
+
+def _check_shape(name: str, value: Tensor, parameter: Tensor, shape: torch.Size) -> None:
+    if value.shape != shape:
+        raise StateMismatchError(
+            f"the optimizer's `{name}` has shape {tuple(value.shape)} for a parameter of shape "
+            f"{tuple(parameter.shape)}, expected {tuple(shape)}",
+            "load the state by load_state_dict, from a plain run's or what state_dict(compact=True) returned",
+        )
+
+
+def _reformed(value: Tensor, start: Tensor, before: FreeEntries | None, after: FreeEntries | None) -> Tensor:
+    """Return a tensor of entries in another form; `start` is whole, and written to."""
+    if before is not None:
+        before.put_(start, value)
+        value = start
+    return value if after is None else after.take(value).clone()
+
+
+def _reformed_history(state: dict[str, Any], parameters: list[Tensor], before: Narrow, after: Narrow) -> dict[str, Any]:
+    """Return the state of LBFGS, whose vectors lay the entries of all parameters one after another."""
+
+    def reformed_vector(vector: Tensor) -> Tensor:
+        parts = vector.split([_length(parameter, before.get(parameter)) for parameter in parameters])
+        return torch.cat(
+            [
+                _reformed_part(part, parameter, before.get(parameter), after.get(parameter))
+                for part, parameter in zip(parts, parameters, strict=True)
+            ]
+        )
+
+    changed = with_history(state, reformed_vector)
+    pairs = zip(history_vectors(state), history_vectors(changed), strict=True)
+    kept = all(bool(old.count_nonzero() == new.count_nonzero()) for old, new in pairs)
+    return changed if kept else {}
+
+
+def _length(parameter: Tensor, free: FreeEntries | None) -> int:
+    """Return how many numbers of a vector are a parameter's: a complex entry is two."""
+    entries = parameter.numel() if free is None else free.count
+    return entries * (2 if parameter.is_complex() else 1)
+
+
+def _reformed_part(part: Tensor, parameter: Tensor, before: FreeEntries | None, after: FreeEntries | None) -> Tensor:
+    entries = torch.view_as_complex(part.view(-1, 2)) if parameter.is_complex() else part
+    start = torch.zeros_like(parameter, dtype=entries.dtype)
+    value = entries if before is not None else entries.view(parameter.shape)
+    flat = _reformed(value, start, before, after).reshape(-1)
+    return torch.view_as_real(flat).view(-1) if parameter.is_complex() else flat
+
+
+class NarrowState(defaultdict[Any, Any]):
+    """The state of an optimizer that holds free entries alone; a copy of it is whole.
+
+    A copied or unpickled optimizer has lost every hook, and with them what knows how to step flat tensors.
+    """
+
+    def __init__(self, optimizer: Optimizer, narrow: Narrow) -> None:
+        super().__init__(dict, optimizer.state)
+        self._optimizer = weakref.ref(optimizer)
+        self._narrow = narrow
+
+    def __reduce__(self) -> Any:
+        optimizer = self._optimizer()
+        groups = [] if optimizer is None else optimizer.param_groups
+        return defaultdict, (dict,), None, None, iter({**self, **reformed(groups, self, self._narrow, {})}.items())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# State dicts
+
+
+def whole_state_dict(optimizer: Optimizer, state_dict: dict[str, Any], narrow: Narrow) -> dict[str, Any]:
+    """Return an optimizer's state dict in the plain shapes: any optimizer of the same class loads it."""
+    state = reformed(optimizer.param_groups, state_dict["state"], narrow, {}, _indices(optimizer).get)
+    return {**state_dict, "state": {**state_dict["state"], **state}}
+
+
+def compact_state_dict(
+    optimizer: Optimizer, state_dict: dict[str, Any], narrow: Narrow, places: Mapping[Tensor, list[Places]]
+) -> dict[str, Any]:
+    """Return an optimizer's state dict with flat tensors of the free entries, row by row, and which those are.
+
+    Args:
+        optimizer: The optimizer.
+        state_dict: Its state dict, narrow as it is in memory.
+        narrow: Which parameters' state is narrow.
+        places: Where each of them is frozen.
+    """
+    index_of = _indices(optimizer)
+    in_rows = {parameter: FreeEntries.in_rows(_frozen(parameter, places[parameter])) for parameter in narrow}
+    state = reformed(optimizer.param_groups, state_dict["state"], narrow, in_rows, index_of.get)
+    described = {
+        index_of[parameter]: {"shape": list(parameter.shape), "frozen": [place.state() for place in found]}
+        for parameter, found in places.items()
+    }
+    description = {"format": _FORMAT, "parameters": described}
+    return {
+        **state_dict,
+        "state": {**state_dict["state"], **state},
+        "param_groups": [*state_dict["param_groups"], {"params": [], _KEY: _FORMAT}],
+        _KEY: description,
+    }
+
+
+def read_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict in the plain shapes, whatever rules it was saved under; a plain one as it is.
+
+    Raises:
+        StateMismatchError: It is a compact one of parameters of other shapes, or cannot be read.
+    """
+    description = state_dict.get(_KEY)
+    if description is None:
+        return state_dict
+    parameters = {index: parameter for parameter, index in _indices(optimizer).items()}
+    try:
+        if description["format"] != _FORMAT:
+            raise StateMismatchError(
+                f"the compact optimizer state has format {description['format']!r}, expected {_FORMAT}",
+                "load it with the version of freezehooks that saved it",
+            )
+        narrow = {
+            parameters[index]: _described(parameters[index], item) for index, item in description["parameters"].items()
+        }
+        plain = {name: item for name, item in state_dict.items() if name != _KEY}
+        plain["param_groups"] = [group for group in plain["param_groups"] if _KEY not in group]
+        return whole_state_dict(optimizer, plain, narrow)
+    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, ValueError) as error:
+        if isinstance(error, StateMismatchError):
+            raise
+        raise StateMismatchError(
+            f"the compact optimizer state cannot be read ({type(error).__name__}: {error})",
+            "pass what MaskedOptimizer.state_dict(compact=True) returned, for the same parameters in the same order",
+        ) from error
+
+
+def check_in_plain_shapes(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Refuse a state dict that is not in the plain shapes, before an optimizer that is to narrow it has loaded it.
+
+    Raises:
+        StateMismatchError: It is not.
+    """
+    index_of = _indices(optimizer)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = state_dict["state"].get(index_of[parameter]) or {}
+            if has_history(state):
+                expected = torch.Size([sum(_length(each, None) for each in group["params"])])
+                for vector in history_vectors(state):
+                    _check_shape("history", vector, parameter, expected)
+                continue
+            for name, value in state.items():
+                if isinstance(value, Tensor) and not is_counter(name):
+                    _check_shape(name, value, parameter, parameter.shape)
+
+
+def _described(parameter: Tensor, item: dict[str, Any]) -> FreeEntries:
+    if item["shape"] != list(parameter.shape):
+        raise StateMismatchError(
+            f"the compact optimizer state is of a parameter of shape {tuple(item['shape'])}, found "
+            f"{tuple(parameter.shape)} in its place",
+            "give the optimizer the parameters of the saved run, in the same order",
+        )
+    return FreeEntries.in_rows(_frozen(parameter, [Places.from_state(place, parameter) for place in item["frozen"]]))
+
+
+def _frozen(parameter: Tensor, places: Iterable[Places]) -> Tensor:
+    frozen = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
+    for place in places:
+        frozen |= place.frozen(parameter.shape, parameter.device)
+    return frozen
+
+
+def _indices(optimizer: Optimizer) -> dict[Tensor, int]:
+    """Map each parameter to its number in a state dict."""
+    parameters = dict.fromkeys(parameter for group in optimizer.param_groups for parameter in group["params"])
+    return {parameter: index for index, parameter in enumerate(parameters)}

@@ -1,0 +1,104 @@
+"""Whether every rank freezes the same: asked through the rendezvous store, which no collective waits for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .._errors import RuleConflictError
+from .._rules.rule import Rule
+from .sharding import is_sharded
+
+_SECONDS: Final = 60.0
+"""How long a rank waits for the others to say what they freeze."""
+
+_asked: Counter[str] = Counter()
+"""How often each question was put: the ranks put the same ones in the same order."""
+
+
+def is_distributed() -> bool:
+    """Return whether this process is one of several that torch.distributed has joined."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def check_same_on_ranks(model: Any, asked: Mapping[str, tuple[Tensor, Sequence[Rule]]]) -> None:
+    """Refuse rules that differ between ranks, on every rank, where the ranks train one model together.
+
+    A plain model may well be frozen on one rank alone.
+
+    Raises:
+        RuleConflictError: They differ, or a rank does not freeze at all.
+    """
+    if is_distributed() and _is_shared(model):
+        topic = ",".join(f"{name}{tuple(parameter.shape)}" for name, parameter in _parameters(model))
+        say_the_same(topic, _said([rule for _, rules in asked.values() for rule in rules]))
+
+
+def check_same_parts(parts: Iterable[Any]) -> None:
+    """Refuse frozen parts that differ between ranks, on every rank.
+
+    Raises:
+        RuleConflictError: They do, or a rank has none.
+    """
+    parts = list(parts)
+    topic = ",".join(f"{part.name}{tuple(part.shape)}" for part in parts)
+    say_the_same("in the first forward", _said([rule for part in parts for rule in part.rules]) + f" on {topic}")
+
+
+def _is_shared(model: Any) -> bool:
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return any(isinstance(module, nn.parallel.DistributedDataParallel) for module in modules) or any(
+        is_sharded(parameter) for _, parameter in _parameters(model)
+    )
+
+
+def _parameters(model: Any) -> list[tuple[str, Tensor]]:
+    return list(model.named_parameters() if isinstance(model, nn.Module) else model.items())
+
+
+def _said(rules: Sequence[Rule]) -> str:
+    """Return the rules as text, with a digest of the tensors that they hold."""
+    texts = []
+    for rule in dict.fromkeys(rules):
+        digests = [_digest(given) for given in (rule.region, rule.value) if isinstance(given, Tensor)]
+        texts.append(" ".join([f"`{rule}`", *digests]))
+    return ", ".join(texts) or "nothing"
+
+
+def _digest(tensor: Tensor) -> str:
+    numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return f"(numbers {hashlib.sha256(bytes(numbers.tolist())).hexdigest()[:12]})"
+
+
+def say_the_same(topic: str, said: str) -> None:
+    """Compare what each rank says about a topic.
+
+    Raises:
+        RuleConflictError: They differ, or a rank says nothing for a minute.
+    """
+    key = hashlib.sha256(topic.encode()).hexdigest()[:16]
+    store = dist.distributed_c10d.PrefixStore(
+        f"freezehooks/{key}/{_asked[key]}", dist.distributed_c10d._get_default_store()
+    )
+    _asked[key] += 1
+    ranks = [str(rank) for rank in range(dist.get_world_size())]
+    store.set(str(dist.get_rank()), said)
+    try:
+        store.wait(ranks, timedelta(seconds=_SECONDS))
+    except RuntimeError:
+        silent = ", ".join(rank for rank in ranks if not store.check([rank]))
+        raise RuleConflictError(
+            f"rank {silent} froze nothing of a model that all ranks train",
+            "call freeze_entries with the same rules on every rank",
+        ) from None
+    found = {rank: store.get(rank).decode() for rank in ranks}
+    if len(set(found.values())) > 1:
+        listed = "; ".join(f"rank {rank} has {text}" for rank, text in found.items())
+        raise RuleConflictError(f"the ranks disagree about what is frozen: {listed}", "give every rank the same rules")

@@ -1,0 +1,1 @@
+"""For whom to see: status, tables, figures to log, pictures."""

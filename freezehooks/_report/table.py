@@ -1,0 +1,159 @@
+"""What a handle holds, and by what means: to read as a table, in a notebook, or as a dict."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from torch import Tensor
+
+from .._held.parameter import FrozenPart, Violation
+from .status import Mechanisms, said
+
+
+@dataclass(frozen=True, slots=True)
+class PartReport:
+    """What is frozen of one parameter, and whether all that shall hold it is in place.
+
+    Attributes:
+        name: The parameter's qualified name.
+        shape: The parameter's shape.
+        rules: The rules that freeze entries of it, or tie it, as text.
+        frozen: How many of its entries are frozen.
+        free: How many of its entries train.
+        lowest: The least of the values, of a complex parameter the least magnitude; None where nothing is frozen here.
+        highest: The greatest of the values, or magnitudes.
+        drifted: How many frozen entries do not hold their value now, bit for bit.
+        drift: The largest absolute difference of a frozen entry from its value now; infinite for nan.
+        mechanisms: What holds them, and what of it is missing.
+        nbytes: The memory that regions and values take, in bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rules: tuple[str, ...]
+    frozen: int
+    free: int
+    lowest: float | None
+    highest: float | None
+    drifted: int
+    drift: float
+    mechanisms: Mechanisms
+    nbytes: int
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What should hold the frozen entries and is not there; empty where everything is."""
+        return self.mechanisms.missing
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a handle holds, and by what means. Made by `FrozenEntries.report`.
+
+    It prints as a table, shows as one in a notebook, and `to_dict` gives it as builtins.
+
+    Attributes:
+        parts: What is frozen of each parameter, by its name.
+    """
+
+    parts: Mapping[str, PartReport]
+
+    @property
+    def holds(self) -> bool:
+        """Whether every frozen entry holds its value and nothing that holds it is missing."""
+        return not any(part.drifted or part.missing for part in self.parts.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return an item for each parameter, of builtins alone; what is missing stands beside the mechanisms."""
+        return {name: {**asdict(part), "missing": part.missing} for name, part in self.parts.items()}
+
+    def __str__(self) -> str:
+        if not self.parts:
+            return "nothing is frozen"
+        return f"{aligned([_HEADINGS, *map(_cells, self.parts.values())], _NUMBERS)}\n{self._verdict()}"
+
+    def _repr_html_(self) -> str:
+        headings = "".join(f"<th>{heading}</th>" for heading in _HEADINGS)
+        rows = "".join(f"<tr>{_html_row(_cells(part))}</tr>" for part in self.parts.values())
+        verdict = html.escape(self._verdict())
+        return f"<table><thead><tr>{headings}</tr></thead><tbody>{rows}</tbody></table><p>{verdict}</p>"
+
+    def _verdict(self) -> str:
+        if self.holds:
+            return "every frozen entry holds its value, and nothing that holds it is missing"
+        drifted = [f"`{name}`" for name, part in self.parts.items() if part.drifted]
+        gaps = said({name: part.missing for name, part in self.parts.items()})
+        return "; ".join([f"drifted: {', '.join(drifted)}"] * bool(drifted) + [f"missing: {gaps}"] * bool(gaps))
+
+
+_HEADINGS: Final = (
+    *("parameter", "shape", "rules", "values", "gradient", "forward", "saving", "optimizers"),
+    *("frozen", "free", "drift", "bytes"),
+)
+_NUMBERS: Final = range(8, 12)
+"""Which of the columns hold numbers; the others hold words."""
+
+_MISSING: Final = "MISSING"
+
+
+def _cells(part: PartReport) -> tuple[str, ...]:
+    words = part.name, str(part.shape), ", ".join(part.rules), _values_text(part), *_mechanism_cells(part.mechanisms)
+    drift = f"{part.drift:g} in {part.drifted:,}" if part.drifted else "0"
+    return *words, f"{part.frozen:,}", f"{part.free:,}", drift, f"{part.nbytes:,}"
+
+
+def _mechanism_cells(found: Mechanisms) -> tuple[str, ...]:
+    gradient, optimizers = "not trained", "not trained"
+    if found.trained:
+        gradient, optimizers = _presence(found.gradient_hook), ", ".join(found.optimizers) or _MISSING
+    return gradient, _presence(found.forward_hook), _presence(found.checkpoint_hooks), optimizers
+
+
+def _presence(hook: bool | None) -> str:
+    return "no module" if hook is None else "hooked" if hook else _MISSING
+
+
+def _values_text(part: PartReport) -> str:
+    ends = [f"{end:g}" for end in (part.lowest, part.highest) if end is not None]
+    return " to ".join(dict.fromkeys(ends))
+
+
+def _html_row(cells: Sequence[str]) -> str:
+    shown = [f"<b>{cell}</b>" if cell == _MISSING else html.escape(cell) for cell in cells]
+    return "".join(f"<td>{cell}</td>" for cell in shown)
+
+
+def aligned(rows: Sequence[tuple[str, ...]], right: Container[int]) -> str:
+    """Return rows of text as a table, the columns in `right` aligned to the right and the others to the left."""
+    columns = []
+    for n, column in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, column))
+        columns.append([text.rjust(width) if n in right else text.ljust(width) for text in column])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
+
+
+def report_part(part: FrozenPart, violations: Iterable[Violation], mechanisms: Mechanisms) -> PartReport:
+    """Write down what is frozen of one parameter, what of it drifted, and what holds it."""
+    violations = list(violations)
+    lowest, highest = _range(part.values)
+    return PartReport(
+        name=part.name,
+        shape=tuple(part.shape),
+        rules=tuple(map(str, part.rules)),
+        frozen=part.frozen_count,
+        free=part.free_count,
+        lowest=lowest,
+        highest=highest,
+        drifted=sum(violation.count for violation in violations),
+        drift=max((violation.drift for violation in violations), default=0.0),
+        mechanisms=mechanisms,
+        nbytes=part.nbytes,
+    )
+
+
+def _range(values: Tensor) -> tuple[float | None, float | None]:
+    numbers = values.abs() if values.is_complex() else values
+    return (numbers.min().item(), numbers.max().item()) if len(numbers) else (None, None)

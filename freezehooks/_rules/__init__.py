@@ -1,0 +1,1 @@
+"""What is written: regions, patterns and rules, as text and in Python. No torch."""

@@ -1,0 +1,1 @@
+"""Everything private of torch that freezehooks needs, each with the version it was seen in."""

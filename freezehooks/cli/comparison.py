@@ -1,0 +1,104 @@
+"""Two tensors side by side, bit for bit: how many entries differ, which, and by how much."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from .._entries.places import bits
+from .output import shown
+
+_AT_ONCE: Final = 1 << 20
+"""How many entries are compared at once: what a comparison takes beyond the two tensors does not grow with them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry that differs: where it lies, and what either tensor holds there, as exact text."""
+
+    index: tuple[int, ...]
+    found: str
+    expected: str
+
+    def place(self, name: str) -> str:
+        """Return the entry as a rule would name it."""
+        return f"{shown(name)}[{', '.join(map(str, self.index))}]" if self.index else shown(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What differs between two tensors.
+
+    Attributes:
+        count: How many entries differ.
+        examples: The first of them.
+        worst: The one that differs most, or None where none does.
+        gap: By how much it does; infinite where either holds nan.
+    """
+
+    count: int
+    examples: tuple[Entry, ...]
+    worst: Entry | None
+    gap: float
+
+    def listed(self, told: Callable[[Entry], str]) -> Iterator[str]:
+        """Yield a line for each example, and one that says how many differ beside these."""
+        yield from (f"    {told(entry)}" for entry in self.examples)
+        left = self.count - len(self.examples)
+        if left and self.examples:
+            yield f"    and {left:,} more"
+
+
+def differ(first: Tensor, second: Tensor) -> Tensor:
+    """Return where two tensors of one shape and dtype differ in their bits: nan equals nan, -0.0 is not 0.0."""
+    unequal = bits(first) != bits(second)
+    return unequal.any(dim=-1) if first.is_complex() else unequal
+
+
+def compare(found: Tensor, expected: Tensor, limit: int) -> Comparison:
+    """Compare two tensors of one shape and dtype; `limit`: how many examples to return."""
+    found, expected = _readable(found), _readable(expected)
+    ours, theirs = found.reshape(-1), expected.reshape(-1)
+    count, gap, worst = 0, -1.0, -1
+    first: list[int] = []
+    for start in range(0, ours.numel(), _AT_ONCE):
+        a, b = ours[start : start + _AT_ONCE], theirs[start : start + _AT_ONCE]
+        places = differ(a, b).nonzero().flatten()
+        if len(places):
+            count += len(places)
+            first += (start + places[: limit - len(first)]).tolist() if len(first) < limit else []
+            gaps = _gaps(a, b)[places]
+            if float(gaps.max()) > gap:
+                gap, worst = float(gaps.max()), start + int(places[gaps.argmax()])
+    examples = tuple(_entry(found, expected, place) for place in first)
+    return Comparison(count, examples, _entry(found, expected, worst) if count else None, max(gap, 0.0))
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """Return a tensor whose entries Python can read: of two numbers in one byte, the byte."""
+    return tensor.view(torch.uint8) if tensor.dtype == getattr(torch, "float4_e2m1fn_x2", None) else tensor
+
+
+def _gaps(first: Tensor, second: Tensor) -> Tensor:
+    wide = torch.complex128 if first.is_complex() else torch.float64
+    gaps = (first.to(wide) - second.to(wide)).abs()
+    return gaps.nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _entry(found: Tensor, expected: Tensor, place: int) -> Entry:
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), found.shape)) if found.ndim else ()
+    ours, theirs = repr(found[index].item()), repr(expected[index].item())
+    if ours == theirs:  # two kinds of nan
+        ours, theirs = (f"{text} ({_hex(t[index])})" for text, t in ((ours, found), (theirs, expected)))
+    return Entry(index, ours, theirs)
+
+
+def _hex(number: Tensor) -> str:
+    parts = bits(number.reshape(1)).flatten()
+    mask = (1 << 8 * parts.element_size()) - 1
+    return "bits " + " ".join(f"0x{int(part) & mask:0{2 * parts.element_size()}x}" for part in parts)
