@@ -18,7 +18,8 @@ from ._errors import (
     UnsupportedParameterError,
 )
 from ._handle import FrozenEntries, freeze_entries
-from ._held.parameter import FrozenPart, Violation
+from ._held.parameter import FrozenParameter
+from ._held.violation import Violation
 from ._optim.step import Guard
 from ._optimizer import MaskedOptimizer
 from ._report.status import Mechanisms
@@ -33,7 +34,7 @@ __all__ = [
     "DriftError",
     "FreezeError",
     "FrozenEntries",
-    "FrozenPart",
+    "FrozenParameter",
     "FrozenValueError",
     "Guard",
     "MaskedOptimizer",

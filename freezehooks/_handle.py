@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -11,24 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ._errors import DriftError, OptimizerMismatchError, ParameterChangedError, SpecError, TargetError
-from ._held.names import Site, matching, matching_unwrapped, unwrapped
-from ._held.parameter import FrozenPart, Violation
-from ._held.resolve import Model, resolve, saved_pieces, state_of
-from ._hooks.model import ImposeBeforeModel, is_before_model, remove_before_model
-from ._hooks.module import (
-    ModuleHooks,
-    hooks_on,
-    parts_watching,
-    silent_callers,
-    unwatch_gradient,
-    watch_gradient,
-)
+from ._errors import DriftError, OptimizerMismatchError, ParameterChangedError, SpecError
+from ._held import resolve, saved
+from ._held.held import HeldParameters, Model
+from ._held.names import matching, matching_unwrapped
+from ._held.parameter import FrozenParameter
+from ._held.site import Site
+from ._held.violation import Violation
+from ._hooks.forward import install_outer, remove_outer
+from ._hooks.gradient import unwatch_gradient, watch_gradient, watching
+from ._hooks.hook_set import HookSet, hook_sets_on, uncalled_owners
 from ._optim.compact import check_elementwise, check_whole
 from ._optim.state import stepped_by
-from ._optim.step import Guard, check_optimizer, compact_guards, guards_on
-from ._report.status import Mechanisms, OnModules, check_complete, find_mechanisms, guarded_now
-from ._report.table import Report, aligned, report_part
+from ._optim.step import Guard, StepHooks, check_optimizer, step_hooks_on
+from ._report.status import check_complete, find_mechanisms
+from ._report.table import Report, aligned, report_parameter
 from ._report.trainable import Trainable, count_trainable
 from ._rules.parser import Spec, rules_of
 from ._rules.rule import Rule
@@ -78,11 +75,11 @@ def freeze_entries(model: Model, spec: Spec, *, state: dict[str, Any] | None = N
             f"`model` must be a module or a mapping from name to tensor, found {type(model).__name__}",
             "call freeze_entries(model, spec), before a model is scripted",
         )
-    return FrozenEntries(model, resolve(model, rules_of(spec), state)).attach()
+    return FrozenEntries(resolve.resolve(model, rules_of(spec), state)).attach()
 
 
-class FrozenEntries(Mapping[str, FrozenPart]):
-    """What is frozen of a model: a mapping from parameter name to `FrozenPart`. Made by `freeze_entries`.
+class FrozenEntries(Mapping[str, FrozenParameter]):
+    """What is frozen of a model: a mapping from parameter name to `FrozenParameter`. Made by `freeze_entries`.
 
     A tied parameter stands under its first name and is found under any. Printing shows a table. As a context manager
     it removes itself at the end of the block.
@@ -99,17 +96,11 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         False
     """
 
-    def __init__(self, model: Model, parts: Iterable[tuple[FrozenPart, list[Site]]]) -> None:
-        self._model = model
-        self._parts: dict[str, FrozenPart] = {}
-        self._sites: list[tuple[FrozenPart, Site]] = []
-        self._modules: dict[nn.Module, ModuleHooks] = {}
+    def __init__(self, held: HeldParameters) -> None:
+        self._held = held
+        self._modules: dict[nn.Module, HookSet] = {}
         self._guards: list[Guard] = []
         self._attached = False
-        self._family = self._parts  # by which module hooks know one another
-        for part, sites in parts:
-            self._parts[part.name] = part
-            self._sites.extend((part, site) for site in sites)
 
     @classmethod
     def of(cls, model: nn.Module) -> tuple[FrozenEntries, ...]:
@@ -120,41 +111,32 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         """
         found: dict[int, FrozenEntries] = {}
         for module in model.modules():
-            for hooks in hooks_on(module):
-                if id(hooks.family) not in found:
-                    found[id(hooks.family)] = cls(model, ())
-                found[id(hooks.family)]._take_over(module, hooks)
+            for hooks in hook_sets_on(module):
+                if id(hooks.frozen) not in found:
+                    found[id(hooks.frozen)] = cls(HeldParameters(model, hooks.frozen, is_found=True))
+                found[id(hooks.frozen)]._take_over(module, hooks)
         return tuple(found.values())
 
-    def _take_over(self, module: nn.Module, hooks: ModuleHooks) -> None:
+    def _take_over(self, module: nn.Module, hooks: HookSet) -> None:
         self._modules[module] = hooks
-        self._family = hooks.family
         self._attached = True
-        for key, part in hooks.parts.items():
-            self._parts[part.name] = part
-            self._sites.append((part, Site(module, key)))
-        for part, parameter in hooks.bound(module):
-            watch_gradient(parameter, part)
+        for place in hooks.places(module):
+            self._held.sites.append((place.name, place.site))
+            parameter = place.own()
+            pair = None if parameter is None else hooks.frozen.adopt(place.name, parameter)
+            if pair is not None:
+                watch_gradient(pair[1], hooks.frozen, place.name)
 
     # A mapping
 
-    def __getitem__(self, name: str) -> FrozenPart:
-        for part in self._parts.values():
-            if name in part.names:
-                return part
-        for part in self._parts.values():
-            if unwrapped(name) in map(unwrapped, part.names):
-                return part
-        raise self._not_frozen(name)
-
-    def _not_frozen(self, target: str) -> TargetError:
-        return TargetError(f"nothing of `{target}` is frozen", f"frozen are {', '.join(self._parts) or 'none'}")
+    def __getitem__(self, name: str) -> FrozenParameter:
+        return self._held.frozen.find(name, self._held.names)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
+        return iter(self._held.names)
 
     def __len__(self) -> int:
-        return len(self._parts)
+        return len(self._held.names)
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -163,52 +145,46 @@ class FrozenEntries(Mapping[str, FrozenPart]):
 
     def __repr__(self) -> str:
         rows = [("parameter", "shape", "rules", "frozen", "free")]
-        for part in self._parts.values():
-            rules = ", ".join(map(str, part.rules))
-            rows.append((part.name, str(tuple(part.shape)), rules, f"{part.frozen_count:,}", f"{part.free_count:,}"))
-        return aligned(rows, right=(3, 4)) if self._parts else "nothing is frozen"
+        for frozen in self.values():
+            rules, counts = ", ".join(map(str, frozen.rules)), (f"{frozen.frozen_count:,}", f"{frozen.free_count:,}")
+            rows.append((frozen.name, str(tuple(frozen.shape)), rules, *counts))
+        return aligned(rows, right=(3, 4)) if len(self) else "nothing is frozen"
 
     @property
     def model(self) -> Model:
         """The model, or the mapping of bare tensors, whose entries are frozen."""
-        return self._model
+        return self._held.model
 
     @property
     def rules(self) -> tuple[Rule, ...]:
         """The rules in force, each once."""
-        return tuple(dict.fromkeys(rule for part in self._parts.values() for rule in part.rules))
+        return tuple(dict.fromkeys(rule for frozen in self.values() for rule in frozen.rules))
 
     @property
     def frozen_count(self) -> int:
         """How many entries are frozen, over all parameters."""
-        return sum(part.frozen_count for part in self._parts.values())
+        return sum(frozen.frozen_count for frozen in self.values())
 
     @property
     def nbytes(self) -> int:
         """The memory that regions and values take, in bytes, over all parameters: none for slices at a number."""
-        return sum(part.nbytes for part in self._parts.values())
+        return sum(frozen.nbytes for frozen in self.values())
 
     @property
     def attached(self) -> bool:
         """Whether the entries are held now."""
-        return self._attached and all(hooks.installed for hooks in self._modules.values())
+        return self._attached and all(hooks.is_installed for hooks in self._modules.values())
 
     # Holding
 
-    def held(self) -> Iterator[tuple[FrozenPart, Tensor]]:
-        """Pair each part with each parameter it holds now."""
-        seen: set[tuple[int, int]] = set()
-        for part, site in self._sites:
-            parameter = part.current(site.tensor())
-            pair = id(part), id(parameter)
-            if pair not in seen:
-                seen.add(pair)
-                yield part, parameter
+    def held(self) -> Iterator[tuple[FrozenParameter, Tensor]]:
+        """Pair what is frozen of each parameter with each tensor that it holds now."""
+        return iter(self._held)
 
     def impose(self) -> None:
         """Write the values into the frozen entries now."""
-        for part, parameter in self.held():
-            part.impose(parameter)
+        for frozen, parameter in self._held:
+            frozen.impose(parameter)
 
     def violations(self) -> tuple[Violation, ...]:
         """Return, for each parameter where frozen entries drifted, how many and the worst of them.
@@ -217,24 +193,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
             ParameterChangedError: A parameter is gone, has another shape or no numbers (on the meta device), or lies in
                 a module that was replaced.
         """
-        self._check_in_place()
-        found: dict[tuple[str, int], Violation | None] = {}
-        for part, site in self._sites:
-            place = part.name, id(site.find())
-            if found.get(place) is None:  # of names of one tensor, one may be pruned
-                found[place] = part.violation(part.current(site.computed()))
-        return tuple(filter(None, found.values()))
-
-    def _check_in_place(self) -> None:
-        """Refuse to answer for parameters of a module that the model no longer contains."""
-        modules = set(self._model.modules()) if isinstance(self._model, nn.Module) else set()
-        for part, site in self._sites:
-            part.check_shape(site.tensor())
-            if isinstance(site.owner, nn.Module) and site.owner not in modules:
-                raise ParameterChangedError(
-                    f"the {type(site.owner).__name__} that owned `{part.name}` is no longer in the model",
-                    "call remove() before a module is replaced, and freeze anew after",
-                )
+        return self._held.violations()
 
     def assert_frozen(self, *, guarded: bool = True) -> None:
         """Check that every frozen entry equals its value bit for bit, and that all that shall hold it is in place.
@@ -255,7 +214,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
                 "frozen entries drifted: " + ", ".join(map(str, violations)),
                 "guard every optimizer that steps them (MaskedOptimizer or frozen.guard), or call frozen.impose()",
             )
-        check_complete(self._mechanisms(), guarded=guarded)
+        check_complete(find_mechanisms(self._held, self._modules), guarded=guarded)
 
     def report(self) -> Report:
         """Look at what is frozen and by what means: values, drift, hooks, guarded optimizers, bytes.
@@ -281,20 +240,13 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         violations: dict[str, list[Violation]] = {}
         for violation in self.violations():
             violations.setdefault(violation.name, []).append(violation)
-        mechanisms = self._mechanisms()
+        mechanisms = find_mechanisms(self._held, self._modules)
         return Report(
-            {name: report_part(part, violations.get(name, ()), mechanisms[name]) for name, part in self._parts.items()}
+            {
+                name: report_parameter(frozen, violations.get(name, ()), mechanisms[name])
+                for name, frozen in self.items()
+            }
         )
-
-    def _mechanisms(self) -> dict[str, Mechanisms]:
-        sites: dict[str, list[Site]] = {}
-        for part, site in self._sites:
-            sites.setdefault(part.name, []).append(site)
-        came_with_model = self._family is not self._parts  # the model may be a part of the one that was frozen
-        has_model_hook = came_with_model or is_before_model(self._model, self._family)
-        on_modules = OnModules(self._model, self._modules, has_model_hook=has_model_hook)
-        guarded = guarded_now()
-        return {name: find_mechanisms(self._parts[name], sites[name], on_modules, guarded) for name in self._parts}
 
     def trainable(self) -> Trainable:
         """Count the entries of the model that train, as they are reported: in number and in percent.
@@ -308,15 +260,19 @@ class FrozenEntries(Mapping[str, FrozenPart]):
             >>> print(frozen.trainable())
             trainable entries: 5 of 8 (62.5 %)
         """
-        own = [(part, site.tensor()) for part, site in self._sites if self._is_held(part, site)]
-        return count_trainable(self._model, own)
+        held = [
+            (self._held.frozen[name], site.tensor())
+            for name, site in self._held.held_sites()
+            if self._attached and self._is_hooked(name, site)
+        ]
+        return count_trainable(self._held.model, held)
 
-    def _is_held(self, part: FrozenPart, site: Site) -> bool:
-        """Return whether one place is held still: another handle of the same parts may have let it go."""
+    def _is_hooked(self, name: str, site: Site) -> bool:
+        """Return whether one place is held still: another handle of the same parameters may have let it go."""
         if not isinstance(site.owner, nn.Module):
-            return self._attached
+            return True
         hooks = self._modules.get(site.owner)
-        return hooks is not None and hooks.installed and hooks.parts.get(site.key) is part
+        return hooks is not None and hooks.is_installed and hooks.names.get(site.key) == name
 
     def plot(self, name: str, path: str | Path | None = None) -> Figure:
         """Draw a parameter, kernel by kernel or as a matrix, with a mark on every frozen entry.
@@ -353,9 +309,10 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         """
         from ._report.plot import plot_part
 
-        part = self[name]
-        site = next(site for owned, site in self._sites if owned is part)
-        return plot_part(part, part.current(site.tensor()), path, owner=site.owner)
+        frozen = self[name]
+        site = next(site for owned, site in self._held.sites if owned == frozen.name)
+        pair = self._held.frozen.adopt(frozen.name, site.tensor())
+        return plot_part(frozen, site.tensor() if pair is None else pair[1], path, owner=site.owner)
 
     def guard(self, optimizer: Optimizer, *, compact: bool = False) -> Guard:
         """Hold the entries through every step of an optimizer, by the optimizer's own step hooks.
@@ -377,23 +334,22 @@ class FrozenEntries(Mapping[str, FrozenPart]):
             SpecError: `optimizer` is no optimizer.
         """
         self.check_optimizer(optimizer, compact=compact)
-        guard = self._guard_of(optimizer)
-        if compact or any(other.compaction for other in guards_on(optimizer)):
-            compact_guards([guard, *guards_on(optimizer)])
+        guard = self._guard_of(optimizer, compact)
         if self.attached:
-            guard.install()
+            guard.install(compact=compact)
         for inside in vars(optimizer).values():
             if isinstance(inside, Optimizer):
                 with suppress(OptimizerMismatchError):  # it steps other parameters
                     self.guard(inside, compact=compact)
         return guard
 
-    def _guard_of(self, optimizer: Optimizer) -> Guard:
+    def _guard_of(self, optimizer: Optimizer, compact: bool) -> Guard:
         self._guards = [guard for guard in self._guards if not guard.is_over]
         for guard in self._guards:
             if guard.optimizer is optimizer:
                 return guard
-        self._guards.append(Guard(self.held, optimizer))
+        hooks = step_hooks_on(optimizer) or StepHooks(optimizer)
+        self._guards.append(Guard(hooks, self._held, compact=compact))
         return self._guards[-1]
 
     def check_optimizer(self, optimizer: Optimizer, *, compact: bool = False) -> None:
@@ -407,12 +363,12 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         check_optimizer(optimizer)
         if compact:
             check_elementwise(optimizer)
-            check_whole(self.held())
-        self._check_in_place()
+            check_whole(self._held)
+        self._held.check_in_place()
         stepped = stepped_by(optimizer)
-        if self._parts and not any(id(parameter) in stepped for _, parameter in self.held()):
+        if len(self) and not any(id(parameter) in stepped for _, parameter in self._held):
             raise OptimizerMismatchError(
-                f"`{type(optimizer).__name__}` steps none of the frozen parameters ({', '.join(self._parts)})",
+                f"`{type(optimizer).__name__}` steps none of the frozen parameters ({', '.join(self)})",
                 "build it from the parameters of the model that was frozen, after moving or copying that model",
             )
 
@@ -428,9 +384,13 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         if self.attached:
             return self
         self._check_attachable()
-        for part, parameter in self.held():
-            part.begin(parameter)
-            watch_gradient(parameter, part)
+        frozen_parameters = self._held.frozen
+        frozen_parameters.hold(self)
+        for frozen, parameter in self._held:
+            frozen.begin(parameter)
+            frozen.complete_gradient(parameter)
+            frozen.zero_gradient(parameter)
+            watch_gradient(parameter, frozen_parameters, frozen.name)
         self._install_module_hooks()
         for guard in self._guards:
             guard.install()
@@ -438,24 +398,24 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         return self
 
     def _check_attachable(self) -> None:
-        self._check_in_place()
-        for part, parameter in self.held():
-            part.check_start(parameter)
-            for other in parts_watching(parameter):
-                if other is not part:
-                    part.check_beside(other)
+        self._held.check_in_place()
+        for frozen, parameter in self._held:
+            frozen.check_start(parameter)
+            for other in watching(parameter):
+                if other is not frozen:
+                    frozen.check_beside(other)
 
     def _install_module_hooks(self) -> None:
-        by_module: dict[nn.Module, ModuleHooks] = {}
-        for part, site in self._sites:
+        by_module: dict[nn.Module, HookSet] = {}
+        for name, site in self._held.held_sites():
             if isinstance(site.owner, nn.Module):
-                by_module.setdefault(site.owner, ModuleHooks(self._parts)).parts[site.key] = part
-        callers = silent_callers(self._model) if isinstance(self._model, nn.Module) else {}
+                by_module.setdefault(site.owner, HookSet(self._held.frozen)).names[site.key] = name
+        callers = uncalled_owners(self._held.model) if isinstance(self._held.model, nn.Module) else {}
         for module, hooks in by_module.items():
             hooks.install(module, callers.get(module, []))
-        self._modules, self._family = by_module, self._parts
-        if isinstance(self._model, nn.Module) and by_module:
-            self._model.register_forward_pre_hook(ImposeBeforeModel(self._parts), prepend=True)
+        self._modules = by_module
+        if by_module:
+            install_outer(self._held.model, self._held.frozen)
 
     def remove(self) -> None:
         """Let the entries go: take off every hook, from module, parameters and guarded optimizers.
@@ -464,13 +424,13 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         """
         if not self._attached:
             return
-        self._settle_guards()
+        self._reset_guards()
+        self._held.frozen.release(self)
         for guard in self._guards:
             guard.suspend()
-        for part, site in self._sites:
-            self._let_go(part, site)
-        if isinstance(self._model, nn.Module):
-            remove_before_model(self._model, self._family)
+        for name, site in self._held.sites:
+            self._release(name, site)
+        remove_outer(self._held.model, self._held.frozen)
         self._attached = False
 
     def thaw(self, target: str) -> None:
@@ -482,34 +442,33 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         Raises:
             TargetError: Nothing of it is frozen.
         """
-        known = [name for part in self._parts.values() for name in part.names]
+        known = [name for frozen in self.values() for name in frozen.names]
         names = {self[name].name for name in matching(target, known) or matching_unwrapped(target, known)}
         if not names:
-            raise self._not_frozen(target)
+            raise self._held.frozen.not_frozen(target, self)
         if self._attached:
-            self._settle_guards()
-        for part, site in self._sites:
-            if part.name in names:
-                self._let_go(part, site)
-        for name in names:
-            del self._parts[name]
-        self._sites = [(part, site) for part, site in self._sites if part.name not in names]
-        if not self._parts:
+            self._reset_guards()
+        for name, site in self._held.sites:
+            if name in names:
+                self._release(name, site)
+        self._held.frozen.thaw(names)
+        self._held.sites = [(name, site) for name, site in self._held.sites if name not in names]
+        if not len(self):
             self.remove()
 
-    def _settle_guards(self) -> None:
-        for guard in self._guards:
-            with suppress(ParameterChangedError):  # what is gone from the model has no state to settle
-                guard.settle_now()
+    def _reset_guards(self) -> None:
+        for hooks in self._held.frozen.living_guards():
+            with suppress(ParameterChangedError):  # what is gone from the model has no state to reset
+                hooks.reset()
 
-    def _let_go(self, part: FrozenPart, site: Site) -> None:
+    def _release(self, name: str, site: Site) -> None:
         """Take the hooks off one place that holds a parameter."""
         parameter = site.find()
         if parameter is not None:
-            unwatch_gradient(parameter, part)
+            unwatch_gradient(parameter, self._held.frozen, name)
         if isinstance(site.owner, nn.Module) and site.owner in self._modules:
             self._modules[site.owner].drop(site.key)
-            if not self._modules[site.owner].installed:
+            if not self._modules[site.owner].is_installed:
                 del self._modules[site.owner]
 
     def __enter__(self) -> Self:
@@ -524,7 +483,7 @@ class FrozenEntries(Mapping[str, FrozenPart]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return rules, regions and values as plain tensors and builtins (it loads with `weights_only=True`)."""
-        return state_of(self._parts.values())
+        return saved.save(self.values())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take regions and kept values from a saved state, and impose them.
@@ -535,21 +494,20 @@ class FrozenEntries(Mapping[str, FrozenPart]):
         Raises:
             StateMismatchError: It was made under other rules or for another model; nothing is changed then.
         """
-        asked = {part.name: (parameter, part.rules) for part, parameter in self.held()}
-        for name, pieces in list(saved_pieces(asked, state)):  # all of them before the first change
-            self._parts[name].replace(pieces)
+        resolve.load(self._held, state)
         if self.attached:
-            for part, parameter in self.held():
-                part.impose(parameter)
-                part.zero_gradient(parameter)
-            self._settle_guards()
+            for frozen, parameter in self._held:
+                frozen.impose(parameter)
+                frozen.zero_gradient(parameter)
+            self._reset_guards()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_guards": []}  # a guard belongs to its optimizer; MaskedOptimizer makes it anew
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        for part, site in self._sites if self._attached else ():
+        for name, site in self._held.held_sites() if self._attached else ():
             parameter = site.find() if site.is_whole else None  # else the first forward renews its hooks
-            if parameter is not None:
-                watch_gradient(part.current(parameter), part)
+            pair = None if parameter is None else self._held.frozen.adopt(name, parameter)
+            if pair is not None:
+                watch_gradient(pair[1], self._held.frozen, name)

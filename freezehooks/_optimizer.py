@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 
 from ._errors import SpecError
 from ._handle import FrozenEntries
-from ._optim.step import check_optimizer, compact_state_dict
+from ._held.held import HeldParameters
+from ._optim.step import StepHooks, check_optimizer, compact_state_dict, step_hooks_on
 
 
 class MaskedOptimizer(Optimizer):
@@ -148,14 +149,23 @@ class MaskedOptimizer(Optimizer):
         return repr(self.inner)
 
     def __reduce__(self) -> Any:
-        return _copied, (type(self), self.inner, self.frozen, self.compact)
+        hooks = step_hooks_on(self.inner)
+        return _copied, (type(self), self.inner, self.frozen, self.compact, [] if hooks is None else hooks.members)
 
 
 def _copied(
-    kind: type[MaskedOptimizer], inner: Optimizer, frozen: tuple[FrozenEntries, ...], compact: bool
+    kind: type[MaskedOptimizer],
+    inner: Optimizer,
+    frozen: tuple[FrozenEntries, ...],
+    compact: bool,
+    guarded: list[HeldParameters],
 ) -> MaskedOptimizer:
-    """Wrap a copied optimizer and guard it anew."""
-    return kind(inner, frozen, compact=compact)
+    """Wrap a copied optimizer, and guard it anew for every handle that guarded the original."""
+    copied = kind(inner, frozen, compact=compact)
+    for held in guarded:
+        hooks = step_hooks_on(inner) or StepHooks(inner)
+        hooks.join(held)  # once for those that the wrapper has guarded already
+    return copied
 
 
 def _handles(frozen: Any) -> tuple[FrozenEntries, ...]:

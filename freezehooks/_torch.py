@@ -1,1 +1,160 @@
-"""Everything private of torch that freezehooks needs, each with the version it was seen in."""
+"""Everything private of torch that freezehooks needs, each with the versions it was seen in.
+
+Nothing here is imported from torch before it is used, so a name that a later torch drops breaks the one feature that
+needs it, and not the import of the package.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# Autograd
+
+
+def graph_task_id() -> int:
+    """Return the number of the backward pass that this thread is in, or -1 outside (torch 2.0 to 2.14)."""
+    return torch._C._current_graph_task_id()
+
+
+def at_end_of_backward(callback: Callable[[], object]) -> None:
+    """Have the running backward pass call back when it has accumulated all gradients (torch 1.5 to 2.14).
+
+    A callback that another one queues comes after all that were queued before.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+def gradient_hooks(parameter: Tensor) -> MutableMapping[int, Any]:
+    """Return the post-accumulate hooks of a tensor, in the order in which they are called (torch 2.1 to 2.14)."""
+    return parameter._post_accumulate_grad_hooks or {}  # type: ignore[attr-defined,no-any-return]
+
+
+def tensor_hooks(tensor: Tensor) -> MutableMapping[int, Any]:
+    """Return what `Tensor.register_hook` has registered (torch 1.0 to 2.14)."""
+    return tensor._backward_hooks or {}  # type: ignore[return-value]
+
+
+def reconnect_hooks(parameter: Tensor) -> None:
+    """Make autograd call a tensor's hooks again after `torch.utils.swap_tensors` (torch 2.3 to 2.14).
+
+    The swapped tensor keeps the lists and loses the nodes that call them; setting a list makes a new node.
+    """
+    parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+    if parameter._backward_hooks:
+        parameter._backward_hooks = parameter._backward_hooks
+
+
+class TensorIdentity:
+    """Tells whether a tensor is still the one that was seen, without keeping it alive (torch 1.12 to 2.14).
+
+    Not by a weak reference in Python: torch refuses to swap a tensor that has one. The storage is referenced weakly
+    instead, so that no later tensor can take its address.
+    """
+
+    __slots__ = ("_number", "_storage")
+
+    def __init__(self, tensor: Tensor) -> None:
+        from torch.multiprocessing.reductions import StorageWeakRef
+
+        self._number = tensor._cdata
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Return whether this is the tensor that was seen, in the memory that it had then."""
+        same: bool = self._storage.cdata == tensor.untyped_storage()._cdata
+        return self._number == tensor._cdata and same
+
+
+# Compilers and transforms
+
+
+def is_exporting() -> bool:
+    """Return whether torch.export is tracing (public since torch 2.7; before, it cannot be told)."""
+    return bool(getattr(torch.compiler, "is_exporting", bool)())
+
+
+def outside_transforms() -> AbstractContextManager[None]:
+    """Step outside of torch.func transforms and of torch.jit.trace for a while.
+
+    Inside, the first forbid writes to what a function captured, and the second writes them into its program.
+    """
+    if torch._C._functorch.maybe_current_level() is not None:  # torch 2.0 to 2.14
+        from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack  # torch 2.0 to 2.14
+
+        return temporarily_clear_interpreter_stack()
+    return nullcontext() if torch._C._get_tracing_state() is None else _untraced()
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    state = torch._C._get_tracing_state()  # torch 1.0 to 2.14
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+# Modules and optimizers
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Return whether a module is a copy that nn.DataParallel computes with once (torch 1.5 to 2.14)."""
+    return "_is_replica" in vars(module)
+
+
+def step_pre_hooks(optimizer: Optimizer) -> MutableMapping[int, Any]:
+    """Return the hooks before an optimizer's steps (torch 2.0 to 2.14)."""
+    hooks: MutableMapping[int, Any] = optimizer._optimizer_step_pre_hooks  # type: ignore[attr-defined]
+    return hooks
+
+
+# Tensors that are more than one plain tensor
+
+
+def is_tensor_subclass(tensor: Tensor) -> bool:
+    """Return whether a tensor's numbers lie in other tensors, as those of quantized ones do (torch 2.1 to 2.14)."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return bool(is_traceable_wrapper_subclass(tensor))
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor; torch imports their module before it makes one (torch 2.5 to 2.14)."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_tensor(tensor: Any) -> Tensor:
+    """Return what of a DTensor lies on this rank: its own memory, unlike `to_local` outside autograd (2.5 to 2.14)."""
+    return tensor._local_tensor  # type: ignore[no-any-return]
+
+
+def has_fsdp2(model: nn.Module) -> bool:
+    """Return whether `fully_shard` was applied to a module of the model (torch 2.6 to 2.14)."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # without which there is none
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
+
+
+def fsdp2_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Yield the parameters that FSDP2 steps, each with its owner and its name there (torch 2.6 to 2.14)."""
+    kind = sys.modules["torch.distributed.fsdp"].FSDPModule
+    for module in model.modules():
+        if isinstance(module, kind):
+            state: Any = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch 2.6: one group
+            for parameter in (each for group in groups if group is not None for each in group.fsdp_params):
+                where = parameter._module_info
+                yield where.module, where.param_name, parameter.sharded_param
+
+
+def is_inside_ddp_forward() -> bool:
+    """Return whether DistributedDataParallel is running a forward (torch 2.0 to 2.14)."""
+    return nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None

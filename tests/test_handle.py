@@ -327,13 +327,13 @@ def test_a_state_saved_with_another_mask_or_tensor_is_refused() -> None:
     "damage",
     [
         lambda state: state.pop("parameters"),
-        lambda state: state["parameters"]["2.weight"]["pieces"][0].pop("places"),
-        lambda state: state["parameters"]["2.weight"]["pieces"].pop(),
-        lambda state: state["parameters"]["2.weight"]["pieces"][0].update(value=torch.ones(3)),
+        lambda state: state["parameters"]["2.weight"]["constraints"][0].pop("entries"),
+        lambda state: state["parameters"]["2.weight"]["constraints"].pop(),
+        lambda state: state["parameters"]["2.weight"]["constraints"][0].update(value=torch.ones(3)),
         lambda state: state.update(format=99),
         lambda state: state["parameters"]["2.weight"].update(shape=[4, 17]),
     ],
-    ids=["no_parameters", "no_places", "too_few_pieces", "wrong_values", "other_format", "other_shape"],
+    ids=["no_parameters", "no_entries", "too_few_constraints", "wrong_values", "other_format", "other_shape"],
 )
 def test_a_damaged_state_is_refused_and_changes_nothing(damage: Any) -> None:
     frozen = freeze_entries(_model(), SPEC)
@@ -549,7 +549,7 @@ def test_a_tensor_value_is_compared_with_the_saved_one_under_any_region() -> Non
 def test_a_number_is_the_rules_to_say_and_not_the_states() -> None:
     frozen = freeze_entries(_model(), "0[center] = 0")
     state = frozen.state_dict()
-    state["parameters"]["0.weight"]["pieces"][0]["value"] = 5.0
+    state["parameters"]["0.weight"]["constraints"][0]["value"] = 5.0
     frozen.load_state_dict(state)
     assert frozen["0.weight"].values.tolist() == [0, 0]
 
@@ -610,7 +610,7 @@ def test_a_spectral_norm_put_on_later_is_refused() -> None:
 
 def test_a_part_shows_what_it_is() -> None:
     frozen = freeze_entries(nn.Linear(3, 2), "weight[0] = 1")
-    assert repr(frozen["weight"]) == "FrozenPart('weight', shape=(2, 3), frozen=3, free=3)"
+    assert repr(frozen["weight"]) == "FrozenParameter('weight', shape=(2, 3), frozen=3, free=3)"
 
 
 class _Namesakes(nn.Module):

@@ -1,71 +1,18 @@
-"""From the names in rules to the parameters of a model, and to every place that holds one of them."""
+"""From the names in rules to the parameters of a model."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Final
 
-import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .._errors import ParameterChangedError, SpecError, TargetError, UnsupportedParameterError
-from .._ranks.sharding import is_sharded, local
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """One place that holds a parameter: a module and an attribute of it, or a mapping and a key of it."""
-
-    owner: nn.Module | Mapping[str, Tensor]
-    key: str
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the owner has its parameters: not so a module that is just being copied, and holds its handle."""
-        return not isinstance(self.owner, nn.Module) or "_parameters" in vars(self.owner)
-
-    def tensor(self) -> Tensor:
-        """Return the tensor that stands here now.
-
-        Raises:
-            ParameterChangedError: None does.
-        """
-        found = self.find()
-        if found is None:
-            raise gone(self.key, self.owner)
-        return found
-
-    def find(self) -> Tensor | None:
-        """Return the tensor that stands here now, or None."""
-        return parameter_of(self.owner, self.key) if isinstance(self.owner, nn.Module) else self.owner.get(self.key)
-
-    def computed(self) -> Tensor:
-        """Return what the owner computes with: the tensor that stands here, under the mask where it was pruned."""
-        mask = self.owner._buffers.get(f"{self.key}_mask") if isinstance(self.owner, nn.Module) else None
-        return self.tensor() if mask is None else self.tensor() * mask
-
-
-def gone(name: str, owner: object) -> ParameterChangedError:
-    """Return the error for a frozen parameter that is no longer where it was."""
-    return ParameterChangedError(
-        f"the frozen parameter `{name}` is gone from {type(owner).__name__}",
-        "remove the frozen entries before the parameter is deleted, renamed or parametrized",
-    )
-
-
-def parameter_of(module: nn.Module, key: str) -> Tensor | None:
-    """Return the parameter that goes by `key`, also after torch.nn.utils.prune has renamed it, or None."""
-    found = module._parameters.get(key)  # not getattr: pruning leaves a computed tensor under the parameter's name
-    if found is None and f"{key}_mask" in module._buffers:
-        return module._parameters.get(f"{key}_orig")
-    return found
+from .._errors import SpecError, TargetError, UnsupportedParameterError
+from .site import Site
 
 
 class Targets:
@@ -195,89 +142,3 @@ def _computed_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple
 
 _RENAMED: Final = re.compile(r"^(.+)(_orig|_v)$", re.MULTILINE)
 """How torch's older hooks rename the parameter they compute from: pruning and spectral norm, weight norm."""
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Parameters that cannot be held
-
-
-def check_supported(parameter: Tensor) -> None:
-    """Refuse a parameter whose entries no mechanism here can hold.
-
-    Raises:
-        UnsupportedParameterError: With what was found and the way out.
-    """
-    for found, fact, advice in _REFUSALS:
-        if found(local(parameter)) or (found(parameter) and not is_sharded(parameter)):
-            raise UnsupportedParameterError(fact.format(parameter=parameter), advice)
-
-
-_REFUSALS: Final[tuple[tuple[Callable[[Tensor], bool], str, str], ...]] = (
-    (is_lazy, "the parameter is lazy and has no shape yet", "run one forward first, then freeze"),
-    (
-        lambda p: getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False),
-        "the parameter is of FSDP1, which joins many tensors into one flat parameter",
-        "use FSDP2 (torch.distributed.fsdp.fully_shard) or DistributedDataParallel",
-    ),
-    (
-        lambda p: hasattr(p, "ds_id") or hasattr(p, "_hp_mapping"),
-        "the parameter is one of DeepSpeed ZeRO, which steps copies of it that it keeps elsewhere",
-        "use FSDP2 (torch.distributed.fsdp.fully_shard) or DistributedDataParallel",
-    ),
-    (
-        lambda p: is_traceable_wrapper_subclass(p),
-        "the parameter is a tensor subclass ({parameter.__class__.__name__}) whose memory is not one plain tensor",
-        "freeze before the model is quantised or sharded",
-    ),
-    (lambda p: p.is_meta, "the parameter is on the meta device and has no numbers yet", "materialise it, then freeze"),
-    (
-        lambda p: p.is_quantized or not (p.is_floating_point() or p.is_complex()) or p.element_size() == 1,
-        "the parameter holds {parameter.dtype}, which no optimizer trains",
-        "name floating-point parameters alone",
-    ),
-    (
-        lambda p: p.layout != torch.strided,
-        "the parameter's layout is {parameter.layout}",
-        "only dense (strided) parameters can be held; convert it with `to_dense()`",
-    ),
-    (
-        lambda p: any(step == 0 and size > 1 for step, size in zip(p.stride(), p.shape, strict=True)),
-        "the parameter is expanded: several of its entries share one place in memory",
-        "make it contiguous first",
-    ),
-    (
-        lambda p: p.is_conj() or p.is_neg(),
-        "the parameter is a lazy conjugate or negative: its entries are not what is in memory",
-        "call `resolve_conj().resolve_neg()` on it first",
-    ),
-    (
-        lambda p: p.is_inference(),
-        "the parameter was made under torch.inference_mode, so nothing may write into it",
-        "make the model outside inference mode",
-    ),
-    (
-        lambda p: not p.is_leaf,
-        "the tensor is computed from others (it has a grad_fn), so no optimizer steps it",
-        "name the leaf tensors it is computed from",
-    ),
-)
-
-
-def check_wrappers(model: nn.Module | Mapping[str, Tensor]) -> None:
-    """Refuse a model wrapped in FSDP1, or DeepSpeed: what the optimizer steps are not its parameters.
-
-    Raises:
-        UnsupportedParameterError: It is.
-    """
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    kinds = {kind.__name__ for module in modules for kind in type(module).__mro__}
-    if "DeepSpeedEngine" in kinds:
-        raise UnsupportedParameterError(
-            "the model is a DeepSpeedEngine, whose ZeRO steps copies of the parameters that it keeps elsewhere",
-            "use FSDP2 (torch.distributed.fsdp.fully_shard) or DistributedDataParallel",
-        )
-    if "FullyShardedDataParallel" in kinds:
-        raise UnsupportedParameterError(
-            "the model is wrapped in FSDP1 (FullyShardedDataParallel), which joins many parameters into a flat one",
-            "use FSDP2 (torch.distributed.fsdp.fully_shard) or DistributedDataParallel",
-        )

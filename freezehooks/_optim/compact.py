@@ -1,39 +1,32 @@
 """An optimizer that holds the free entries alone: it steps flat tensors of them, and its state is of their size.
 
 The optimizer's groups always hold the model's own parameters, and its state lies under them, as flat tensors. At each
-step the optimizer's own `step` runs on a stand-in for the optimizer, whose groups hold the flat tensors in the place
-of the parameters. Whatever happens in a step, an error included, the optimizer itself never changes hands.
+step the optimizer's own `step` runs on a proxy, whose groups hold the flat tensors in the place of the parameters.
+Whatever happens in a step, an error included, the optimizer itself never changes hands.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any, Final, TypeAlias
+from collections.abc import Iterable
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from .._entries.free import FreeEntries
-from .._errors import StateMismatchError, UnsupportedOptimizerError, UnsupportedParameterError
-from .._held.parameter import FrozenPart
+from .._entries.flat_order import FlatOrder
+from .._errors import UnsupportedOptimizerError, UnsupportedParameterError
+from .._held.parameter import FrozenParameter
 from .._ranks.sharding import is_sharded
 from .elementwise import ELEMENTWISE, is_elementwise, steps_like
-from .flat_step import Slot, Stage, stand_in
-from .state import stepped_by
+from .flat_step import FlatParameter, FlatStep
 from .state_dict import (
-    NarrowState,
-    check_in_plain_shapes,
+    FlatState,
     compact_state_dict,
-    read_state_dict,
-    reformed,
+    convert_state,
     whole_state_dict,
 )
-
-Held: TypeAlias = "Callable[[], Iterable[tuple[FrozenPart, Tensor]]]"
-"""Returns each part with the parameter that it holds now."""
 
 _REFUSED: Final = {
     "Muon": "it orthogonalises the update of a whole matrix",
@@ -63,125 +56,89 @@ def check_elementwise(optimizer: Optimizer) -> None:
         )
 
 
-def check_whole(held: Iterable[tuple[FrozenPart, Tensor]]) -> None:
+def check_whole(held: Iterable[tuple[FrozenParameter, Tensor]]) -> None:
     """Refuse parameters that are spread over ranks: how many entries are free differs from rank to rank.
 
     Raises:
         UnsupportedParameterError: One is.
     """
-    for part, parameter in held:
+    for frozen, parameter in held:
         if is_sharded(parameter):
             raise UnsupportedParameterError(
-                f"`{part.name}` is spread over ranks ({type(parameter).__name__}), and compact=True needs it whole",
+                f"`{frozen.name}` is spread over ranks ({type(parameter).__name__}), and compact=True needs it whole",
                 "leave out compact=True, or train with DistributedDataParallel",
             )
 
 
-class Compaction:
-    """What makes an optimizer hold the free entries alone; shared by the guards of all handles on it.
-
-    Attributes:
-        members: What each handle holds.
-    """
+class Compact:
+    """What makes an optimizer hold the free entries alone, whichever handles ask for it."""
 
     def __init__(self) -> None:
-        self.members: list[Held] = []
-        self._slots: dict[Tensor, Slot] = {}
-        self._stage: Stage | None = None
+        self._parameters: dict[Tensor, FlatParameter] = {}
+        self._step: FlatStep | None = None
         self._saves_compact = False
-        self._is_behind = False
-        self._handles: list[RemovableHandle] = []
 
-    def join(self, held: Held, optimizer: Optimizer) -> None:
-        """Step what a handle holds by its free entries too."""
-        self.members.append(held)
-        try:
-            self.settle(optimizer)
-        except StateMismatchError:
-            self.members.remove(held)
-            raise
-        if not self._handles:
-            # first of all such hooks: every other one sees a whole state that is saved, and a settled one after a load
-            self._handles = [
-                optimizer.register_state_dict_post_hook(self._after_saving, prepend=True),
-                optimizer.register_load_state_dict_pre_hook(self._before_loading),
-                optimizer.register_load_state_dict_post_hook(self._after_loading, prepend=True),
-            ]
+    def remove(self, optimizer: Optimizer) -> None:
+        """Let the optimizer hold whole parameters again."""
+        self.interrupt()
+        self.convert(optimizer, [])
 
-    def leave(self, held: Held, optimizer: Optimizer) -> None:
-        """Let go what a handle holds; with the last one the optimizer holds whole parameters again."""
-        self.members.remove(held)
-        self._interrupt()
-        self.settle(optimizer)
-        if not self.members:
-            for handle in self._handles:
-                handle.remove()
-            self._handles = []
-
-    def holds(self, parameter: Tensor) -> bool:
+    def steps(self, parameter: Tensor) -> bool:
         """Return whether the optimizer steps a parameter by its free entries, so never reads or writes the others."""
-        return parameter in self._slots
+        return parameter in self._parameters
+
+    def is_current(self, optimizer: Optimizer) -> bool:
+        """Return whether the optimizer's state is the one that was converted."""
+        return isinstance(optimizer.state, FlatState) or not self._parameters
+
+    @property
+    def is_stepping(self) -> bool:
+        """Whether a step has begun: what it steps may not change before its end."""
+        return self._step is not None and self._step.has_begun
 
     @property
     def nbytes(self) -> int:
-        """The memory that positions of free entries take, in bytes: none where they lie in a few runs."""
-        return sum(slot.free.nbytes for slot in self._slots.values())
+        """The memory that it takes between steps, in bytes: none where free entries lie in one piece."""
+        return sum(flat.nbytes for flat in self._parameters.values())
 
     # State
 
-    def settle(self, optimizer: Optimizer) -> None:
-        """Bring the optimizer's state into line with what the handles hold now.
+    def convert(self, optimizer: Optimizer, held: Iterable[tuple[FrozenParameter, Tensor]]) -> None:
+        """Bring the optimizer's state into line with what the handles hold now of the parameters that it steps.
 
-        Entries that stay free keep their state; those that were frozen start anew, as if they had never moved. A step
-        that has begun ends with what it began with; what a closure changes waits for its end.
+        Entries that stay free keep their state; those that were frozen start anew, as if they had never moved.
+
+        Raises:
+            StateMismatchError: The state is not of the shapes that it should be of; nothing is changed then.
         """
-        self._is_behind = self._stage is not None and self._stage.has_begun
-        if self._is_behind:
-            return
-        if not isinstance(optimizer.state, NarrowState):
-            self._slots = {}  # it was replaced, by a load or by hand: it is whole
-        wanted = self._wanted(optimizer)
-        if any(wanted.get(parameter) is not self._slots.get(parameter) for parameter in {**wanted, **self._slots}):
-            changed = reformed(optimizer.param_groups, optimizer.state, _free(self._slots), _free(wanted))
-            optimizer.state.update(changed)
-            self._slots = wanted
-            optimizer.state = NarrowState(optimizer, _free(wanted)) if wanted else defaultdict(dict, optimizer.state)
+        if not isinstance(optimizer.state, FlatState):
+            self._parameters = {}  # it was replaced, by a load or by hand: it is whole
+        wanted = self._wanted(optimizer, held)
+        if any(wanted.get(each) is not self._parameters.get(each) for each in {**wanted, **self._parameters}):
+            before, after = _orders(self._parameters), _orders(wanted)
+            optimizer.state.update(convert_state(optimizer.param_groups, optimizer.state, before, after))
+            self._parameters, self._step = wanted, None
+            optimizer.state = FlatState(optimizer, after) if wanted else defaultdict(dict, optimizer.state)
 
-    def _wanted(self, optimizer: Optimizer) -> dict[Tensor, Slot]:
-        """Return a slot for each parameter to step by its free entries: the present one, where it still fits."""
+    def _wanted(
+        self, optimizer: Optimizer, held: Iterable[tuple[FrozenParameter, Tensor]]
+    ) -> dict[Tensor, FlatParameter]:
+        """Return the parameters to step by their free entries: the present ones, where they still fit."""
+        found: dict[Tensor, list[FrozenParameter]] = {}
+        for frozen, parameter in held:
+            found.setdefault(parameter, []).append(frozen)
         wanted = {}
-        for parameter, parts in self._frozen_in(optimizer).items():
-            slot = self._slots.get(parameter)
-            wanted[parameter] = slot if slot is not None and slot.fits(parts) else Slot(parameter, parts)
+        for parameter, frozen_by in found.items():
+            if not any(frozen.ties for frozen in frozen_by):  # tied copies are summed and made one as whole parameters
+                flat = self._parameters.get(parameter)
+                fits = flat is not None and flat.fits(frozen_by)
+                wanted[parameter] = flat if flat is not None and fits else FlatParameter(parameter, frozen_by)
         others = any(parameter not in wanted for group in optimizer.param_groups for parameter in group["params"])
-        if others or any(slot.free.count for slot in wanted.values()) or is_elementwise(optimizer):
+        if others or any(flat.free.count for flat in wanted.values()) or is_elementwise(optimizer):
             return wanted
         return {}  # nothing is free: LBFGS asks for the largest gradient, and there must be one
 
-    def _frozen_in(self, optimizer: Optimizer) -> dict[Tensor, list[FrozenPart]]:
-        stepped = stepped_by(optimizer)
-        found: dict[Tensor, list[FrozenPart]] = {}
-        for member in self.members:
-            held = list(member())
-            check_whole(held)
-            for part, parameter in held:
-                if id(parameter) in stepped:
-                    found.setdefault(parameter, []).append(part)
-        # tied copies are summed and made one as whole parameters
-        return {parameter: parts for parameter, parts in found.items() if all(part.tie is None for part in parts)}
-
-    def _before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return a state that is to be loaded in the plain shapes, or refuse it."""
-        whole = read_state_dict(optimizer, state_dict)
-        check_in_plain_shapes(optimizer, whole)
-        return whole
-
-    def _after_loading(self, optimizer: Optimizer) -> None:
-        """Take over a state that was loaded."""
-        self._interrupt()
-        self.settle(optimizer)
-
-    def compact_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+    def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the optimizer's state dict with flat tensors of the free entries, and which those are."""
         self._saves_compact = True
         try:
@@ -189,50 +146,48 @@ class Compaction:
         finally:
             self._saves_compact = False
 
-    def _after_saving(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def saved(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the optimizer's state dict as it is to be saved: whole, unless it was asked for compact."""
+        orders = _orders(self._parameters)
         if not self._saves_compact:
-            return whole_state_dict(optimizer, state_dict, _free(self._slots))
-        places = {
-            parameter: [piece.places for part in slot.parts for piece in part.pieces]
-            for parameter, slot in self._slots.items()
-        }
-        return compact_state_dict(optimizer, state_dict, _free(self._slots), places)
+            return whole_state_dict(optimizer, state_dict, orders)
+        held = {parameter: flat.held for parameter, flat in self._parameters.items()}
+        return compact_state_dict(optimizer, state_dict, orders, held)
 
     # Steps
 
     def begin_step(self, optimizer: Optimizer) -> Any:
         """Return what steps in the optimizer's place."""
-        self._interrupt()
-        self.settle(optimizer)
-        self._stage = Stage(optimizer, lambda: self._slots)
-        return stand_in(optimizer, self._stage)
+        self.interrupt()
+        if self._step is None:
+            self._step = FlatStep(optimizer, self._parameters)
+        return self._step.prepare(optimizer)
 
     def before_closure(self) -> None:
         """Let a closure see the weights of this moment: LBFGS moves them between its closures."""
-        if self._stage is not None:
-            self._stage.write_weights()
+        if self._step is not None:
+            self._step.scatter()
 
     def after_closure(self) -> None:
         """Let the step see the gradients that a closure made."""
-        if self._stage is not None:
-            self._stage.renew_gradients()
+        if self._step is not None:
+            self._step.gather_gradients()
 
-    def end_step(self, optimizer: Optimizer) -> None:
+    def end_step(self) -> None:
         """Hand weights and state over to the optimizer."""
-        if self._stage is not None:
-            self._stage.end()
-            self._stage = None
-            if self._is_behind:  # a closure has frozen more, or less
-                self.settle(optimizer)
-                for slot in self._slots.values():
-                    slot.impose()
+        if self._step is not None:
+            self._step.finish()
 
-    def _interrupt(self) -> None:
+    def interrupt(self) -> None:
         """Leave off a step that has begun: it failed, or what it steps is about to change."""
-        if self._stage is not None and self._stage.has_begun:
-            self._stage = None
+        if self._step is not None:
+            self._step.leave()
+
+    def impose(self) -> None:
+        """Write the values into all parameters that are stepped by their free entries."""
+        for flat in self._parameters.values():
+            flat.impose()
 
 
-def _free(slots: dict[Tensor, Slot]) -> dict[Tensor, FreeEntries]:
-    return {parameter: slot.free for parameter, slot in slots.items()}
+def _orders(parameters: dict[Tensor, FlatParameter]) -> dict[Tensor, FlatOrder]:
+    return {parameter: flat.free for parameter, flat in parameters.items()}

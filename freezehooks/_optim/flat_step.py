@@ -1,186 +1,227 @@
-"""One step of an optimizer on flat tensors of free entries, in the place of the parameters they are of."""
+"""A step of an optimizer on flat tensors of free entries, in the place of the parameters they are of."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._entries.free import FreeEntries
+from .._entries.entry_set import EntrySet
+from .._entries.flat_order import FlatOrder
 from .._errors import UnsupportedParameterError
-from .._held.parameter import FrozenPart
+from .._held.constraint import Constraint
+from .._held.parameter import FrozenParameter
 
 
-class Slot:
-    """One parameter, and the flat tensor of its free entries that the optimizer steps in its place.
+class FlatParameter:
+    """The free entries of one parameter, as a flat tensor that the optimizer steps in the parameter's place.
+
+    The flat tensor and the memory for its gradient are made once. Where the free entries lie in one piece, it is a
+    view of the parameter, and a step needs neither.
 
     Attributes:
         parameter: The parameter.
-        parts: What the handles freeze of it.
-        free: Which of its entries are free.
+        held: What the handles freeze of it.
+        free: Which of its entries are free, one after another.
+        flat: The flat tensor.
     """
 
-    def __init__(self, parameter: Tensor, parts: list[FrozenPart]) -> None:
+    def __init__(self, parameter: Tensor, held: list[FrozenParameter]) -> None:
         self.parameter = parameter
-        self.parts = parts
-        self.free = FreeEntries.of(self.frozen, parameter)
-        self._made_for = _makings(parameter, parts)
+        self.held = held
+        self.free: FlatOrder = EntrySet.like(parameter, self.frozen).complement().order
+        self._memory = parameter.data
+        self._constraints = _constraints(held)
+        self._gradient: Tensor | None = None
         self._version = -1
         self._is_stray = True
+        self.flat = self.free.gather(parameter.detach())
+        self._is_view = self.flat.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
 
     @property
     def frozen(self) -> Tensor:
-        """The bool tensor that is True where any of the parts freezes an entry."""
-        frozen = self.parts[0].frozen
-        for part in self.parts[1:]:
-            frozen = frozen | part.frozen
-        return frozen
+        """The bool tensor that is True where any of the handles freezes an entry."""
+        return reduce(torch.logical_or, [each.frozen for each in self.held])
 
-    def fits(self, parts: list[FrozenPart]) -> bool:
-        """Return whether these parts freeze the same entries, of a parameter that still lies as it did."""
-        return self._made_for == _makings(self.parameter, parts)
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes between steps, in bytes."""
+        copies = [] if self._is_view else [self.flat, self._gradient]
+        return self.free.nbytes + sum(copy.nbytes for copy in copies if copy is not None)
 
-    def flat(self) -> Tensor:
-        """Return the free entries and their gradient as a tensor of their own, or as a view of the parameter."""
+    def fits(self, held: list[FrozenParameter]) -> bool:
+        """Return whether these freeze the same entries, of a parameter that still lies where it did."""
+        in_place = not self.parameter.is_meta and self.parameter.is_set_to(self._memory)
+        return in_place and self._constraints == _constraints(held)
+
+    def gather(self) -> None:
+        """Take the free entries, and their gradient, from the parameter."""
         self._is_stray = self.parameter._version != self._version
-        flat = self.free.take(self.parameter.detach())
-        self.give_gradient(flat)
-        return flat
+        if not self._is_view:
+            self.free.gather(self.parameter.detach(), out=self.flat)
+        self.gather_gradient()
 
-    def give_gradient(self, flat: Tensor) -> None:
-        """Give a flat tensor the gradient of the free entries."""
-        gradient = self._flat_gradient()
-        if gradient is not None and gradient.dtype != flat.dtype:
-            flat.grad_dtype = gradient.dtype  # type: ignore[attr-defined]  # since torch 2.10, and so is such a gradient
-        flat.grad = gradient
-
-    def _flat_gradient(self) -> Tensor | None:
-        """Return the gradient of the free entries.
+    def gather_gradient(self) -> None:
+        """Take the gradient of the free entries from the parameter.
 
         Raises:
             UnsupportedParameterError: It is sparse.
         """
+        gradient = self._flat_gradient()
+        if gradient is not None and gradient.dtype != self.flat.dtype:
+            self.flat.grad_dtype = gradient.dtype  # type: ignore[attr-defined]  # since torch 2.10, and so are those
+        self.flat.grad = gradient
+
+    def _flat_gradient(self) -> Tensor | None:
         gradient = self.parameter.grad
         if gradient is None or not self.free.count:
             return None
         if gradient.layout != torch.strided:
             raise UnsupportedParameterError(
-                f"`{self.parts[0].name}` has a gradient of layout {gradient.layout}, and compact=True needs dense ones",
+                f"`{self.held[0].name}` has a gradient of layout {gradient.layout}, and compact=True needs dense ones",
                 "make the layer without sparse=True, or leave out compact=True",
             )
-        return self.free.take(gradient.detach().resolve_conj().resolve_neg())
+        plain = gradient.detach().resolve_conj().resolve_neg()
+        if self._is_view:
+            return self.free.gather(plain)
+        if self._gradient is None or self._gradient.dtype != plain.dtype:
+            self._gradient = torch.empty_like(self.flat, dtype=plain.dtype)
+        return self.free.gather(plain, out=self._gradient)
 
     def impose(self) -> None:
         """Write the values into the frozen entries."""
-        for part in self.parts:
-            part.impose(self.parameter)
+        for held in self.held:
+            held.impose(self.parameter)
 
-    def write_back(self, flat: Tensor) -> None:
-        """Write a flat tensor into the free entries; impose the frozen ones if something else was written meanwhile.
+    def scatter(self) -> None:
+        """Write the flat tensor into the free entries; impose the frozen ones if something else was written meanwhile.
 
         The optimizer never reads or writes a frozen entry. What somebody wrote there through `.data` leaves no trace,
         and is put right by the next forward.
         """
-        self.free.put_(self.parameter.detach(), flat)  # counted by autograd, as every step is
+        self.free.scatter_(self.parameter.detach(), self.flat)  # counted by autograd, as every step is
         if self._is_stray:
             self.impose()
         self._version, self._is_stray = self.parameter._version, False
 
 
-def _makings(parameter: Tensor, parts: list[FrozenPart]) -> tuple[Any, ...]:
-    """Return what a slot is made from; places are compared by identity, because a part gets new ones to change."""
-    return parameter.shape, parameter.stride(), parameter.device, [p.places for part in parts for p in part.pieces]
+def _constraints(held: list[FrozenParameter]) -> list[Constraint]:
+    """Return what decides which entries are free; constraints are compared by identity, as they do not change."""
+    return [constraint for each in held for constraint in each.constraints]
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# One step
+# A step
 
 
-class Stage:
-    """One step of an optimizer on the flat tensors: from the gradients it finds to the weights it leaves."""
+class FlatStep:
+    """An optimizer's groups and state with flat tensors in the place of parameters, and the object that steps them.
 
-    def __init__(self, optimizer: Optimizer, slots: Callable[[], dict[Tensor, Slot]]) -> None:
-        self._optimizer = optimizer
-        self._slots_now = slots
-        self._slots: dict[Tensor, Slot] = {}
-        self._flats: dict[Tensor, Tensor] = {}
-        self._groups: list[dict[str, Any]] | None = None
+    All of it is made once for the same parameters. A step takes what the groups say at its beginning, and leaves the
+    state that it makes under the model's own parameters.
+
+    Attributes:
+        parameters: The flat parameters, by the model's.
+        state: The optimizer's state, by flat tensor or by parameter.
+    """
+
+    def __init__(self, optimizer: Optimizer, parameters: dict[Tensor, FlatParameter]) -> None:
+        self.parameters = parameters
         self.state: dict[Tensor, Any] = defaultdict(dict)
+        self._groups: list[dict[str, Any]] = []
+        self._proxy: Any = object.__new__(_proxy_class(type(optimizer)))
+        self._optimizer: Optimizer | None = None
+        self.has_begun = False
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether the flat tensors are made."""
-        return self._groups is not None
+    def prepare(self, optimizer: Optimizer) -> Any:
+        """Return what steps in the optimizer's place; it begins when the step first asks for its groups."""
+        self._optimizer, self.has_begun = optimizer, False
+        vars(self._proxy).update(vars(optimizer), _flat_step=self, _numel_cache=None)  # LBFGS counts its entries once
+        return self._proxy
 
     @property
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups, with flat tensors in the place of parameters.
 
-        They are made when the step first asks for them, which is after every step-pre-hook and every closure but
-        that of LBFGS: what those do to gradients and weights is seen.
+        Gradients and weights are taken when the step first asks for them, which is after every step-pre-hook and every
+        closure but that of LBFGS: what those do is seen.
         """
-        if self._groups is None:
-            self._slots = self._slots_now()
-            self._flats = {parameter: slot.flat() for parameter, slot in self._slots.items()}
-            self._groups = [
-                {**group, "params": [self._flats.get(parameter, parameter) for parameter in group["params"]]}
-                for group in self._optimizer.param_groups
-            ]
-            for parameter, state in self._optimizer.state.items():
-                self.state[self._flats.get(parameter, parameter)] = state
+        if not self.has_begun and self._optimizer is not None:
+            self._begin(self._optimizer)
         return self._groups
 
-    def write_weights(self) -> None:
+    def _begin(self, optimizer: Optimizer) -> None:
+        for flat in self.parameters.values():
+            flat.gather()
+        self._groups = [
+            {**group, "params": [self._stepped(parameter) for parameter in group["params"]]}
+            for group in optimizer.param_groups
+        ]
+        self.state.clear()
+        for parameter, state in optimizer.state.items():
+            self.state[self._stepped(parameter)] = state
+        self.has_begun = True
+
+    def _stepped(self, parameter: Tensor) -> Tensor:
+        flat = self.parameters.get(parameter)
+        return parameter if flat is None else flat.flat
+
+    def scatter(self) -> None:
         """Write the flat tensors into the parameters."""
-        for parameter, flat in self._flats.items():
-            self._slots[parameter].write_back(flat)
+        if self.has_begun:
+            for flat in self.parameters.values():
+                flat.scatter()
 
-    def renew_gradients(self) -> None:
+    def gather_gradients(self) -> None:
         """Take the gradients anew: a closure has made others."""
-        for parameter, flat in self._flats.items():
-            self._slots[parameter].give_gradient(flat)
+        if self.has_begun:
+            for flat in self.parameters.values():
+                flat.gather_gradient()
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """Hand weights and state over to the optimizer."""
-        self.write_weights()
-        parameters = {id(flat): parameter for parameter, flat in self._flats.items()}
-        for key, state in self.state.items():
-            if state:
-                self._optimizer.state[parameters.get(id(key), key)] = state
+        optimizer = self._optimizer
+        if optimizer is not None and self.has_begun:
+            self.scatter()
+            parameters = {id(flat.flat): parameter for parameter, flat in self.parameters.items()}
+            for key, state in self.state.items():
+                if state:
+                    optimizer.state[parameters.get(id(key), key)] = state
+        self.leave()
+
+    def leave(self) -> None:
+        """Let go of the optimizer, and of what the step took from it."""
+        self._optimizer, self.has_begun = None, False
+        self._groups = []
+        self.state.clear()
+        vars(self._proxy).clear()
+        for flat in self.parameters.values():
+            flat.flat.grad = None
 
 
-class _StandIn:
-    """Mixed into the class of an optimizer: has all that the optimizer has, and the groups and state of a stage."""
+class _OptimizerProxy:
+    """Mixed into the class of an optimizer: has all that the optimizer has, and the groups and state of a flat step."""
 
-    _stage: Stage
+    _flat_step: FlatStep
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        return self._stage.groups
+        return self._flat_step.groups
 
     @property
     def state(self) -> dict[Tensor, Any]:
-        return self._stage.state
+        return self._flat_step.state
 
     @property
     def _params(self) -> list[Tensor]:  # what LBFGS steps
-        params: list[Tensor] = self._stage.groups[0]["params"]
+        params: list[Tensor] = self._flat_step.groups[0]["params"]
         return params
 
 
 @cache
-def _class_of_stand_ins(kind: Any) -> Any:
-    return type(kind.__name__, (_StandIn, kind), {})
-
-
-def stand_in(optimizer: Optimizer, stage: Stage) -> Any:
-    """Return what steps in the optimizer's place: made anew for each step, from what the optimizer is then."""
-    kind: Any = type(optimizer)
-    made: Any = object.__new__(_class_of_stand_ins(kind))
-    vars(made).update(vars(optimizer), _stage=stage, _numel_cache=None)  # LBFGS counts its entries once
-    return made
+def _proxy_class(kind: Any) -> Any:
+    return type(kind.__name__, (_OptimizerProxy, kind), {})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._held.parameter import FrozenPart
+from .._held.parameter import FrozenParameter
 from .._ranks.sharding import local
 from .elementwise import is_elementwise, steps_like
 
@@ -62,15 +62,15 @@ def _start_of(name: str, group: dict[str, Any]) -> float:
     return float(group.get(_STARTS.get(name, ""), 0.0))
 
 
-def settle(state: dict[str, Any], part: FrozenPart, group: dict[str, Any]) -> None:
+def reset_frozen_state(state: dict[str, Any], frozen: FrozenParameter, group: dict[str, Any]) -> None:
     """Make a parameter's state what it would be had the frozen entries never moved."""
-    for name, value in entrywise(state, part.shape):
+    for name, value in entrywise(state, frozen.shape):
         if holds_weights(name, group):
-            part.impose_(local(value))
+            frozen.impose_(local(value))
         else:
             here = local(value)
             for real in (here.real, here.imag) if here.is_complex() else (here,):
-                part.fill_(real, _start_of(name, group))
+                frozen.fill_(real, _start_of(name, group))
 
 
 def may_keep_weights(optimizer: Optimizer) -> bool:
@@ -78,11 +78,11 @@ def may_keep_weights(optimizer: Optimizer) -> bool:
     return not is_elementwise(optimizer) or steps_like(type(optimizer), torch.optim.ASGD)
 
 
-def impose_on_weights(state: dict[str, Any], part: FrozenPart, group: dict[str, Any]) -> None:
+def impose_on_weights(state: dict[str, Any], frozen: FrozenParameter, group: dict[str, Any]) -> None:
     """Write the values into those items of a parameter's state that hold weights."""
-    for name, value in entrywise(state, part.shape):
+    for name, value in entrywise(state, frozen.shape):
         if holds_weights(name, group):
-            part.impose_(local(value))
+            frozen.impose_(local(value))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def with_history(state: dict[str, Any], convert: Callable[[Tensor], Tensor]) -> 
     return {name: changed(item) if name in _VECTORS else item for name, item in state.items()}
 
 
-def settle_history(optimizer: Optimizer, held: list[tuple[FrozenPart, Tensor]]) -> None:
+def reset_history(optimizer: Optimizer, held: list[tuple[FrozenParameter, Tensor]]) -> None:
     """Drop the history of LBFGS where it moves frozen entries: curvature measured along them is no longer true."""
     for group in optimizer.param_groups:
         parameters = group["params"]
@@ -125,10 +125,10 @@ def settle_history(optimizer: Optimizer, held: list[tuple[FrozenPart, Tensor]]) 
                 state.clear()
 
 
-def _flat_frozen(parameter: Tensor, held: Iterable[tuple[FrozenPart, Tensor]]) -> Tensor:
+def _flat_frozen(parameter: Tensor, held: Iterable[tuple[FrozenParameter, Tensor]]) -> Tensor:
     """Return which entries of the parameter are frozen, flattened as LBFGS flattens it: complex ones as two numbers."""
     frozen = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
-    for part, its_parameter in held:
+    for its_frozen, its_parameter in held:
         if its_parameter is parameter:
-            frozen |= part.frozen
+            frozen |= its_frozen.frozen
     return frozen.flatten().repeat_interleave(2 if parameter.is_complex() else 1)

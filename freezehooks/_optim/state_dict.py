@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._entries.free import FreeEntries
-from .._entries.places import Places
+from .._entries.flat_order import FlatOrder
 from .._errors import StateMismatchError
+from .._held.parameter import FrozenParameter
+from .._held.saved import FORMAT, check_format, load_entries, readable, save_entries
 from .state import has_history, history_vectors, is_counter, started, with_history
 
-Narrow: TypeAlias = "Mapping[Tensor, FreeEntries]"
-"""The parameters whose state is narrow, each with the free entries that it is of; that of others is whole."""
+FlatOrders: TypeAlias = "Mapping[Tensor, FlatOrder]"
+"""The parameters whose state is flat, each with the free entries that it is of; that of others is whole."""
 
 _KEY: Final = "freezehooks"
 """Under it a compact state dict says which entries its flat tensors are of.
@@ -26,14 +27,12 @@ It also stands in one more group, of no parameters: without it a plain optimizer
 fused kernels would read and write beyond the ends of the flat tensors.
 """
 
-_FORMAT: Final = 1
 
-
-def reformed(
+def convert_state(
     groups: Iterable[dict[str, Any]],
     state: Mapping[Any, Any],
-    before: Narrow,
-    after: Narrow,
+    before: FlatOrders,
+    after: FlatOrders,
     key_of: Callable[[Tensor], Any] = lambda parameter: parameter,
 ) -> dict[Any, dict[str, Any]]:
     """Return an optimizer's state in another form; entries that are new in it get what they start with.
@@ -41,7 +40,7 @@ def reformed(
     Args:
         groups: The optimizer's groups.
         state: Its state, by parameter or by index.
-        before: Which parameters' state is narrow now.
+        before: Which parameters' state is flat now.
         after: Which parameters' state shall be.
         key_of: Returns a parameter's key in the state.
 
@@ -58,25 +57,25 @@ def reformed(
             key = key_of(parameter)
             own = state.get(key) or {}
             if has_history(own):
-                changed[key] = _reformed_history(own, group["params"], before, after)
+                changed[key] = _convert_history(own, group["params"], before, after)
             elif own and before.get(parameter) is not after.get(parameter):
-                changed[key] = _reformed_items(own, parameter, group, before.get(parameter), after.get(parameter))
+                changed[key] = _convert_items(own, parameter, group, before.get(parameter), after.get(parameter))
     return changed
 
 
-def _reformed_items(
+def _convert_items(
     state: dict[str, Any],
     parameter: Tensor,
     group: dict[str, Any],
-    before: FreeEntries | None,
-    after: FreeEntries | None,
+    before: FlatOrder | None,
+    after: FlatOrder | None,
 ) -> dict[str, Any]:
     shape = parameter.shape if before is None else torch.Size([before.count])
     changed = dict(state)
     for name, value in state.items():
         if isinstance(value, Tensor) and not is_counter(name):
             _check_shape(name, value, parameter, shape)
-            changed[name] = _reformed(value, started(name, parameter, group, value), before, after)
+            changed[name] = _convert(value, started(name, parameter, group, value), before, after)
     return changed
 
 
@@ -89,97 +88,99 @@ def _check_shape(name: str, value: Tensor, parameter: Tensor, shape: torch.Size)
         )
 
 
-def _reformed(value: Tensor, start: Tensor, before: FreeEntries | None, after: FreeEntries | None) -> Tensor:
+def _convert(value: Tensor, start: Tensor, before: FlatOrder | None, after: FlatOrder | None) -> Tensor:
     """Return a tensor of entries in another form; `start` is whole, and written to."""
     if before is not None:
-        before.put_(start, value)
+        before.scatter_(start, value)
         value = start
-    return value if after is None else after.take(value).clone()
+    return value if after is None else after.gather(value).clone()
 
 
-def _reformed_history(state: dict[str, Any], parameters: list[Tensor], before: Narrow, after: Narrow) -> dict[str, Any]:
+def _convert_history(
+    state: dict[str, Any], parameters: list[Tensor], before: FlatOrders, after: FlatOrders
+) -> dict[str, Any]:
     """Return the state of LBFGS, whose vectors lay the entries of all parameters one after another."""
 
-    def reformed_vector(vector: Tensor) -> Tensor:
+    def converted_vector(vector: Tensor) -> Tensor:
         parts = vector.split([_length(parameter, before.get(parameter)) for parameter in parameters])
         return torch.cat(
             [
-                _reformed_part(part, parameter, before.get(parameter), after.get(parameter))
+                _convert_vector_part(part, parameter, before.get(parameter), after.get(parameter))
                 for part, parameter in zip(parts, parameters, strict=True)
             ]
         )
 
-    changed = with_history(state, reformed_vector)
+    changed = with_history(state, converted_vector)
     pairs = zip(history_vectors(state), history_vectors(changed), strict=True)
     kept = all(bool(old.count_nonzero() == new.count_nonzero()) for old, new in pairs)
     return changed if kept else {}
 
 
-def _length(parameter: Tensor, free: FreeEntries | None) -> int:
+def _length(parameter: Tensor, free: FlatOrder | None) -> int:
     """Return how many numbers of a vector are a parameter's: a complex entry is two."""
     entries = parameter.numel() if free is None else free.count
     return entries * (2 if parameter.is_complex() else 1)
 
 
-def _reformed_part(part: Tensor, parameter: Tensor, before: FreeEntries | None, after: FreeEntries | None) -> Tensor:
+def _convert_vector_part(part: Tensor, parameter: Tensor, before: FlatOrder | None, after: FlatOrder | None) -> Tensor:
     entries = torch.view_as_complex(part.view(-1, 2)) if parameter.is_complex() else part
     start = torch.zeros_like(parameter, dtype=entries.dtype)
     value = entries if before is not None else entries.view(parameter.shape)
-    flat = _reformed(value, start, before, after).reshape(-1)
+    flat = _convert(value, start, before, after).reshape(-1)
     return torch.view_as_real(flat).view(-1) if parameter.is_complex() else flat
 
 
-class NarrowState(defaultdict[Any, Any]):
+class FlatState(defaultdict[Any, Any]):
     """The state of an optimizer that holds free entries alone; a copy of it is whole.
 
     A copied or unpickled optimizer has lost every hook, and with them what knows how to step flat tensors.
     """
 
-    def __init__(self, optimizer: Optimizer, narrow: Narrow) -> None:
+    def __init__(self, optimizer: Optimizer, orders: FlatOrders) -> None:
         super().__init__(dict, optimizer.state)
         self._optimizer = weakref.ref(optimizer)
-        self._narrow = narrow
+        self._orders = orders
 
     def __reduce__(self) -> Any:
         optimizer = self._optimizer()
         groups = [] if optimizer is None else optimizer.param_groups
-        return defaultdict, (dict,), None, None, iter({**self, **reformed(groups, self, self._narrow, {})}.items())
+        return defaultdict, (dict,), None, None, iter({**self, **convert_state(groups, self, self._orders, {})}.items())
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # State dicts
 
 
-def whole_state_dict(optimizer: Optimizer, state_dict: dict[str, Any], narrow: Narrow) -> dict[str, Any]:
+def whole_state_dict(optimizer: Optimizer, state_dict: dict[str, Any], orders: FlatOrders) -> dict[str, Any]:
     """Return an optimizer's state dict in the plain shapes: any optimizer of the same class loads it."""
-    state = reformed(optimizer.param_groups, state_dict["state"], narrow, {}, _indices(optimizer).get)
+    state = convert_state(optimizer.param_groups, state_dict["state"], orders, {}, _indices(optimizer).get)
     return {**state_dict, "state": {**state_dict["state"], **state}}
 
 
 def compact_state_dict(
-    optimizer: Optimizer, state_dict: dict[str, Any], narrow: Narrow, places: Mapping[Tensor, list[Places]]
+    optimizer: Optimizer,
+    state_dict: dict[str, Any],
+    orders: FlatOrders,
+    held: Mapping[Tensor, list[FrozenParameter]],
 ) -> dict[str, Any]:
     """Return an optimizer's state dict with flat tensors of the free entries, row by row, and which those are.
 
     Args:
         optimizer: The optimizer.
-        state_dict: Its state dict, narrow as it is in memory.
-        narrow: Which parameters' state is narrow.
-        places: Where each of them is frozen.
+        state_dict: Its state dict, flat as it is in memory.
+        orders: Which parameters' state is flat.
+        held: What is frozen of each of them.
     """
     index_of = _indices(optimizer)
-    in_rows = {parameter: FreeEntries.in_rows(_frozen(parameter, places[parameter])) for parameter in narrow}
-    state = reformed(optimizer.param_groups, state_dict["state"], narrow, in_rows, index_of.get)
-    described = {
-        index_of[parameter]: {"shape": list(parameter.shape), "frozen": [place.state() for place in found]}
-        for parameter, found in places.items()
-    }
-    description = {"format": _FORMAT, "parameters": described}
+    sets = {parameter: [c.entries for each in found for c in each.constraints] for parameter, found in held.items()}
+    described = {index_of[parameter]: save_entries(found, parameter.shape) for parameter, found in sets.items()}
+    in_rows = {parameter: _in_rows(parameter, described[index_of[parameter]]) for parameter in orders}
+    state = convert_state(optimizer.param_groups, state_dict["state"], orders, in_rows, index_of.get)
     return {
         **state_dict,
         "state": {**state_dict["state"], **state},
-        "param_groups": [*state_dict["param_groups"], {"params": [], _KEY: _FORMAT}],
-        _KEY: description,
+        "param_groups": [*state_dict["param_groups"], {"params": [], _KEY: FORMAT}],
+        _KEY: {"format": FORMAT, "parameters": described},
     }
 
 
@@ -192,30 +193,20 @@ def read_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[st
     description = state_dict.get(_KEY)
     if description is None:
         return state_dict
-    parameters = {index: parameter for parameter, index in _indices(optimizer).items()}
-    try:
-        if description["format"] != _FORMAT:
-            raise StateMismatchError(
-                f"the compact optimizer state has format {description['format']!r}, expected {_FORMAT}",
-                "load it with the version of freezehooks that saved it",
-            )
-        narrow = {
-            parameters[index]: _described(parameters[index], item) for index, item in description["parameters"].items()
+    advice = "pass what MaskedOptimizer.state_dict(compact=True) returned, for the same parameters in the same order"
+    with readable("the compact optimizer state", advice):
+        check_format("the compact optimizer state", description)
+        parameters = {index: parameter for parameter, index in _indices(optimizer).items()}
+        orders = {
+            parameters[index]: _in_rows(parameters[index], item) for index, item in description["parameters"].items()
         }
         plain = {name: item for name, item in state_dict.items() if name != _KEY}
         plain["param_groups"] = [group for group in plain["param_groups"] if _KEY not in group]
-        return whole_state_dict(optimizer, plain, narrow)
-    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, ValueError) as error:
-        if isinstance(error, StateMismatchError):
-            raise
-        raise StateMismatchError(
-            f"the compact optimizer state cannot be read ({type(error).__name__}: {error})",
-            "pass what MaskedOptimizer.state_dict(compact=True) returned, for the same parameters in the same order",
-        ) from error
+        return whole_state_dict(optimizer, plain, orders)
 
 
 def check_in_plain_shapes(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Refuse a state dict that is not in the plain shapes, before an optimizer that is to narrow it has loaded it.
+    """Refuse a state dict that is not in the plain shapes, before an optimizer that is to make it flat has loaded it.
 
     Raises:
         StateMismatchError: It is not.
@@ -234,21 +225,15 @@ def check_in_plain_shapes(optimizer: Optimizer, state_dict: dict[str, Any]) -> N
                     _check_shape(name, value, parameter, parameter.shape)
 
 
-def _described(parameter: Tensor, item: dict[str, Any]) -> FreeEntries:
+def _in_rows(parameter: Tensor, item: dict[str, Any]) -> FlatOrder:
+    """Return the free entries that `save_entries` wrote down the others of."""
     if item["shape"] != list(parameter.shape):
         raise StateMismatchError(
             f"the compact optimizer state is of a parameter of shape {tuple(item['shape'])}, found "
             f"{tuple(parameter.shape)} in its place",
             "give the optimizer the parameters of the saved run, in the same order",
         )
-    return FreeEntries.in_rows(_frozen(parameter, [Places.from_state(place, parameter) for place in item["frozen"]]))
-
-
-def _frozen(parameter: Tensor, places: Iterable[Places]) -> Tensor:
-    frozen = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
-    for place in places:
-        frozen |= place.frozen(parameter.shape, parameter.device)
-    return frozen
+    return FlatOrder.in_rows(~load_entries(item, parameter))
 
 
 def _indices(optimizer: Optimizer) -> dict[Tensor, int]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,158 +13,211 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .._errors import SpecError
-from .._held.parameter import FrozenPart
-from .._hooks.module import watch_gradient
-from .compact import Compaction, Held
+from .._held.held import HeldParameters
+from .._held.parameter import FrozenParameter
+from .._hooks import covering
+from .._hooks.batch import Batch, Place, Plan
+from .compact import Compact, check_whole
 from .elementwise import is_elementwise
-from .state import impose_on_weights, may_keep_weights, settle, settle_history
-from .state_dict import read_state_dict
+from .state import impose_on_weights, may_keep_weights, reset_frozen_state, reset_history
+from .state_dict import check_in_plain_shapes, read_state_dict
 
 
-class Guard:
-    """The hooks of one handle on one optimizer.
+class StepHooks:
+    """The hooks on one optimizer, which hold the entries of every handle that guards it.
 
-    Args:
-        held: Returns each part with the parameter that it holds now.
-        optimizer: The optimizer whose steps are guarded; only weakly referenced.
+    They are found on the optimizer itself, and refer to it weakly.
 
     Attributes:
-        held: Returns each part with the parameter that it holds now, whichever optimizer steps it.
+        members: What each of the handles holds.
+        compact: What makes the optimizer hold the free entries alone, or None where it holds whole parameters.
     """
 
-    def __init__(self, held: Held, optimizer: Optimizer) -> None:
-        self.held = held
-        self._optimizer: weakref.ref[Optimizer] | None = weakref.ref(optimizer)
-        self._compaction: Compaction | None = None
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self.members: list[HeldParameters] = []
+        self.compact: Compact | None = None
         self._handles: list[RemovableHandle] = []
-        self._stepped: list[tuple[FrozenPart, Tensor, dict[str, Any]]] | None = None
+        self._batch = Batch(self._is_stepped)
+        self._whole = Batch(self._is_stepped_whole)
+        self._converted: Plan | None = None
+        self._params: list[list[Tensor]] = []
+        self._stepped: set[int] = set()
+        self._is_behind = False
         self._has_stepped = False
 
     @property
     def optimizer(self) -> Optimizer | None:
-        """The guarded optimizer, or None where it or the guard is gone."""
-        return None if self._optimizer is None else self._optimizer()
-
-    @property
-    def compaction(self) -> Compaction | None:
-        """What makes the optimizer hold the free entries alone, or None where it holds whole parameters."""
-        return self._compaction
+        """The optimizer, or None where it is gone."""
+        return self._optimizer()
 
     @property
     def nbytes(self) -> int:
         """The memory that compact mode takes between steps, in bytes, beside the optimizer's state."""
-        return 0 if self._compaction is None else self._compaction.nbytes
+        return 0 if self.compact is None else self.compact.nbytes
 
     @property
     def is_over(self) -> bool:
-        """Whether there is nothing left to guard: the guard was removed, or the optimizer is gone with its hooks.
+        """Whether there is nothing left to guard: the optimizer is gone with its hooks.
 
-        The hooks of a guarded wrapper lie on the optimizer inside, and may outlive the wrapper.
+        The hooks on a wrapper may lie on the optimizer inside, and outlive the wrapper.
         """
-        hooked = any(handle.hooks_dict_ref() is not None for handle in self._handles)
-        return self.optimizer is None and not hooked
+        return self.optimizer is None and all(handle.hooks_dict_ref() is None for handle in self._handles)
 
     @property
     def is_alive(self) -> bool:
-        """Whether all of its hooks are on an optimizer that still lives, and whose step calls them."""
+        """Whether all of the hooks are on an optimizer that still lives, and whose step calls them."""
         optimizer = self.optimizer
         if optimizer is None or not self._handles:
             return False
         # `Optimizer.__init__` marks the step of its class as hooked; a class that skips it may call a marked one
         is_called = self._has_stepped or getattr(type(optimizer).step, "hooked", False)
         return is_called and all(
-            handle.id in getattr(optimizer, where) for handle, where in zip(self._handles, _WHERE, strict=True)
+            getattr(self, moment.hook) in getattr(optimizer, moment.kept).values() for moment in MOMENTS
         )
 
-    def install(self) -> None:
-        """Register the hooks on the optimizer and bring its present state into line."""
+    # Who guards
+
+    def join(self, held: HeldParameters, *, compact: bool = False) -> None:
+        """Hold what a handle freezes, through every step from now on.
+
+        Raises:
+            StateMismatchError: The optimizer's state is not of the shapes of its parameters; nothing is changed then.
+        """
         optimizer = self.optimizer
-        if optimizer is None or self._handles:
+        if optimizer is None:
             return
-        for part, parameter, _ in self._held_by(optimizer):
-            part.follow(parameter)
-            watch_gradient(parameter, part)
-        self._share_compaction(optimizer)
-        if self._compaction is not None:
-            self._compaction.join(self.held, optimizer)
-        self.settle(optimizer)
-        after = optimizer.register_step_post_hook(self.after_step)
-        # first of all post-hooks: whoever looks after the step sees the values
-        optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
-        self._handles = [
-            after,
-            optimizer.register_step_pre_hook(self.before_step),
-            optimizer.register_load_state_dict_pre_hook(read_state_dict),
-            optimizer.register_load_state_dict_post_hook(self.settle),
-        ]
-        _installed.add(self)
+        is_new = not any(member.frozen is held.frozen for member in self.members)
+        before = self.compact
+        if is_new:
+            self.members.append(held)
+            self._forget()
+        if compact and self.compact is None:
+            self.compact = Compact()
+        if is_new or self.compact is not before:
+            try:
+                self.reset(optimizer)
+            except Exception:
+                self.compact = before
+                if is_new:
+                    self.members.remove(held)
+                self._forget()
+                raise
+        self._install(optimizer)
+        guards = held.frozen.guards
+        guards[:] = [each for each in guards if each() not in (None, self)]
+        guards.append(weakref.ref(self))
 
-    def _share_compaction(self, optimizer: Optimizer) -> None:
-        """Take over what makes the optimizer compact already, or let the other guards on it take over this one's."""
-        others = guards_on(optimizer)
-        self._compaction = next((guard.compaction for guard in others if guard.compaction), self._compaction)
-        if self._compaction is not None:
-            for guard in others:
-                guard.compact(self._compaction)
+    def leave(self, held: HeldParameters) -> None:
+        """Let go what a handle freezes; with the last one the hooks come off."""
+        self.members = [member for member in self.members if member.frozen is not held.frozen]
+        self._forget()
+        optimizer = self.optimizer
+        if self.compact is not None and optimizer is not None:
+            self.compact.interrupt()
+            if self.members:
+                self.reset(optimizer)
+            else:
+                self.compact.remove(optimizer)
+        if not self.members:
+            self.compact = None
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
 
-    def compact(self, compaction: Compaction) -> None:
-        """Let the optimizer hold the free entries alone from here on."""
-        if self._compaction is None:
-            self._compaction = compaction
-            if self._handles and self.optimizer is not None:
-                compaction.join(self.held, self.optimizer)
+    def _install(self, optimizer: Optimizer) -> None:
+        if not self._handles:
+            self._handles = [moment.register(optimizer, getattr(self, moment.hook)) for moment in MOMENTS]
 
-    def remove(self) -> None:
-        """Stop guarding the optimizer for good; the frozen entries are then held by the model's own hooks alone."""
-        self.suspend()
-        self._optimizer = None
+    def _forget(self) -> None:
+        self._batch.forget()
+        self._whole.forget()
+        self._converted = None
 
-    def suspend(self) -> None:
-        """Take the hooks off, until `install` puts them on again."""
-        for handle in self._handles:
-            handle.remove()
-        if self._handles and self._compaction is not None and self.optimizer is not None:
-            self._compaction.leave(self.held, self.optimizer)
-        self._handles = []
+    # What is held
 
-    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    def _places(self) -> Iterator[Place]:
+        for member in self.members:
+            for name, site in member.held_sites():
+                yield Place(member.frozen, name, site)
+
+    def _is_stepped(self, parameter: Tensor) -> bool:
+        return id(parameter) in self._stepped
+
+    def _is_stepped_whole(self, parameter: Tensor) -> bool:
+        return self._is_stepped(parameter) and not (self.compact is not None and self.compact.steps(parameter))
+
+    def _look_at_groups(self, optimizer: Optimizer) -> None:
+        """Work out which parameters the optimizer steps, where its groups have changed."""
+        params, seen = [group["params"] for group in optimizer.param_groups], self._params
+        if len(params) != len(seen) or not all(map(_are_same, params, seen)):
+            self._params = [list(each) for each in params]
+            self._stepped = {id(parameter) for each in params for parameter in each}
+            self._forget()
+
+    def pairs(self, optimizer: Optimizer) -> list[tuple[FrozenParameter, Tensor]]:
+        """Pair what is frozen of each parameter that the optimizer steps with the parameter."""
+        self._look_at_groups(optimizer)
+        return list(self._batch.pairs(self._places))
+
+    # Steps
+
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Clean the gradients once more, where a reducer or a hand put something back, and guard the closure.
 
-        In compact mode something else steps in the optimizer's place, and reads the gradients of free entries alone.
+        In compact mode a proxy steps in the optimizer's place, and reads the gradients of free entries alone.
         """
-        if self._compaction is not None and args[0] is optimizer:
-            args = (self._compaction.begin_step(optimizer), *args[1:])
-        held = list(self._held_by(optimizer))
-        # Where every entry is stepped by its own numbers, a write to a gradient that autograd did not count can do no
-        # more than dirty the moments of frozen entries: these are imposed after the step in any case.
-        trusting = is_elementwise(optimizer) and not _is_distributed()
-        for part, parameter, _ in held:
-            if not (trusting and part.has_clean_gradient(parameter)):
-                self._clean_gradient(part, parameter)
-        # a hook behind this one, or a step of its own, may add parameters, put others in their place or thaw some
-        self._stepped = held if is_elementwise(optimizer) and self._comes_last(optimizer) else None
+        if not torch.compiler.is_compiling():
+            covering.end_all()
+        self._look_at_groups(optimizer)
+        if self.compact is not None and args[0] is optimizer:
+            self._convert(optimizer)
+            args = (self.compact.begin_step(optimizer), *args[1:])
+        self._clean_gradients(optimizer)
         if len(args) > 1 and callable(args[1]):
             return (args[0], self._guarded(args[1], optimizer), *args[2:]), kwargs
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": self._guarded(kwargs["closure"], optimizer)}
         return args, kwargs
 
-    def _comes_last(self, optimizer: Optimizer) -> bool:
-        hooks = optimizer._optimizer_step_pre_hooks  # type: ignore[attr-defined]
-        return next(reversed(hooks.values()), None) == self.before_step
+    def _convert(self, optimizer: Optimizer) -> None:
+        """Make the state flat, where what is frozen has changed since, or the state was replaced."""
+        plan = self._batch.plan(self._places)
+        if self.compact is not None and (plan is not self._converted or not self.compact.is_current(optimizer)):
+            self.compact.interrupt()
+            held = self.pairs(optimizer)
+            check_whole(held)
+            self.compact.convert(optimizer, held)
+            self._whole.forget()
+            self._converted = plan
+
+    def _clean_gradients(self, optimizer: Optimizer) -> None:
+        if torch.compiler.is_compiling():
+            for frozen, parameter in self._compiled_pairs():
+                frozen.complete_gradient(parameter)
+                frozen.zero_gradient(parameter)
+            return
+        # Where every entry is stepped by its own numbers, a write to a gradient that autograd did not count can do no
+        # more than dirty the moments of frozen entries: these are imposed after the step in any case.
+        trusting = is_elementwise(optimizer) and not _is_distributed()
+        self._written().clean_gradients(self._places, trusting=trusting)
+
+    def _written(self) -> Batch:
+        """Return what is written before and after a step: in compact mode, what is stepped whole all the same."""
+        return self._batch if self.compact is None else self._whole
 
     def _guarded(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
         """Return the closure, evaluated at imposed weights (LBFGS moves them in between), leaving clean gradients."""
 
         def guarded_closure() -> Any:
-            if self._compaction is not None:
-                self._compaction.before_closure()
+            if self.compact is not None:
+                self.compact.before_closure()
             self._impose(optimizer)
             loss = closure()
-            self._stepped = None  # parameters may have come and gone
+            self._look_at_groups(optimizer)
             self._clean_gradients(optimizer)
-            if self._compaction is not None:
-                self._compaction.after_closure()
+            if self.compact is not None:
+                self.compact.after_closure()
             return loss
 
         return guarded_closure
@@ -171,102 +225,187 @@ class Guard:
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Impose the values on the parameters, and on state that holds weights."""
         self._has_stepped = True
-        if self._compaction is not None:
-            self._compaction.end_step(optimizer)
-        held = self._held_by(optimizer) if self._stepped is None else self._stepped
-        self._stepped = None
-        keeps_weights = may_keep_weights(optimizer)
-        for part, parameter, group in held:
-            if not self._leaves_alone(parameter):
-                part.impose(parameter)
-                if keeps_weights:
-                    impose_on_weights(optimizer.state.get(parameter) or {}, part, group)
-
-    def _leaves_alone(self, parameter: Tensor) -> bool:
-        """Return whether the optimizer steps the parameter's free entries alone."""
-        return self._compaction is not None and self._compaction.holds(parameter)
-
-    def _clean_gradients(self, optimizer: Optimizer) -> None:
-        for part, parameter, _ in self._held_by(optimizer):
-            self._clean_gradient(part, parameter)
-
-    def _clean_gradient(self, part: FrozenPart, parameter: Tensor) -> None:
-        watch_gradient(parameter, part)
-        if not self._leaves_alone(parameter):
-            part.clean_gradient(parameter)
+        if self.compact is not None:
+            self.compact.end_step()
+            if self._is_behind:  # a closure has frozen more, or less
+                self._is_behind = False
+                self.reset(optimizer)
+                self.compact.impose()
+        self._look_at_groups(optimizer)
+        self._impose(optimizer)
+        if may_keep_weights(optimizer):
+            for frozen, parameter, group in self._with_groups(optimizer):
+                impose_on_weights(optimizer.state.get(parameter) or {}, frozen, group)
 
     def _impose(self, optimizer: Optimizer) -> None:
-        for part, parameter, _ in self._held_by(optimizer):
-            if not self._leaves_alone(parameter):
-                part.impose(parameter)
+        if torch.compiler.is_compiling():
+            for frozen, parameter in self._compiled_pairs():
+                frozen.impose(parameter)
+        else:
+            self._written().impose(self._places)
 
-    def _held_by(self, optimizer: Optimizer) -> Iterator[tuple[FrozenPart, Tensor, dict[str, Any]]]:
-        """Return each part with the parameter that it holds and the group in which the optimizer steps it."""
+    def _compiled_pairs(self) -> Iterator[tuple[FrozenParameter, Tensor]]:
+        """Yield what a batch would write; a compiled frame writes one after the other."""
+        for member in self.members:
+            for frozen, parameter in member:
+                if member.frozen.is_held(frozen.name) and self._is_stepped_whole(parameter):
+                    yield frozen, parameter
+
+    # State
+
+    def _with_groups(self, optimizer: Optimizer) -> Iterator[tuple[FrozenParameter, Tensor, dict[str, Any]]]:
+        """Yield what is frozen of each parameter that is stepped whole, and the group in which it is."""
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        for part, parameter in self.held():
-            group = groups.get(id(parameter))
-            if group is not None:
-                yield part, parameter, group
+        for frozen, parameter in self.pairs(optimizer):
+            if self._is_stepped_whole(parameter):
+                yield frozen, parameter, groups[id(parameter)]
 
-    def settle_now(self) -> None:
-        """Settle the optimizer's state, where the optimizer still lives."""
-        if self.optimizer is not None and self._handles:
-            self.settle(self.optimizer)
+    def reset(self, optimizer: Optimizer | None = None) -> None:
+        """Make the optimizer's state what it would be had the frozen entries never moved.
 
-    def settle(self, optimizer: Optimizer) -> None:
-        """Make the optimizer's state what it would be had the frozen entries never moved."""
-        if self._compaction is not None:
-            self._compaction.settle(optimizer)
-        held = [item for item in self._held_by(optimizer) if not self._leaves_alone(item[1])]
-        for part, parameter, group in held:
-            settle(optimizer.state.get(parameter) or {}, part, group)
-        if self._compaction is None:
-            settle_history(optimizer, [(part, parameter) for part, parameter, _ in held])
+        A compact step that has begun ends with what it began with; what a closure changes waits for its end.
+        """
+        optimizer = self.optimizer if optimizer is None else optimizer
+        if optimizer is None:
+            return
+        self._look_at_groups(optimizer)
+        if self.compact is not None:
+            self._is_behind = self.compact.is_stepping
+            if not self._is_behind:
+                self._converted = None
+                self._convert(optimizer)
+        held = list(self._with_groups(optimizer))
+        for frozen, parameter, group in held:
+            reset_frozen_state(optimizer.state.get(parameter) or {}, frozen, group)
+        if self.compact is None:
+            reset_history(optimizer, [(frozen, parameter) for frozen, parameter, _ in held])
+
+    def before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a state that is to be loaded in the plain shapes, or refuse it."""
+        whole = read_state_dict(optimizer, state_dict)
+        if self.compact is not None:
+            check_in_plain_shapes(optimizer, whole)
+        return whole
+
+    def after_loading(self, optimizer: Optimizer) -> None:
+        """Take over a state that was loaded."""
+        if self.compact is not None:
+            self.compact.interrupt()
+        self.reset(optimizer)
+
+    def after_saving(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the optimizer's state dict as it is to be saved."""
+        return state_dict if self.compact is None else self.compact.saved(optimizer, state_dict)
 
 
-_WHERE: Final = (
-    "_optimizer_step_post_hooks",
-    "_optimizer_step_pre_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
-"""Where torch keeps an optimizer's hooks, in the order in which a guard registers its own."""
+def _are_same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(map(operator.is_, first, second))
 
 
 def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-_installed: Final[weakref.WeakSet[Guard]] = weakref.WeakSet()
-"""Every guard that was installed and still lives: an optimizer cannot be found from what it steps."""
+class Guard:
+    """What one handle does to one optimizer. Made by `FrozenEntries.guard`.
+
+    Attributes:
+        hooks: The hooks on the optimizer, shared by all handles that guard it.
+    """
+
+    def __init__(self, hooks: StepHooks, held: HeldParameters, *, compact: bool) -> None:
+        self.hooks = hooks
+        self._held = held
+        self._compact = compact
+        self._is_removed = False
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The guarded optimizer, or None where it or the guard is gone."""
+        return None if self._is_removed else self.hooks.optimizer
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that compact mode takes between steps, in bytes, beside the optimizer's state."""
+        return self.hooks.nbytes
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing left to guard: the guard was removed, or the optimizer is gone with its hooks."""
+        return self._is_removed or self.hooks.is_over
+
+    def install(self, *, compact: bool = False) -> None:
+        """Hold the entries through the optimizer's steps; once compact, a guard stays so."""
+        self._compact = self._compact or compact
+        optimizer = self.hooks.optimizer
+        if optimizer is not None:
+            self.hooks = step_hooks_on(optimizer) or self.hooks
+            self.hooks.join(self._held, compact=self._compact)
+
+    def suspend(self) -> None:
+        """Take this handle's part off the optimizer, until `install` puts it on again."""
+        self._compact = self._compact or self.hooks.compact is not None
+        self.hooks.leave(self._held)
+
+    def remove(self) -> None:
+        """Stop guarding the optimizer for good; the frozen entries are then held by the model's own hooks alone."""
+        self.suspend()
+        self._is_removed = True
 
 
-def living_guards() -> list[Guard]:
-    """Return the guards of all handles whose hooks are on an optimizer that still lives."""
-    return [guard for guard in _installed if guard.is_alive]
+class Moment(NamedTuple):
+    """One of the moments at which an optimizer calls a hook.
+
+    Attributes:
+        hook: The method of `StepHooks` that is called.
+        register: What registers it.
+        kept: Where torch keeps it on the optimizer.
+    """
+
+    hook: str
+    register: Callable[[Optimizer, Any], RemovableHandle]
+    kept: str
 
 
-def guards_on(optimizer: Optimizer) -> list[Guard]:
-    """Return the guards that handles have installed on an optimizer."""
-    hooks = optimizer._optimizer_step_pre_hooks.values()  # type: ignore[attr-defined]
-    owners = [getattr(hook, "__self__", None) for hook in hooks]
-    return [owner for owner in owners if isinstance(owner, Guard)]
+def _first_after_step(optimizer: Optimizer, hook: Any) -> RemovableHandle:
+    # first of all: whoever looks after the step sees the values
+    handle = optimizer.register_step_post_hook(hook)
+    optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+    return handle
 
 
-def compact_guards(guards: list[Guard]) -> None:
-    """Let the optimizer of these guards hold the free entries alone, by one compaction that they share."""
-    known = [guard.compaction for guard in guards if guard.compaction is not None]
-    compaction = known[0] if known else Compaction()
-    for guard in guards:
-        guard.compact(compaction)
+def _first_after_saving(optimizer: Optimizer, hook: Any) -> RemovableHandle:
+    # first of all: every other one sees a whole state
+    return optimizer.register_state_dict_post_hook(hook, prepend=True)
+
+
+def _first_after_loading(optimizer: Optimizer, hook: Any) -> RemovableHandle:
+    return optimizer.register_load_state_dict_post_hook(hook, prepend=True)
+
+
+MOMENTS: Final = (
+    Moment("after_step", _first_after_step, "_optimizer_step_post_hooks"),
+    Moment("before_step", Optimizer.register_step_pre_hook, "_optimizer_step_pre_hooks"),
+    Moment("before_loading", Optimizer.register_load_state_dict_pre_hook, "_optimizer_load_state_dict_pre_hooks"),
+    Moment("after_loading", _first_after_loading, "_optimizer_load_state_dict_post_hooks"),
+    Moment("after_saving", _first_after_saving, "_optimizer_state_dict_post_hooks"),
+)
+
+
+def step_hooks_on(optimizer: Optimizer) -> StepHooks | None:
+    """Return the step hooks on an optimizer, or None where nothing guards it."""
+    for moment in MOMENTS:
+        for hook in getattr(optimizer, moment.kept, {}).values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, StepHooks) and owner.optimizer is optimizer:  # a wrapper may share the lists
+                return owner
+    return None
 
 
 def compact_state_dict(optimizer: Optimizer) -> dict[str, Any]:
     """Return an optimizer's state dict, with flat tensors of the free entries where it holds those alone."""
-    for guard in guards_on(optimizer):
-        if guard.compaction is not None:
-            return guard.compaction.compact_state_dict(optimizer)
-    return optimizer.state_dict()
+    hooks = step_hooks_on(optimizer)
+    return optimizer.state_dict() if hooks is None or hooks.compact is None else hooks.compact.state_dict(optimizer)
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -280,7 +419,7 @@ def check_optimizer(optimizer: Any) -> None:
             f"`optimizer` must be a torch.optim.Optimizer, found {type(optimizer).__name__}",
             "pass the optimizer first, then the handle: MaskedOptimizer(optimizer, frozen)",
         )
-    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+    if not all(hasattr(optimizer, moment.kept) for moment in MOMENTS):
         raise SpecError(
             f"`{type(optimizer).__name__}` has no step hooks: its class skips `Optimizer.__init__`",
             "call super().__init__ in it, or guard the optimizer that it wraps",

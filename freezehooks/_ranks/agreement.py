@@ -41,15 +41,15 @@ def check_same_on_ranks(model: Any, asked: Mapping[str, tuple[Tensor, Sequence[R
         say_the_same(topic, _said([rule for _, rules in asked.values() for rule in rules]))
 
 
-def check_same_parts(parts: Iterable[Any]) -> None:
-    """Refuse frozen parts that differ between ranks, on every rank.
+def check_same_parameters(parameters: Iterable[Any]) -> None:
+    """Refuse frozen parameters that differ between ranks, on every rank.
 
     Raises:
         RuleConflictError: They do, or a rank has none.
     """
-    parts = list(parts)
-    topic = ",".join(f"{part.name}{tuple(part.shape)}" for part in parts)
-    say_the_same("in the first forward", _said([rule for part in parts for rule in part.rules]) + f" on {topic}")
+    parameters = list(parameters)
+    topic = ",".join(f"{each.name}{tuple(each.shape)}" for each in parameters)
+    say_the_same("in the first forward", _said([rule for each in parameters for rule in each.rules]) + f" on {topic}")
 
 
 def _is_shared(model: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The part of a tensor that lies on this rank, where torch.distributed spreads a tensor over several."""
+"""The shard of a tensor: what of it lies on this rank, where torch.distributed spreads it over several."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .._torch import is_dtensor, local_tensor
+
 Layout: TypeAlias = "tuple[Any, tuple[Any, ...]]"
 """A device mesh, and for each of its dimensions how a tensor is placed along it."""
 
@@ -16,10 +18,7 @@ _PLAIN: Final = (Tensor, nn.Parameter)
 
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor: what FSDP2 and tensor parallelism make of a parameter."""
-    if type(tensor) in _PLAIN:
-        return False
-    module = sys.modules.get("torch.distributed.tensor")  # without which there is no DTensor
-    return module is not None and isinstance(tensor, module.DTensor)
+    return type(tensor) not in _PLAIN and is_dtensor(tensor)
 
 
 def layout_of(tensor: Tensor) -> Layout | None:
@@ -30,7 +29,7 @@ def layout_of(tensor: Tensor) -> Layout | None:
 
 def local(tensor: Tensor) -> Tensor:
     """Return what of a tensor lies on this rank, as a plain tensor: its own memory, no copy."""
-    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return local_tensor(tensor) if is_sharded(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -42,37 +41,47 @@ def cut(full: Tensor, layout: Layout) -> Tensor:
     """Return what of a full tensor would lie on this rank; no rank talks to another."""
     mesh, placements = layout
     coordinate = mesh.get_coordinate()
-    part = full
+    shard = full
     for dimension, placement in enumerate(placements):
         if hasattr(placement, "_split_tensor"):  # Shard, and what FSDP2 makes of a dimension that is sharded already
-            parts, _ = placement._split_tensor(part, mesh.size(dimension), with_padding=False, contiguous=False)
-            part = parts[coordinate[dimension]]
-    return part.contiguous()
+            shards, _ = placement._split_tensor(shard, mesh.size(dimension), with_padding=False, contiguous=False)
+            shard = shards[coordinate[dimension]]
+    return shard.contiguous()
 
 
-def joined(part: Tensor, layout: Layout, shape: torch.Size) -> Tensor:
-    """Return the full tensor of which each rank holds a part; every rank must take part."""
+def joined(shard: Tensor, layout: Layout, shape: torch.Size) -> Tensor:
+    """Return the full tensor of which each rank holds a shard; every rank must take part."""
     mesh, placements = layout
-    numbers = part.view(torch.uint8) if part.dtype == torch.bool else part  # not every backend gathers truth values
+    numbers = shard.view(torch.uint8) if shard.dtype == torch.bool else shard  # not every backend gathers bools
     stride = torch.empty(shape, device="meta").stride()
     kind = sys.modules["torch.distributed.tensor"].DTensor
     made = kind.from_local(numbers, mesh, placements, run_check=False, shape=shape, stride=stride)
-    return whole(made).view(part.dtype)
+    return whole(made).view(shard.dtype)
 
 
-def is_stand_in(layout: Layout | None, known: Layout | None) -> bool:
-    """Return whether what is laid out so stands for a while in the place of what is known to be spread further.
+def index_in_whole(place: tuple[int, ...], shape: torch.Size, layout: Layout) -> tuple[int, ...]:
+    """Return where in the whole tensor an entry of this rank's shard lies."""
+    numbers = cut(torch.arange(shape.numel()).view(shape), layout)
+    return tuple(int(i) for i in torch.unravel_index(numbers[place], shape))
 
-    FSDP2 gathers the parts of a parameter before a forward; what tensor parallelism has spread stays so meanwhile.
+
+def is_gathered(layout: Layout | None, sharded: Layout | None) -> bool:
+    """Return whether FSDP2 has gathered a parameter for a while.
+
+    What tensor parallelism has spread stays spread meanwhile.
+
+    Args:
+        layout: The layout of the tensor that stands in the parameter's place now.
+        sharded: The layout of the parameter itself, as far as it is known.
     """
-    return known is not None and (layout is None or layout[0].ndim < known[0].ndim)
+    return sharded is not None and (layout is None or layout[0].ndim < sharded[0].ndim)
 
 
 def local_gradient(parameter: Tensor) -> Tensor | None:
-    """Return the gradient on this rank, laid out as the parameter's local part.
+    """Return the gradient on this rank, laid out as the parameter's shard.
 
     Tensor parallelism may leave it spread otherwise. Where each rank has a summand of it, or the whole of what the
-    parameter has a part of, no rank has to talk to another.
+    parameter has a shard of, no rank has to talk to another.
     """
     gradient = parameter.grad
     if gradient is None or not is_sharded(gradient):

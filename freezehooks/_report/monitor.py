@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from .._held.parameter import FrozenPart
+from .._held.parameter import FrozenParameter
 from .._ranks.sharding import local_gradient
 
 
@@ -26,7 +26,7 @@ class GradientNorms:
     free: float
 
 
-def gradient_norms(parts: Sequence[FrozenPart], parameter: Tensor) -> GradientNorms | None:
+def gradient_norms(parts: Sequence[FrozenParameter], parameter: Tensor) -> GradientNorms | None:
     """Return the norms of a parameter's gradient as it is now, or None where it has none.
 
     Of a parameter that is spread over ranks, they are of this rank's part.
@@ -35,8 +35,6 @@ def gradient_norms(parts: Sequence[FrozenPart], parameter: Tensor) -> GradientNo
         parts: What the handles freeze of the parameter.
         parameter: The parameter.
     """
-    if not all(part.follow(parameter) for part in parts):
-        return None  # FSDP2 has put the whole in its place: the gradient comes to the spread one
     gradient = local_gradient(parameter)
     if gradient is None or gradient.is_meta:
         return None
@@ -56,7 +54,7 @@ def _norm(sizes: Tensor, left_out: Tensor) -> float:
     return float(torch.linalg.vector_norm(counted, dtype=precise))
 
 
-def drift(parts: Sequence[FrozenPart], parameter: Tensor) -> float:
+def drift(parts: Sequence[FrozenParameter], parameter: Tensor) -> float:
     """Return the largest absolute difference of a frozen entry from its value; inf where one became nan.
 
     Of a parameter that is spread over ranks, it is of this rank's part.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._counted import counted
 from .._errors import UnsupportedParameterError
-from .._held.parameter import FrozenPart
+from .._held.parameter import FrozenParameter
 from .._ranks.sharding import local
 from .cells import Kernels, Matrix, count_broken, kernels_of, looks_like_kernels, matrix_of, stressed
 from .sheet import SHARE_NAMES, MakeScale, Scale, Sheet, checked_path, magnitudes, name_sides, save, shares, values
@@ -24,7 +24,7 @@ _MOST_MARKED: Final = 48  # entries along a side that are marked one by one
 _GAP: Final = 0.35  # between the slices of a kernel, in taps
 
 
-def plot_part(part: FrozenPart, parameter: Tensor, path: str | Path | None = None, *, owner: Any = None) -> Figure:
+def plot_part(part: FrozenParameter, parameter: Tensor, path: str | Path | None = None, *, owner: Any = None) -> Figure:
     """Draw what a parameter holds, with a mark on what is frozen of it.
 
     Args:
@@ -52,7 +52,7 @@ def plot_part(part: FrozenPart, parameter: Tensor, path: str | Path | None = Non
     return figure
 
 
-def _drawn(part: FrozenPart, numbers: Tensor, frozen: Tensor, owner: Any) -> Figure:
+def _drawn(part: FrozenParameter, numbers: Tensor, frozen: Tensor, owner: Any) -> Figure:
     make_scale = magnitudes if numbers.is_complex() else values
     if not numbers.numel():
         sheet, notes = Sheet.blank(4, 1), ["no entries lie here"]
@@ -77,7 +77,7 @@ def _channel_names(owner: Any) -> tuple[str, str]:
     return names[::-1] if isinstance(owner, nn.modules.conv._ConvTransposeNd) else names
 
 
-def _title(part: FrozenPart) -> list[str]:
+def _title(part: FrozenParameter) -> list[str]:
     shape = " x ".join(map(str, part.shape)) or "scalar"
     also = f", also {', '.join(part.names[1:])}" if part.names[1:] else ""
     total = part.shape.numel()

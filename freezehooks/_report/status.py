@@ -5,25 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
-from typing import Final, TypeAlias
+from typing import Final
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._errors import ParameterChangedError, UnguardedError
-from .._held.names import Site
-from .._held.parameter import FrozenPart
-from .._held.resolve import Model
-from .._hooks.module import ModuleHooks, is_watched, silent_callers
-from .._optim.compact import Held
+from .._held.held import HeldParameters
+from .._held.site import Site
+from .._hooks.forward import has_root_hooks
+from .._hooks.gradient import is_watched
+from .._hooks.hook_set import HookSet, uncalled_owners
 from .._optim.state import stepped_by
-from .._optim.step import living_guards
+from .._optim.step import StepHooks
 
 _GUARD: Final = "a guarded optimizer"
-
-Guarded: TypeAlias = "Mapping[tuple[int, int], Sequence[str]]"
-"""By the ids of a part and a parameter: the optimizers that step the one and are guarded for the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,70 +53,74 @@ class Mechanisms:
         return tuple(name for name, is_absent in absent.items() if is_absent)
 
 
-def find_mechanisms(part: FrozenPart, sites: Sequence[Site], on_modules: OnModules, guarded: Guarded) -> Mechanisms:
-    """Look for what holds the frozen entries of one parameter.
+def find_mechanisms(held: HeldParameters, hooks: Mapping[nn.Module, HookSet]) -> dict[str, Mechanisms]:
+    """Look for what holds the frozen entries of each parameter, by its name.
 
     Args:
-        part: What is frozen of it.
-        sites: The places that hold it.
-        on_modules: The hooks of the handle on the modules that own such places, and on those that call them.
-        guarded: What `guarded_now` returned.
+        held: What is frozen, and where it stands.
+        hooks: The hooks of the handle on the modules that own such places.
     """
-    parameters = list({id(found): found for found in (part.current(site.tensor()) for site in sites)}.values())
+    on_modules = _OnModules(held, hooks)
+    steps = _guarded_steps(held)
+    sites: dict[str, list[Site]] = {}
+    for name, site in held.sites:
+        sites.setdefault(name, []).append(site)
+    return {name: _mechanisms(held, name, sites[name], on_modules, steps) for name in held.names}
+
+
+def _mechanisms(
+    held: HeldParameters, name: str, sites: Sequence[Site], on_modules: _OnModules, steps: Mapping[int, Sequence[str]]
+) -> Mechanisms:
+    parameters = _parameters(held, name, sites)
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    lost = [on_modules.lost(site.owner, site.key, part) for site in sites if isinstance(site.owner, nn.Module)]
-    by_parameter = [guarded.get((id(part), id(parameter)), ()) for parameter in trained or parameters]
+    lost = [on_modules.lost(site.owner, site.key, name) for site in sites if isinstance(site.owner, nn.Module)]
+    by_parameter = [steps.get(id(parameter), ()) for parameter in trained or parameters]
     return Mechanisms(
         trained=bool(trained),
-        gradient_hook=all(is_watched(parameter, part) for parameter in trained or parameters),
+        gradient_hook=all(is_watched(parameter, held.frozen, name) for parameter in trained or parameters),
         forward_hook=not any("forward" in moments for moments in lost) if lost else None,
         checkpoint_hooks=not any({"saving", "loading"} & moments for moments in lost) if lost else None,
         optimizers=tuple(sorted(chain(*by_parameter))) if all(by_parameter) else (),
     )
 
 
-class OnModules:
-    """What imposes the values of a handle on the modules of a model, as it is now.
+def _parameters(held: HeldParameters, name: str, sites: Sequence[Site]) -> list[Tensor]:
+    found: dict[int, Tensor] = {}
+    for site in sites:
+        pair = held.frozen.adopt(name, site.tensor())
+        parameter = site.tensor() if pair is None else pair[1]
+        found[id(parameter)] = parameter
+    return list(found.values())
 
-    Args:
-        model: The model, or a mapping of bare tensors, which has no modules.
-        hooks: The hooks of the handle on the modules that own parameters.
-        has_model_hook: Whether something imposes before the forward of the whole model, on what FSDP2 gathers.
-    """
 
-    def __init__(self, model: Model, hooks: Mapping[nn.Module, ModuleHooks], *, has_model_hook: bool) -> None:
+class _OnModules:
+    """What imposes the values of a handle on the modules of a model, as it is now."""
+
+    def __init__(self, held: HeldParameters, hooks: Mapping[nn.Module, HookSet]) -> None:
+        self._held = held
         self._hooks = hooks
-        self._callers = silent_callers(model) if isinstance(model, nn.Module) else {}
-        self._has_model_hook = has_model_hook
+        self._callers = uncalled_owners(held.model) if isinstance(held.model, nn.Module) else {}
+        self._has_root = held.is_found or has_root_hooks(held.model, held.frozen)
 
-    def lost(self, owner: nn.Module, key: str, part: FrozenPart) -> set[str]:
+    def lost(self, owner: nn.Module, key: str, name: str) -> set[str]:
         """Return the moments at which nothing imposes the values on one place."""
-        if owner not in self._hooks or self._hooks[owner].parts.get(key) is not part:
+        if owner not in self._hooks or self._hooks[owner].names.get(key) != name:
             return {"forward", "saving", "loading"}
-        before_model = {"forward"} if part.is_spread and not self._has_model_hook else set()
+        before_model = {"forward"} if self._held.frozen[name].is_sharded and not self._has_root else set()
         return before_model | self._hooks[owner].lost(owner, self._callers.get(owner, []))
 
 
-def guarded_now() -> Guarded:
-    """Return what the guards of all handles hold now; each handle and each optimizer is asked once."""
-    found: dict[tuple[int, int], list[str]] = {}
-    held_by, steps = cache(_held), cache(stepped_by)
-    for guard in living_guards():
-        optimizer = guard.optimizer
-        if optimizer is not None:
-            held = held_by(guard.held)
-            for parameter in held.keys() & steps(optimizer):
-                for part in held[parameter]:
-                    found.setdefault((part, parameter), []).append(type(optimizer).__name__)
-    return found
-
-
-def _held(held: Held) -> dict[int, list[int]]:
-    """Return the ids of what a handle freezes of each parameter, by the parameter's id."""
-    found: dict[int, list[int]] = {}
-    with suppress(ParameterChangedError):  # perhaps of another model: the handle itself says so, and its next step
-        for part, parameter in held():
-            found.setdefault(id(parameter), []).append(id(part))
+def _guarded_steps(held: HeldParameters) -> dict[int, list[str]]:
+    """Return, by a parameter's id, the classes of the optimizers that step it and are guarded for it."""
+    found: dict[int, list[str]] = {}
+    for hooks in held.frozen.living_guards():
+        optimizer = hooks.optimizer
+        if optimizer is not None and isinstance(hooks, StepHooks) and hooks.is_alive:
+            for member in hooks.members:
+                with suppress(ParameterChangedError):  # perhaps of another model: the next step says so
+                    if member.frozen is held.frozen:
+                        for number in {id(parameter) for _, parameter in member} & stepped_by(optimizer):
+                            found.setdefault(number, []).append(type(optimizer).__name__)
     return found
 
 

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from .._held.parameter import FrozenPart, Violation
+from .._held.parameter import FrozenParameter
+from .._held.violation import Violation
 from .status import Mechanisms, said
 
 
@@ -135,22 +136,22 @@ def aligned(rows: Sequence[tuple[str, ...]], right: Container[int]) -> str:
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
 
 
-def report_part(part: FrozenPart, violations: Iterable[Violation], mechanisms: Mechanisms) -> PartReport:
+def report_parameter(frozen: FrozenParameter, violations: Iterable[Violation], mechanisms: Mechanisms) -> PartReport:
     """Write down what is frozen of one parameter, what of it drifted, and what holds it."""
     violations = list(violations)
-    lowest, highest = _range(part.values)
+    lowest, highest = _range(frozen.values)
     return PartReport(
-        name=part.name,
-        shape=tuple(part.shape),
-        rules=tuple(map(str, part.rules)),
-        frozen=part.frozen_count,
-        free=part.free_count,
+        name=frozen.name,
+        shape=tuple(frozen.shape),
+        rules=tuple(map(str, frozen.rules)),
+        frozen=frozen.frozen_count,
+        free=frozen.free_count,
         lowest=lowest,
         highest=highest,
         drifted=sum(violation.count for violation in violations),
         drift=max((violation.drift for violation in violations), default=0.0),
         mechanisms=mechanisms,
-        nbytes=part.nbytes,
+        nbytes=frozen.nbytes,
     )
 
 

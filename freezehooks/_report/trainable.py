@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .._held.parameter import FrozenPart
-from .._held.resolve import Model
-from .._hooks.module import parts_watching
+from .._held.held import Model
+from .._held.parameter import FrozenParameter
+from .._hooks.gradient import watching
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +35,21 @@ class Trainable:
         return f"trainable entries: {self.trainable:,} of {self.total:,} ({self.percent:.4g} %)"
 
 
-def count_trainable(model: Model, held: Iterable[tuple[FrozenPart, Tensor]]) -> Trainable:
+def count_trainable(model: Model, held: Iterable[tuple[FrozenParameter, Tensor]]) -> Trainable:
     """Count the entries of a model, and those of them that train.
 
     Args:
         model: A module, or a mapping from name to leaf tensor.
         held: Each part with the parameter that it holds. What other handles freeze of the same model counts too.
     """
-    known: dict[int, list[FrozenPart]] = {}
+    known: dict[int, list[FrozenParameter]] = {}
     for part, parameter in held:
         known.setdefault(id(parameter), []).append(part)
     trainable = total = 0
     for parameter in {id(tensor): tensor for tensor in _tensors(model)}.values():
         total += parameter.numel()
         if parameter.requires_grad:
-            parts = dict.fromkeys([*known.get(id(parameter), ()), *parts_watching(parameter)])
+            parts = dict.fromkeys([*known.get(id(parameter), ()), *watching(parameter)])
             trainable += parameter.numel() - _frozen_count(list(parts))
     return Trainable(trainable, total)
 
@@ -59,7 +59,7 @@ def _tensors(model: Model) -> list[Tensor]:
     return [tensor for tensor in found if not is_lazy(tensor)]
 
 
-def _frozen_count(parts: Sequence[FrozenPart]) -> int:
+def _frozen_count(parts: Sequence[FrozenParameter]) -> int:
     if len(parts) < 2:
         return sum(part.frozen_count for part in parts)
     return int(torch.stack([part.frozen_in_whole() for part in parts]).any(dim=0).sum())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._errors import CheckpointError, FrozenValueError, RegionError, TargetError
 from .._held.names import Targets
-from .._held.parameter import FrozenPart
+from .._held.parameter import FrozenParameter
 from .._rules.rule import Keep, Rule
 from .checkpoints import counterparts, freezable
 from .selection import part_of
@@ -101,7 +101,7 @@ class Base:
         base = self._bases[name]
         return base if base.shape == tensor.shape else laid_over(tensor, base)
 
-    def check_kept(self, name: str, tensor: Tensor, part: FrozenPart) -> None:
+    def check_kept(self, name: str, tensor: Tensor, part: FrozenParameter) -> None:
         """Refuse to keep entries that the base has not, or that the checkpoint has no longer.
 
         Raises:
@@ -127,7 +127,7 @@ class Base:
 _BOTH: Final = "freeze what both files have, as in `wte[:50257]`"
 
 
-def _kept_beyond(part: FrozenPart, other: Tensor) -> Iterator[tuple[Rule, list[int]]]:
+def _kept_beyond(part: FrozenParameter, other: Tensor) -> Iterator[tuple[Rule, list[int]]]:
     """Yield the rules that keep entries outside another tensor of as many dimensions, each with the first of these."""
     for piece in part.pieces:
         missing = piece.places.frozen(part.shape, other.device)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._errors import FreezeError, TargetError, UnsupportedParameterError, error_context
 from .._held.names import Targets, check_supported
-from .._held.parameter import FrozenPart
+from .._held.parameter import FrozenParameter
 from .._held.resolve import resolve
 from .._rules.rule import Rule, Tied
 from .checkpoints import freezable
@@ -52,7 +52,7 @@ def _refuse_integers(rule: Rule, tensors: Mapping[str, Tensor]) -> None:
     )
 
 
-def part_of(name: str, tensor: Tensor, rules: Sequence[Rule]) -> FrozenPart:
+def part_of(name: str, tensor: Tensor, rules: Sequence[Rule]) -> FrozenParameter:
     """Return what rules freeze of one parameter, and keep what it holds.
 
     Copies that are to be one may differ here: it is for the caller to find out.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._counted import counted
-from .._held.parameter import FrozenPart
+from .._held.parameter import FrozenParameter
 from .._held.tied import Tie
 from .._report.table import aligned
 from .._rules.rule import Rule
@@ -86,7 +86,7 @@ def _selected(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> str:
     return f"{aligned(rows, right=(3, 4))}\nfrozen: {frozen:,} of all {entries} of the file ({share})"
 
 
-def _row(part: FrozenPart, tensor: Tensor, rules: Sequence[Rule]) -> tuple[str, ...]:
+def _row(part: FrozenParameter, tensor: Tensor, rules: Sequence[Rule]) -> tuple[str, ...]:
     said = ", ".join(map(str, rules))
     held = [_range(tensor[part.frozen])] if part.frozen_count else []
     held += [_copies(tensor, part.tie)] if part.tie is not None else []

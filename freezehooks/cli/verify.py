@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._counted import counted, share_of
 from .._errors import CheckpointError, RegionError
-from .._held.parameter import FrozenPart
+from .._held.parameter import FrozenParameter
 from .._rules.rule import Rule
 from .base import Base
 from .checkpoints import open_checkpoint
@@ -149,7 +149,7 @@ def _findings(
     total.broken_parameters += bool(broken.any())
 
 
-def _expected(part: FrozenPart, tensor: Tensor, rules: Sequence[Rule]) -> Iterator[tuple[Rule, Tensor, Tensor]]:
+def _expected(part: FrozenParameter, tensor: Tensor, rules: Sequence[Rule]) -> Iterator[tuple[Rule, Tensor, Tensor]]:
     """Yield each rule, where it freezes, and the tensor as it would be if the rule held."""
     for piece in part.pieces:
         held = tensor.clone()

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._counted import share_of
 from .._errors import OptimizerMismatchError, SpecError, StateMismatchError
 from .._handle import FrozenEntries, freeze_entries
-from .._held.parameter import FrozenPart
+from .._held.parameter import FrozenParameter
 from .._optim.state import stepped_by
 from .._report.monitor import drift, gradient_norms
 from .._rules.parser import rules_of
@@ -269,10 +269,10 @@ class FrozenEntriesMonitor(_Callback):
         self._has_stepped, self._metrics = False, {}
 
 
-def _watched(pl_module: Any) -> list[tuple[str, list[FrozenPart], Tensor]]:
+def _watched(pl_module: Any) -> list[tuple[str, list[FrozenParameter], Tensor]]:
     """Return the module's parameters that have frozen entries, with what each handle freezes of them."""
     names = {parameter: name for name, parameter in pl_module.named_parameters()}
-    parts: dict[Tensor, list[FrozenPart]] = {}
+    parts: dict[Tensor, list[FrozenParameter]] = {}
     for handle in FrozenEntries.of(pl_module):
         for part, parameter in handle.held():
             parts.setdefault(parameter, []).append(part)

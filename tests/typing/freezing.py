@@ -13,7 +13,7 @@ from typing_extensions import assert_type
 from freezehooks import (
     FreezeError,
     FrozenEntries,
-    FrozenPart,
+    FrozenParameter,
     RegionError,
     Rule,
     Violation,
@@ -47,17 +47,17 @@ def models_and_bare_tensors(conv: nn.Conv2d, tensors: dict[str, Tensor], named: 
     assert_type(freeze_entries(named, "w[0] = 1", state=torch.load("frozen.pt", weights_only=True)), FrozenEntries)
 
 
-def the_handle_is_a_mapping(frozen: FrozenEntries) -> Mapping[str, FrozenPart]:
-    assert_type(frozen["conv.weight"], FrozenPart)
-    assert_type(frozen.get("conv.weight"), FrozenPart | None)
+def the_handle_is_a_mapping(frozen: FrozenEntries) -> Mapping[str, FrozenParameter]:
+    assert_type(frozen["conv.weight"], FrozenParameter)
+    assert_type(frozen.get("conv.weight"), FrozenParameter | None)
     assert_type(iter(frozen), Iterator[str])
     assert_type(len(frozen), int)
-    assert_type(list(frozen.items()), list[tuple[str, FrozenPart]])
+    assert_type(list(frozen.items()), list[tuple[str, FrozenParameter]])
     assert_type([part.frozen for part in frozen.values()], list[Tensor])
     return frozen
 
 
-def what_a_part_says(part: FrozenPart) -> None:
+def what_a_part_says(part: FrozenParameter) -> None:
     assert_type(part.values, Tensor)
     assert_type(part.rules, tuple[Rule, ...])
     assert_type(part.frozen_count + part.free_count, int)

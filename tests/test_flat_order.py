@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from freezehooks._entries.free import FreeEntries
+from freezehooks._entries.flat_order import FlatOrder, memory_order
 
 from .claims import same_bits
 from .strategies import shapes
@@ -59,6 +59,10 @@ def _numbers(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tens
     return torch.arange(1, count + 1).to(dtype).view(shape)
 
 
+def _order(frozen: Tensor, tensor: Tensor) -> FlatOrder:
+    return FlatOrder.of(~frozen, memory_order(tensor))
+
+
 def _addresses(tensor: Tensor) -> Tensor:
     """Where each entry lies in memory, counted in entries."""
     addresses = torch.zeros(tensor.shape, dtype=torch.int64)
@@ -68,13 +72,13 @@ def _addresses(tensor: Tensor) -> Tensor:
 
 
 def _assert_takes_and_puts(frozen: Tensor, tensor: Tensor) -> None:
-    free = FreeEntries.of(frozen, tensor)
+    free = _order(frozen, tensor)
     assert free.count == int((~frozen).sum())
     by_address = _addresses(tensor)[~frozen].argsort()
-    taken = free.take(tensor)
+    taken = free.gather(tensor)
     assert same_bits(taken, tensor[~frozen][by_address])
     before = tensor.clone()
-    free.put_(tensor, taken + 1)
+    free.scatter_(tensor, taken + 1)
     assert same_bits(tensor, torch.where(frozen, before, before + 1))
 
 
@@ -105,10 +109,10 @@ def test_a_tensor_of_another_layout_gives_its_entries_in_the_same_order(
 ) -> None:
     """A gradient need not lie as its parameter does."""
     parameter, gradient = layout(_numbers(_SHAPE)), _numbers(_SHAPE)
-    free = FreeEntries.of(frozen, parameter)
-    assert same_bits(free.take(gradient), free.take(parameter))
+    free = _order(frozen, parameter)
+    assert same_bits(free.gather(gradient), free.gather(parameter))
     empty = torch.zeros(_SHAPE)
-    free.put_(empty, free.take(parameter))
+    free.scatter_(empty, free.gather(parameter))
     assert same_bits(empty, gradient.masked_fill(frozen, 0))
 
 
@@ -118,7 +122,7 @@ def test_in_rows_the_order_is_that_of_indexing_whatever_the_memory(
     frozen: Tensor, layout: Callable[[Tensor], Tensor]
 ) -> None:
     tensor = layout(_numbers(_SHAPE))
-    assert same_bits(FreeEntries.in_rows(frozen).take(tensor), tensor[~frozen])
+    assert same_bits(FlatOrder.in_rows(~frozen).gather(tensor), tensor[~frozen])
 
 
 def _shares_memory(first: Tensor, second: Tensor) -> bool:
@@ -131,44 +135,44 @@ def _shares_memory(first: Tensor, second: Tensor) -> bool:
 ])  # fmt: skip
 def test_entries_in_one_piece_are_a_view_and_others_a_copy(name: str, is_view: bool) -> None:
     tensor = _numbers(_SHAPE)
-    free = FreeEntries.of(MASKS[name], tensor)
-    taken = free.take(tensor)
+    free = _order(MASKS[name], tensor)
+    taken = free.gather(tensor)
     assert _shares_memory(taken, tensor) == is_view
     before = tensor._version
     taken.neg_()
-    free.put_(tensor, taken)
+    free.scatter_(tensor, taken)
     assert tensor._version > before  # counted by autograd, whether written to or through
     assert bool((tensor[~MASKS[name]] < 0).all())
 
 
 def test_one_piece_in_memory_is_a_view_in_a_permuted_layout_too() -> None:
     tensor = LAYOUTS["channels_last"](_numbers(_SHAPE))
-    assert _shares_memory(FreeEntries.of(MASKS["last_rows"], tensor).take(tensor), tensor)
+    assert _shares_memory(_order(MASKS["last_rows"], tensor).gather(tensor), tensor)
     matrix = _numbers((4, 6)).T
-    assert _shares_memory(FreeEntries.of(_frozen((6, 4), (slice(None), slice(2))), matrix).take(matrix), matrix)
+    assert _shares_memory(_order(_frozen((6, 4), (slice(None), slice(2))), matrix).gather(matrix), matrix)
 
 
 @pytest.mark.parametrize("name", set(MASKS) - {"scattered"})
 def test_a_few_runs_need_no_memory(name: str) -> None:
-    assert FreeEntries.of(MASKS[name], _numbers(_SHAPE)).nbytes == 0
+    assert _order(MASKS[name], _numbers(_SHAPE)).nbytes == 0
 
 
 def test_scattered_entries_need_at_most_one_position_each() -> None:
     tensor = _numbers(_SHAPE)
-    free = FreeEntries.of(_RANDOM, tensor)
+    free = _order(_RANDOM, tensor)
     assert free.nbytes in (4 * free.count, 8 * free.count)
 
 
 def test_inf_nan_and_minus_zero_come_and_go_unchanged() -> None:
     tensor = torch.tensor([torch.inf, torch.nan, -0.0, -torch.inf, 1e-45, 2.0]).repeat(12).view(_SHAPE)
     for frozen in MASKS.values():
-        free = FreeEntries.of(frozen, tensor)
+        free = _order(frozen, tensor)
         copied = torch.zeros(_SHAPE)
-        free.put_(copied, free.take(tensor).clone())
+        free.scatter_(copied, free.gather(tensor).clone())
         assert same_bits(copied, tensor.masked_fill(frozen, 0))
 
 
 def test_a_tensor_without_dimensions_is_free_or_frozen() -> None:
     tensor = torch.tensor(2.0)
-    assert FreeEntries.of(torch.tensor(False), tensor).take(tensor).tolist() == [2]
-    assert FreeEntries.of(torch.tensor(True), tensor).take(tensor).tolist() == []
+    assert _order(torch.tensor(False), tensor).gather(tensor).tolist() == [2]
+    assert _order(torch.tensor(True), tensor).gather(tensor).tolist() == []

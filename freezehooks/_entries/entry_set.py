@@ -1,0 +1,370 @@
+"""Some of the entries of a tensor, in the cheapest form that is exact.
+
+A strided box is reached through a view, few entries by their positions, many by a mask. Every form leaves the other
+entries as they are at any moment, also for another thread that reads them, and never computes with floating-point
+numbers: inf, nan and -0.0 come and go unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from functools import cached_property, partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from .bits import bits, packed, unpacked
+from .flat_order import FlatOrder, memory_order
+from .writes import Writes
+
+_FEW: Final = 0.05
+"""Up to this fraction of a tensor, writing by position beats a pass over all of it."""
+
+_MOST_IN_ONE_KERNEL: Final = 1 << 22
+"""Above so many entries, a GPU writes by a bool mask, one tensor at a time; below, in one kernel for all tensors."""
+
+
+class EntrySet(ABC):
+    """Some of the entries of a tensor of one shape and order of memory; it does not change.
+
+    What `read` returns, and `write_` takes, is in the form's own shape: the box without dimensions of one position,
+    ``(count,)`` for positions, or the tensor's shape with zeros at the other entries.
+
+    Attributes:
+        shape: The tensor's shape.
+        dims: The tensor's dimensions in the order of its memory.
+        count: How many entries are in the set.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.shape = mask.shape
+        self.dims = memory_order(mask)
+        self.count = int(mask.sum())
+
+    @staticmethod
+    def of(mask: Tensor) -> EntrySet:
+        """Return the cheapest form of what is True in a bool tensor, which lies in memory as the tensor does."""
+        if not bool(mask.any()):
+            return Empty(mask)
+        box = Strided.around(mask)
+        if box is not None:
+            return box
+        few = int(mask.sum()) <= _FEW * mask.numel()
+        return Sparse(mask) if few else Masked(mask)
+
+    @staticmethod
+    def like(parameter: Tensor, mask: Tensor) -> EntrySet:
+        """Return the cheapest form of what is True in `mask`, laid out like the parameter."""
+        return EntrySet.of(torch.empty_like(parameter, dtype=torch.bool, requires_grad=False).copy_(mask))
+
+    @staticmethod
+    def from_state(state: dict[str, Any], parameter: Tensor) -> EntrySet:
+        """Return the set that `state` wrote down, laid out like the parameter."""
+        mask = torch.zeros(parameter.shape, dtype=torch.bool, device="cpu")
+        if "box" in state:
+            mask[tuple(slice(*span) for span in state["box"])] = True
+        elif "positions" in state:
+            mask.view(-1)[state["positions"].cpu()] = True
+        else:
+            packed_mask = state["packed"].cpu()
+            if 8 * packed_mask.numel() not in range(mask.numel(), mask.numel() + 8):
+                raise ValueError(f"{packed_mask.numel()} bytes for a mask of {mask.numel()} entries")
+            mask |= unpacked(packed_mask, mask.numel()).view(mask.shape)
+        return EntrySet.like(parameter, mask)
+
+    def mask(self, device: torch.device | None = None) -> Tensor:
+        """Return the bool tensor that is True at the entries, laid out like the tensor."""
+        ordered = torch.zeros([self.shape[dim] for dim in self.dims], dtype=torch.int8, device=device or "cpu")
+        numbers = ordered.permute([self.dims.index(dim) for dim in range(len(self.dims))])
+        self.fill_(numbers, 1)
+        return numbers.view(torch.bool)
+
+    def complement(self) -> EntrySet:
+        """Return the set of all other entries."""
+        return EntrySet.of(~self.mask())
+
+    def check_values(self, values: Tensor) -> None:
+        """Raise a ValueError where values are not in this form's own shape."""
+        if values.shape != self.values_shape:
+            raise ValueError(f"values of shape {tuple(values.shape)}, expected {tuple(self.values_shape)}")
+
+    @property
+    def values_shape(self) -> torch.Size:
+        """The shape of what `read` returns."""
+        return torch.Size([self.count])
+
+    @abstractmethod
+    def fill_(self, tensor: Tensor, number: float) -> None:
+        """Write one number into the entries."""
+
+    @abstractmethod
+    def write_(self, tensor: Tensor, values: Tensor) -> None:
+        """Write values, in this form's shape and the tensor's dtype, into the entries."""
+
+    @abstractmethod
+    def read(self, tensor: Tensor) -> Tensor:
+        """Return a copy of the entries, in this form's shape."""
+
+    def zero_(self, tensor: Tensor) -> None:
+        """Write +0.0 into the entries."""
+        self.fill_(tensor, 0.0)
+
+    # The same writes, to be carried out with others.
+
+    def add_fill(self, writes: Writes, tensor: Tensor, number: float) -> None:
+        """Add to `writes` what `fill_` does."""
+        writes.call(partial(self.fill_, tensor, number))
+
+    def add_write(self, writes: Writes, tensor: Tensor, values: Tensor) -> None:
+        """Add to `writes` what `write_` does."""
+        writes.call(partial(self.write_, tensor, values))
+
+    def add_zero(self, writes: Writes, tensor: Tensor) -> None:
+        """Add to `writes` what `zero_` does."""
+        writes.call(partial(self.zero_, tensor))
+
+    # One after another, in the order of the tensor's memory
+
+    @cached_property
+    def order(self) -> FlatOrder:
+        """How the entries lie in a flat tensor."""
+        return FlatOrder.of(self.mask(), self.dims)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return the entries of a tensor one after another, of shape ``(count,)``."""
+        return self.order.gather(tensor)
+
+    def scatter_(self, tensor: Tensor, flat: Tensor) -> None:
+        """Write what `gather` returned into the entries of a tensor."""
+        self.order.scatter_(tensor, flat)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors that this form holds in memory."""
+        return ()
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Return plain tensors and builtins from which `from_state` makes the same set."""
+
+
+class Empty(EntrySet):
+    """No entry at all: what a rank may hold of a region that lies on others."""
+
+    def fill_(self, tensor: Tensor, number: float) -> None:
+        pass
+
+    def write_(self, tensor: Tensor, values: Tensor) -> None:
+        pass
+
+    def read(self, tensor: Tensor) -> Tensor:
+        return tensor.new_empty(0)
+
+    def add_fill(self, writes: Writes, tensor: Tensor, number: float) -> None:
+        pass
+
+    def add_write(self, writes: Writes, tensor: Tensor, values: Tensor) -> None:
+        pass
+
+    def add_zero(self, writes: Writes, tensor: Tensor) -> None:
+        pass
+
+    def state(self) -> dict[str, Any]:
+        return {"positions": torch.empty(0, dtype=torch.int64)}
+
+
+class Strided(EntrySet):
+    """Entries that form a strided box: reached through a view, at no memory."""
+
+    def __init__(self, mask: Tensor, spans: tuple[slice, ...]) -> None:
+        super().__init__(mask)
+        self._spans = spans
+        # the quickest key: full dimensions before the first other one are an ellipsis, those after the last left out,
+        # one position is a number
+        full = [span == slice(0, size, 1) for span, size in zip(spans, self.shape, strict=True)]
+        first, last = (full.index(False), len(full) - full[::-1].index(False)) if not all(full) else (0, 0)
+        terse = tuple(span.start if span.stop == span.start + 1 else span for span in spans)
+        self._key: tuple[Any, ...] = (..., *terse[first:]) if last == len(full) and first else terse[:last]
+
+    @staticmethod
+    def around(mask: Tensor) -> Strided | None:
+        """Return the box that holds exactly the entries that are True, or None where they form no box."""
+        spans: list[slice] = []
+        volume = 1
+        for dimension in range(mask.ndim):
+            others = tuple(d for d in range(mask.ndim) if d != dimension)
+            hits = (mask.any(dim=others) if others else mask).nonzero().flatten()
+            steps = hits.diff()
+            step = int(steps[0]) if len(steps) else 1
+            if not bool((steps == step).all()):
+                return None
+            volume *= len(hits)
+            spans.append(slice(int(hits[0]), int(hits[-1]) + 1, step))
+        return Strided(mask, tuple(spans)) if volume == int(mask.sum()) else None
+
+    @property
+    def values_shape(self) -> torch.Size:
+        return torch.empty((), device="meta").expand(self.shape)[self._key].shape
+
+    def fill_(self, tensor: Tensor, number: float) -> None:
+        tensor[self._key].fill_(number)
+
+    def write_(self, tensor: Tensor, values: Tensor) -> None:
+        tensor[self._key].copy_(values)
+
+    def read(self, tensor: Tensor) -> Tensor:
+        return tensor[self._key].clone(memory_format=torch.contiguous_format)
+
+    def add_fill(self, writes: Writes, tensor: Tensor, number: float) -> None:
+        view = tensor[self._key]
+        writes.copy(view, torch.full((), number, dtype=tensor.dtype, device=tensor.device).expand(view.shape))
+
+    def add_write(self, writes: Writes, tensor: Tensor, values: Tensor) -> None:
+        writes.copy(tensor[self._key], values)
+
+    def add_zero(self, writes: Writes, tensor: Tensor) -> None:
+        writes.zero(tensor[self._key])
+
+    def state(self) -> dict[str, Any]:
+        return {"box": [[span.start, span.stop, span.step] for span in self._spans]}
+
+
+class Sparse(EntrySet):
+    """Few entries, by their positions in the flattened tensor."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__(mask)
+        self._positions = mask.flatten().nonzero().flatten()
+        self._index: tuple[Tensor, ...] | None = None
+
+    def _flat(self, tensor: Tensor) -> Tensor:
+        """Return the positions, on the tensor's device."""
+        if self._positions.device != tensor.device:
+            self._positions, self._index = self._positions.to(tensor.device), None
+        return self._positions
+
+    def _by_dimension(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Return the positions along each dimension: what a tensor that is not contiguous can be indexed by."""
+        flat = self._flat(tensor)
+        if self._index is None:
+            self._index = torch.unravel_index(flat, tensor.shape)
+        return self._index
+
+    # Not by `put_`, which refuses to run under torch.use_deterministic_algorithms.
+
+    def fill_(self, tensor: Tensor, number: float) -> None:
+        if tensor.is_contiguous():
+            tensor.view(-1).index_fill_(0, self._flat(tensor), number)
+        else:
+            tensor[self._by_dimension(tensor)] = torch.full((), number, dtype=tensor.dtype, device=tensor.device)
+
+    def write_(self, tensor: Tensor, values: Tensor) -> None:
+        if tensor.is_contiguous():
+            tensor.view(-1).index_copy_(0, self._flat(tensor), values)
+        else:
+            tensor[self._by_dimension(tensor)] = values
+
+    def read(self, tensor: Tensor) -> Tensor:
+        return tensor.take(self._flat(tensor))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self._positions, *(self._index or ())
+
+    def state(self) -> dict[str, Any]:
+        return {"positions": self._positions.clone()}
+
+
+class Masked(EntrySet):
+    """Many entries anywhere, by a mask in the form that the tensor's device writes by fastest.
+
+    Integers of 1 at all *other* entries, as wide as the tensor's numbers; for a large tensor on a GPU, a bool mask of
+    the entries themselves, which moves fewer bytes and takes a quarter of the memory.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__(mask)
+        self._mask = mask
+        self._filled: tuple[float, Tensor] | None = None
+
+    def _mask_for(self, tensor: Tensor) -> Tensor:
+        """Return the mask in the form that a tensor needs, and keep it in that form alone."""
+        is_wide = tensor.device.type == "cpu" or tensor.numel() < _MOST_IN_ONE_KERNEL
+        dtype = bits(tensor).dtype if is_wide else torch.bool
+        if self._mask.dtype != dtype or self._mask.device != tensor.device:
+            mask = self.mask(tensor.device)
+            self._mask = (~mask).to(dtype) if is_wide else mask
+        return self._mask.unsqueeze(-1) if is_wide and tensor.is_complex() else self._mask  # one for both parts
+
+    @property
+    def values_shape(self) -> torch.Size:
+        return self.shape
+
+    def fill_(self, tensor: Tensor, number: float) -> None:
+        if is_plus_zero(number):
+            self.zero_(tensor)
+        else:
+            self.write_(tensor, self._full_of(number, tensor))
+
+    def _full_of(self, number: float, tensor: Tensor) -> Tensor:
+        """Return the number at the entries and zeros elsewhere, in the tensor's dtype."""
+        filled = self._filled
+        if filled is None or (filled[0], filled[1].dtype, filled[1].device) != (number, tensor.dtype, tensor.device):
+            self._filled = filled = number, self.read(torch.full_like(tensor, number, requires_grad=False))
+        return filled[1]
+
+    def zero_(self, tensor: Tensor) -> None:
+        mask = self._mask_for(tensor)
+        if mask.dtype == torch.bool:
+            tensor.masked_fill_(mask, 0)
+        else:
+            bits(tensor).mul_(mask)
+
+    def write_(self, tensor: Tensor, values: Tensor) -> None:
+        mask = self._mask_for(tensor)
+        if mask.dtype == torch.bool:
+            torch.where(mask, values, tensor, out=tensor)
+        else:
+            # values + others * own, in integers: exact. One pass, nothing allocated, and one store of the final bits:
+            # the forward of another thread never sees anything in between.
+            own = bits(tensor)
+            torch.addcmul(bits(values), mask, own, out=own)
+
+    def read(self, tensor: Tensor) -> Tensor:
+        mask = self._mask_for(tensor)
+        if mask.dtype == torch.bool:
+            return torch.where(mask, tensor, tensor.new_zeros(()))
+        values = tensor.clone()
+        bits(values).mul_(1 - mask)
+        return values
+
+    def add_fill(self, writes: Writes, tensor: Tensor, number: float) -> None:
+        if is_plus_zero(number):
+            self.add_zero(writes, tensor)
+        else:
+            self.add_write(writes, tensor, self._full_of(number, tensor))
+
+    def add_zero(self, writes: Writes, tensor: Tensor) -> None:
+        mask = self._mask_for(tensor)
+        if mask.dtype == torch.bool:
+            writes.call(partial(tensor.masked_fill_, mask, 0))
+        else:
+            writes.multiply(bits(tensor), mask)
+
+    def mask(self, device: torch.device | None = None) -> Tensor:
+        mask = self._mask if self._mask.dtype == torch.bool else self._mask == 0
+        return mask.to(device or mask.device, copy=mask is self._mask)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self._mask,) if self._filled is None else (self._mask, self._filled[1])
+
+    def state(self) -> dict[str, Any]:
+        return {"packed": packed(self.mask())}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_filled": None}
+
+
+def is_plus_zero(number: float) -> bool:
+    """Return whether a number is 0 and not -0."""
+    return number == 0 and math.copysign(1, number) > 0

@@ -1,0 +1,95 @@
+"""The frozen parameters of a model, each with every place that holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+from .._errors import ParameterChangedError
+from .parameter import FrozenParameter
+from .parameters import FrozenParameters
+from .site import Site
+from .violation import Violation
+
+Model: TypeAlias = "nn.Module | Mapping[str, Tensor]"
+
+
+class HeldParameters:
+    """What a handle, and every optimizer that it guards, knows of a model.
+
+    Iterating pairs each frozen parameter with each tensor that it holds now.
+
+    Attributes:
+        model: The model, or a mapping from name to leaf tensor.
+        frozen: What is frozen, by name; perhaps of a larger model that this one was a part of.
+        sites: Under which name of `frozen` which place stands.
+        is_found: Whether it was found in a model that may be a part of the one that was frozen.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        frozen: FrozenParameters,
+        sites: Iterable[tuple[str, Site]] = (),
+        *,
+        is_found: bool = False,
+    ) -> None:
+        self.model = model
+        self.frozen = frozen
+        self.sites = list(sites)
+        self.is_found = is_found
+
+    @property
+    def names(self) -> list[str]:
+        """The names of `frozen` that stand in this model."""
+        return [name for name in dict.fromkeys(name for name, _ in self.sites) if name in self.frozen]
+
+    def held_sites(self) -> Iterator[tuple[str, Site]]:
+        """Yield the places whose entries are held at present."""
+        return ((name, site) for name, site in self.sites if self.frozen.is_held(name))
+
+    def __iter__(self) -> Iterator[tuple[FrozenParameter, Tensor]]:
+        seen: set[tuple[str, int]] = set()
+        for name, site in self.sites:
+            if name not in self.frozen:
+                continue  # another handle has thawed it
+            pair = self.frozen.adopt(name, site.tensor())
+            if pair is not None and (name, id(pair[1])) not in seen:
+                seen.add((name, id(pair[1])))
+                yield pair
+
+    def check_in_place(self) -> None:
+        """Refuse to answer for parameters that the model no longer contains.
+
+        Raises:
+            ParameterChangedError: A parameter is gone or has another shape, or its module was replaced.
+        """
+        modules = set(self.model.modules()) if isinstance(self.model, nn.Module) else set()
+        for name, site in self.sites:
+            if name not in self.frozen:
+                continue
+            self.frozen[name].check_shape(site.tensor())
+            if isinstance(site.owner, nn.Module) and site.owner not in modules:
+                raise ParameterChangedError(
+                    f"the {type(site.owner).__name__} that owned `{name}` is no longer in the model",
+                    "call remove() before a module is replaced, and freeze anew after",
+                )
+
+    def violations(self) -> tuple[Violation, ...]:
+        """Return, for each parameter where frozen entries drifted, how many and the worst of them.
+
+        Raises:
+            ParameterChangedError: A parameter is gone, has another shape or no numbers, or its module was replaced.
+        """
+        self.check_in_place()
+        found: dict[tuple[str, int], Violation | None] = {}
+        for name, site in self.sites:
+            if name not in self.frozen:
+                continue
+            place = name, id(site.find())
+            pair = self.frozen.adopt(name, site.computed())
+            if pair is not None and found.get(place) is None:  # of names of one tensor, one may be pruned
+                found[place] = pair[0].violation(pair[1])
+        return tuple(filter(None, found.values()))

@@ -1,0 +1,89 @@
+"""The value of a rule, checked against the region and the parameter that it is for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._entries.entry_set import EntrySet
+from .._entries.select import kernel_center, positions
+from .._errors import FrozenValueError, SpecError
+from .._rules.region import Index, Pattern
+from .._rules.rule import Keep, Rule
+
+
+def value_of(rule: Rule, entries: EntrySet, frozen: Tensor, parameter: Tensor) -> float | Tensor:
+    """Return the value of a rule: a number, or a tensor in the set's own shape.
+
+    Raises:
+        FrozenValueError: It does not fit the region, or is not finite in the parameter's dtype.
+        SpecError: It is neither a number nor a tensor.
+    """
+    value = rule.value
+    if value is Keep.KEEP:
+        return entries.read(parameter)
+    if isinstance(value, float):
+        _check_finite(torch.tensor(value, dtype=torch.float64), parameter)
+        return value
+    if isinstance(value, complex):
+        value = torch.tensor(value, dtype=torch.complex128)
+    if not isinstance(value, Tensor):
+        raise SpecError(
+            f"a value is a number, `keep` or a tensor, found {type(value).__name__}",
+            "give a number, or convert it with torch.as_tensor",
+        )
+    if value.is_meta or value.layout != torch.strided:
+        raise FrozenValueError(
+            f"a value must be a dense tensor with numbers, found {value.layout} on {value.device}",
+            "convert it with `to_dense()`, or make it on a real device",
+        )
+    if value.is_complex() and not parameter.is_complex():
+        raise FrozenValueError(f"a complex value for a parameter of {parameter.dtype}", "give its real part")
+    spread = _spread(value.detach().to(parameter.device), rule.region, frozen, parameter)
+    source = entries.read(torch.empty_like(parameter, dtype=spread.dtype).copy_(spread))  # laid out like the parameter
+    _check_finite(source, parameter)
+    return source
+
+
+def _check_finite(value: Tensor, parameter: Tensor) -> None:
+    finite = value.to(parameter.dtype).isfinite()
+    if not bool(finite.all()):
+        raise FrozenValueError(
+            f"the value {value[~finite][0].item():g} is not finite as {parameter.dtype}",
+            "give a value that the parameter's dtype can hold",
+        )
+
+
+def _spread(value: Tensor, region: Any, frozen: Tensor, parameter: Tensor) -> Tensor:
+    """Return a tensor of the parameter's shape that holds the value's numbers inside the region, where it is frozen."""
+    spread = torch.zeros(parameter.shape, dtype=value.dtype, device=parameter.device)
+    region = kernel_center(parameter.shape) if region == Pattern("center") else region
+    if isinstance(region, Index):
+        where = positions(region, parameter.shape).to(parameter.device)
+    else:
+        where = frozen.flatten().nonzero().flatten()
+    if _fits(value.shape, where.shape):
+        spread.view(-1)[where] = value.expand(where.shape)
+        _check_one_value_each(spread.view(-1)[where], value)
+    elif value.shape == parameter.shape:
+        spread.copy_(value)
+    else:
+        raise FrozenValueError(
+            f"a value of shape {tuple(value.shape)} does not fit the region of shape {tuple(where.shape)}",
+            f"give a number, a tensor that broadcasts to the region's shape, or one of shape {tuple(parameter.shape)}",
+        )
+    return spread
+
+
+def _check_one_value_each(written: Tensor, value: Tensor) -> None:
+    """Refuse an index that names an entry twice, with another value each time."""
+    if bool(((written != value) & (value == value)).any()):
+        raise FrozenValueError("the region names an entry twice, with two values", "name every entry once")
+
+
+def _fits(shape: torch.Size, target: torch.Size) -> bool:
+    """Return whether a tensor of the first shape broadcasts to the second."""
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(size in (1, wanted) for size, wanted in pairs)

@@ -1,0 +1,241 @@
+"""One write a moment: what many parameters hold, planned once and kept until one of them is found elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .._entries.writes import Writes
+from .._held.parameter import FrozenParameter
+from .._held.parameters import FrozenParameters
+from .._held.site import Site, gone
+from .._torch import is_replica
+from .gradient import ZeroFrozenGradient, gradient_hook, watch_gradient
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a frozen parameter stands.
+
+    Attributes:
+        frozen: What the handle froze.
+        name: The parameter's name there.
+        site: The module, or the mapping, and the name in it.
+    """
+
+    frozen: FrozenParameters
+    name: str
+    site: Site
+
+    def own(self) -> Tensor | None:
+        """Return the parameter that stands here; None for a tensor that somebody put in its place for one call.
+
+        `torch.func.functional_call` does, and nn.DataParallel; those belong to the caller.
+
+        Raises:
+            ParameterChangedError: Nothing stands here.
+        """
+        owner = self.site.owner
+        if isinstance(owner, nn.Module) and is_replica(owner):
+            return None
+        found = self.site.find()
+        if found is None:
+            raise gone(self.name, owner)
+        return found if isinstance(found, nn.Parameter) or not isinstance(owner, nn.Module) else None
+
+
+Places: TypeAlias = "Callable[[], Iterable[Place]]"
+
+
+@dataclass(slots=True)
+class Planned:
+    """What is written at one place.
+
+    It refers to no module: the module's hooks hold it, and a circle would keep both alive.
+
+    Attributes:
+        frozen: What the handle froze.
+        name: The parameter's name there.
+        held: What stood there under the name.
+        holder: The mapping in which the parameter was found.
+        key: The key under which.
+        found: The parameter.
+        memory: The parameter as it lay in memory; one that moved since has to be planned anew.
+        hook: What zeroes its gradient, where it requires one.
+        trained: Whether it requires one.
+        is_again: Whether the same parameter was planned already, under another of its names.
+    """
+
+    frozen: FrozenParameters
+    name: str
+    held: FrozenParameter
+    holder: Mapping[str, Any]
+    key: str
+    found: Tensor
+    memory: Tensor
+    hook: ZeroFrozenGradient | None
+    trained: bool
+    is_again: bool
+
+    def is_in_place(self) -> bool:
+        """Return whether the parameter is where it was when it was planned."""
+        found = self.found
+        return (
+            self.holder.get(self.key) is found
+            and not found.is_meta
+            and found.is_set_to(self.memory)
+            and found.requires_grad is self.trained
+        )
+
+
+@dataclass(slots=True)
+class Plan:
+    """Everything that a batch writes.
+
+    Attributes:
+        planned: The plain parameters, whose writes were collected.
+        sharded: The names of sharded parameters, which are looked at each time.
+        writes: The writes into the plain parameters.
+        changes: How often each handle's parameters had changed when this was planned.
+        is_passing: Whether something stands in a parameter's place for a while alone, so that this serves just once.
+    """
+
+    planned: list[Planned] = field(default_factory=list)
+    sharded: set[str] = field(default_factory=set)
+    writes: Writes = field(default_factory=Writes)
+    changes: list[tuple[FrozenParameters, int]] = field(default_factory=list)
+    is_passing: bool = False
+
+    def is_in_place(self) -> bool:
+        """Return whether every parameter is where it was."""
+        return all(map(Planned.is_in_place, self.planned))
+
+    def is_outdated(self) -> bool:
+        """Return whether something has changed that concerns all who planned a write."""
+        return any(frozen.changes != changes for frozen, changes in self.changes)
+
+
+class Batch:
+    """The frozen parameters of several places, and one write for all of them.
+
+    Every method is given the places, and asks for them where it has to plan.
+
+    Args:
+        wanted: Whether a parameter is one of the batch; left out, all are.
+    """
+
+    def __init__(self, wanted: Callable[[Tensor], bool] | None = None) -> None:
+        self._wanted = wanted
+        self._plan: Plan | None = None
+
+    def plan(self, places: Places) -> Plan:
+        """Return the plan; a new one where something has changed.
+
+        Raises:
+            ParameterChangedError: A parameter is gone, or has another shape.
+        """
+        plan = self._plan
+        if plan is not None and not plan.is_in_place():
+            for frozen, _ in plan.changes:
+                frozen.changes += 1  # others have planned for the same parameters
+        if plan is None or plan.is_outdated():
+            with torch.inference_mode(False):  # views that are made inside it cannot be written to outside
+                plan = self._planned_anew(list(places()))
+            self._plan = None if plan.is_passing else plan
+        return plan
+
+    def forget(self) -> None:
+        """Plan anew at the next write."""
+        self._plan = None
+
+    def _planned_anew(self, places: list[Place]) -> Plan:
+        plan = Plan()
+        for place in places:
+            self._add(plan, place)
+        plan.changes = [
+            (frozen, frozen.changes) for frozen in {id(place.frozen): place.frozen for place in places}.values()
+        ]
+        return plan
+
+    def _add(self, plan: Plan, place: Place) -> None:
+        found = place.own()
+        if found is None or found.is_meta:
+            plan.is_passing = True
+            return
+        pair = place.frozen.adopt(place.name, found)
+        if pair is None or pair[0].is_sharded:
+            plan.sharded.add(place.name)
+        elif self._wanted is None or self._wanted(found):
+            held = pair[0]
+            held.check_shape(found)
+            watch_gradient(found, place.frozen, place.name)
+            is_again = (
+                any(each.found is found and each.held is held for each in plan.planned) if held.names[1:] else False
+            )
+            planned = _planned(place, held, found, is_again=is_again)
+            plan.planned.append(planned)
+            if not is_again:
+                held.add_impose(plan.writes, planned.memory)
+
+    def impose(self, places: Places) -> Plan:
+        """Write all values, and renew gradient hooks that were lost."""
+        plan = self.plan(places)
+        plan.writes.run()
+        for held, parameter in self._sharded(plan, places):
+            held.impose(parameter)
+        return plan
+
+    def clean_gradients(self, places: Places, *, trusting: bool = False) -> None:
+        """Make every gradient +0.0 at the frozen entries.
+
+        Args:
+            places: The places.
+            trusting: Whether to pass over gradients that autograd says nobody wrote to since they were cleaned.
+        """
+        plan, writes = self.plan(places), Writes()
+        for planned in plan.planned:
+            hook, parameter = planned.hook, planned.found
+            if not planned.is_again and not (trusting and hook is not None and hook.is_clean(parameter)):
+                planned.held.complete_gradient(parameter)
+                planned.held.add_zero_gradient(writes, parameter)
+        for held, parameter in self._sharded(plan, places):
+            held.add_zero_gradient(writes, parameter)
+        writes.run()
+
+    def pairs(self, places: Places) -> Iterator[tuple[FrozenParameter, Tensor]]:
+        """Pair each frozen parameter with the tensor to write to."""
+        plan = self.plan(places)
+        yield from ((planned.held, planned.found) for planned in plan.planned if not planned.is_again)
+        yield from self._sharded(plan, places)
+
+    def _sharded(self, plan: Plan, places: Places) -> Iterator[tuple[FrozenParameter, Tensor]]:
+        for place in places() if plan.sharded else ():
+            found = place.own() if place.name in plan.sharded else None
+            pair = None if found is None else place.frozen.adopt(place.name, found)
+            if pair is not None and (self._wanted is None or self._wanted(pair[1])):
+                watch_gradient(pair[1], place.frozen, place.name)
+                yield pair
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_plan": None}
+
+
+def _planned(place: Place, held: FrozenParameter, found: Tensor, *, is_again: bool) -> Planned:
+    owner, key = place.site.owner, place.site.key
+    holder: Mapping[str, Any] = owner._parameters if isinstance(owner, nn.Module) else owner
+    return Planned(
+        frozen=place.frozen,
+        name=place.name,
+        held=held,
+        holder=holder,
+        key=key if holder.get(key) is found else f"{key}_orig",  # where it was pruned
+        found=found,
+        memory=found.data,
+        hook=gradient_hook(found, place.frozen, place.name),
+        trained=found.requires_grad,
+        is_again=is_again,
+    )

@@ -1,0 +1,169 @@
+"""Before the forward of a module around others: one write for everything below it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .._held.held import Model
+from .._held.parameters import FrozenParameters
+from .._ranks.agreement import check_same_parameters, is_distributed
+from .._torch import fsdp2_parameters, has_fsdp2, is_inside_ddp_forward, is_replica, outside_transforms
+from . import covering
+from .batch import Batch, Place, Planned
+from .hook_set import HookSet, hook_sets_on
+
+
+class OuterHooks:
+    """The hooks of one handle on a module with owners of frozen parameters below it.
+
+    Before the module's forward, and before it is saved, all values below it are written at once; the hooks of the
+    owners see that this was done, as long as the call lasts. They still impose where they are called by themselves.
+
+    Attributes:
+        frozen: What the handle froze.
+        is_root: Whether the module is the whole model, where ranks are compared and FSDP2 is met.
+    """
+
+    def __init__(self, frozen: FrozenParameters, *, is_root: bool) -> None:
+        self.frozen = frozen
+        self.is_root = is_root
+        self._handles: list[RemovableHandle] = []
+        self._batch: tuple[int, Batch] | None = None
+        self._covered: tuple[Any, dict[HookSet, list[tuple[int, Planned]]]] | None = None
+        self._is_compared = False
+
+    def install(self, module: nn.Module) -> None:
+        """Register the hooks."""
+        self._handles = [
+            module.register_forward_pre_hook(self.impose_before_forward, prepend=True),
+            module.register_forward_hook(self.end_forward, always_call=True),
+            module.register_state_dict_pre_hook(self.impose_before_saving),
+            module.register_state_dict_post_hook(EndSaving(self)),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # The hooks
+
+    def impose_before_forward(self, module: nn.Module, args: Any) -> None:
+        """Write all values below the module."""
+        if torch.compiler.is_compiling() or is_replica(module):
+            return  # there each owner's own hook does it
+        if is_distributed() and self.is_root:
+            self._meet_ranks(module)
+        self._begin(module)
+
+    def end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Leave the owners' hooks to themselves again; also after an error."""
+        if not torch.compiler.is_compiling():
+            covering.end(self)
+
+    def impose_before_saving(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        """Write all values below the module before its `state_dict()`."""
+        self._begin(module)
+
+    def _begin(self, module: nn.Module) -> None:
+        with outside_transforms():
+            if self._batch is None or self._batch[0] != id(module):
+                self._batch = id(module), Batch()
+            plan = self._batch[1].impose(lambda: self._places_below(module))
+        if self._covered is None or self._covered[0] is not plan:
+            self._covered = plan, self._hook_sets_in(module, plan.planned)
+        covering.begin(self, self._covered[1], plan)
+
+    def _places_below(self, module: nn.Module) -> Iterator[Place]:
+        for below in module.modules():
+            for hooks in self._own(below):
+                yield from hooks.places(below)
+
+    def _hook_sets_in(self, module: nn.Module, planned: list[Planned]) -> dict[HookSet, list[tuple[int, Planned]]]:
+        """Map each hook set below the module to what was planned of it, where all of it was."""
+        by_holder: dict[int, list[tuple[int, Planned]]] = {}
+        for n, each in enumerate(planned):
+            by_holder.setdefault(id(each.holder), []).append((n, each))
+        found = {}
+        for below in module.modules():
+            for hooks in self._own(below):
+                places = by_holder.get(id(below._parameters), [])
+                if len(places) == len(hooks.names):
+                    found[hooks] = places
+        return found
+
+    def _own(self, module: nn.Module) -> list[HookSet]:
+        return [hooks for hooks in hook_sets_on(module) if hooks.frozen is self.frozen]
+
+    # Several ranks
+
+    def _meet_ranks(self, model: nn.Module) -> None:
+        """Compare once the rules of a model that was frozen before FSDP2 or DDP took it, and meet its shards."""
+        is_sharded = has_fsdp2(model)
+        if not self._is_compared and (is_sharded or is_inside_ddp_forward()):
+            self._is_compared = True
+            check_same_parameters(self.frozen.values())
+        if is_sharded:
+            self._come_first(model)
+            self._meet_shards(model)
+
+    def _come_first(self, model: nn.Module) -> None:
+        """Be the first of the hooks from the next forward on: `fully_shard` has put its own before."""
+        hooks = model._forward_pre_hooks
+        own = next(key for key, hook in hooks.items() if hook == self.impose_before_forward)
+        if next(iter(hooks)) != own:
+            hooks.move_to_end(own, last=False)  # type: ignore[attr-defined]
+
+    def _meet_shards(self, model: nn.Module) -> None:
+        """Adopt the shards where FSDP2 has put gathered parameters in their place already."""
+        if all(parameter.is_sharded for parameter in self.frozen.values()):
+            return
+        for owner, key, shard in fsdp2_parameters(model):
+            for hooks in self._own(owner):
+                if key in hooks.names:
+                    self.frozen.adopt(hooks.names[key], shard)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_batch": None, "_covered": None}
+
+
+class EndSaving:
+    """After `state_dict()`: leave the owners' hooks to themselves again. torch sets an attribute on such a hook."""
+
+    def __init__(self, outer: OuterHooks) -> None:
+        self.outer = outer
+
+    def __call__(self, module: nn.Module, state_dict: Any, prefix: str, local_metadata: Any) -> None:
+        covering.end(self.outer)
+
+
+def install_outer(model: Model, frozen: FrozenParameters) -> None:
+    """Put outer hooks on a model, and on those of its children that hold several owners of frozen parameters."""
+    if isinstance(model, nn.Module):
+        for module in (model, *model.children()):
+            below = [each for each in module.modules() if any(h.frozen is frozen for h in hook_sets_on(each))]
+            if module is model or (len(below) > 1 and below != [module]):
+                OuterHooks(frozen, is_root=module is model).install(module)
+
+
+def remove_outer(model: Model, frozen: FrozenParameters) -> None:
+    """Take the outer hooks of a handle off again."""
+    for hooks in _outer_hooks(model, frozen):
+        hooks.remove()
+
+
+def has_root_hooks(model: Model, frozen: FrozenParameters) -> bool:
+    """Return whether something imposes before the forward of the whole model."""
+    return any(hooks.is_root for hooks in _outer_hooks(model, frozen))
+
+
+def _outer_hooks(model: Model, frozen: FrozenParameters) -> list[OuterHooks]:
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    owners = [getattr(hook, "__self__", None) for module in modules for hook in module._forward_pre_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, OuterHooks) and owner.frozen is frozen]

@@ -1,0 +1,241 @@
+"""The hooks of one handle on one module that owns frozen parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .._held.parameters import FrozenParameters
+from .._held.site import Site, gone, parameter_of
+from .._ranks.sharding import local
+from .._torch import is_exporting, is_replica, outside_transforms
+from .batch import Batch, Place
+from .covering import is_covered
+from .gradient import watch_gradient
+
+
+class HookSet:
+    """What a module calls before its forward, and around saving and loading.
+
+    Its hooks are its methods. They reach a parameter through the module that they are called with: deepcopy and pickle
+    take them along, and a copy must not write into the original.
+
+    Attributes:
+        frozen: What the handle froze: the same object in all of its hook sets.
+        names: The names in it, by the module's own attribute names.
+    """
+
+    def __init__(self, frozen: FrozenParameters) -> None:
+        self.frozen = frozen
+        self.names: dict[str, str] = {}
+        self._handles: list[RemovableHandle] = []
+        self._batch: tuple[int, Batch] | None = None
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the hooks are on the module."""
+        return bool(self._handles)
+
+    def install(self, module: nn.Module, callers: list[tuple[nn.Module, str]]) -> None:
+        """Register every hook on the module.
+
+        Args:
+            module: The module that owns the parameters.
+            callers: Modules that compute with these parameters without calling the owner, each with the owner's name
+                below it: their forward is hooked too.
+        """
+        self._handles = [moment.register(module, getattr(self, moment.hook)) for moment in MOMENTS]
+        for caller, path in callers:
+            hook = ImposeBeforeCaller(self, path)
+            self._handles.append(caller.register_forward_pre_hook(hook, prepend=True))
+
+    def lost(self, module: nn.Module, callers: list[tuple[nn.Module, str]]) -> set[str]:
+        """Return the moments ("forward", "saving", "loading") whose hooks are no longer on the module or its callers.
+
+        Args:
+            module: The module that owns the parameters.
+            callers: What `install` took, as it is now.
+        """
+        lost = {moment.name for moment in MOMENTS if not self._is_called(moment, module)}
+        for caller, path in callers:
+            hooks = caller._forward_pre_hooks.values()
+            if not any(isinstance(hook, ImposeBeforeCaller) and hook.is_for(self, path) for hook in hooks):
+                lost.add("forward")
+        return lost
+
+    def _is_called(self, moment: Moment, module: nn.Module) -> bool:
+        hooks = [getattr(hook, "hook", hook) for hook in getattr(module, moment.kept).values()]
+        return getattr(self, moment.hook) in hooks  # torch wraps the hooks before loading
+
+    def remove(self) -> None:
+        """Take every hook off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def drop(self, key: str) -> None:
+        """Let one parameter go; with the last one the hooks come off."""
+        self.names.pop(key, None)
+        self._batch = None
+        if not self.names:
+            self.remove()
+
+    def places(self, module: nn.Module) -> Iterator[Place]:
+        """Return where the module's frozen parameters stand."""
+        for key, name in self._held():
+            yield Place(self.frozen, name, Site(module, key))
+
+    def _held(self) -> list[tuple[str, str]]:
+        return [(key, name) for key, name in self.names.items() if self.frozen.is_held(name)]
+
+    # The hooks
+
+    def impose_before_forward(self, module: nn.Module, args: Any) -> None:
+        """Impose, and renew lost gradient hooks, where no module around this one has done so for its own forward."""
+        if not is_covered(self):
+            self.impose(module)
+
+    def impose_before_saving(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        """Impose before `state_dict()`, so that what is saved is exact even after a stray write."""
+        if not is_covered(self):
+            self.impose(module)
+
+    def impose_before_loading(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Impose before `load_state_dict()`, so that `keep` never takes over a stray write where nothing is loaded.
+
+        What was loaded into the parameter itself, as torch.distributed.checkpoint does, is not a stray write.
+        """
+        for key, name in self._held():
+            parameter = parameter_of(module, key)
+            pair = None if parameter is None else self.frozen.adopt(name, parameter)
+            if pair is not None and not _shares_memory(state_dict.get(prefix + key), pair[1]):
+                pair[0].impose(pair[1])
+
+    def follow_loading(self, module: nn.Module, incompatible_keys: Any) -> None:
+        """Let `keep` follow what was loaded, impose the rest, and hook what was assigned."""
+        for name, parameter in self._own(module):
+            pair = self.frozen.adopt(name, parameter)
+            if pair is not None:
+                watch_gradient(pair[1], self.frozen, name)
+                pair[0].capture_kept(pair[1])
+        self.frozen.changes += 1
+        self._batch = None
+
+    def impose(self, module: nn.Module) -> None:
+        """Impose the module's frozen entries."""
+        if torch.compiler.is_compiling():
+            self._impose_compiled(module)
+        elif not is_replica(module):
+            with outside_transforms():
+                if self._batch is None or self._batch[0] != id(module):
+                    self._batch = id(module), Batch()
+                self._batch[1].impose(lambda: self.places(module))
+
+    def _impose_compiled(self, module: nn.Module) -> None:
+        """Impose alone: a compiled frame cannot register hooks; the next eager forward or step does."""
+        if not is_exporting():  # an exported program holds the weights as constants: nobody writes into them
+            for name, parameter in self._own(module):
+                pair = self.frozen.adopt(name, parameter)
+                if pair is not None:
+                    pair[0].impose(pair[1])
+
+    def _own(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Return the module's own parameters; not what somebody put in their place for one call."""
+        for key, name in self._held():
+            parameter = parameter_of(module, key)
+            if parameter is None:
+                raise gone(name, module)
+            if isinstance(parameter, nn.Parameter):
+                yield name, parameter
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_batch": None}
+
+
+class ImposeBeforeCaller:
+    """Before the forward of a module that computes with another's parameters without calling it: impose there."""
+
+    def __init__(self, hooks: HookSet, path: str) -> None:
+        self.hooks = hooks
+        self.path = path
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.hooks.impose_before_forward(module.get_submodule(self.path), args)
+
+    def is_for(self, hooks: HookSet, path: str) -> bool:
+        """Return whether it imposes what a hook set holds of the module at a path."""
+        return self.hooks is hooks and self.path == path
+
+
+def _shares_memory(loaded: Any, parameter: Tensor) -> bool:
+    return isinstance(loaded, Tensor) and local(loaded).data_ptr() == local(parameter).data_ptr() != 0
+
+
+class Moment(NamedTuple):
+    """One of the moments at which a module calls a hook.
+
+    Attributes:
+        name: What a report calls it.
+        hook: The method of `HookSet` that is called.
+        register: What registers it.
+        kept: Where torch keeps it on the module.
+    """
+
+    name: str
+    hook: str
+    register: Callable[[nn.Module, Any], RemovableHandle]
+    kept: str
+
+
+def _first_before_forward(module: nn.Module, hook: Any) -> RemovableHandle:
+    # first of all: pruning and weight norm compute from the parameter in theirs
+    return module.register_forward_pre_hook(hook, prepend=True)
+
+
+MOMENTS: Final = (
+    Moment("forward", "impose_before_forward", _first_before_forward, "_forward_pre_hooks"),
+    Moment("saving", "impose_before_saving", nn.Module.register_state_dict_pre_hook, "_state_dict_pre_hooks"),
+    Moment(
+        "loading",
+        "impose_before_loading",
+        nn.Module.register_load_state_dict_pre_hook,
+        "_load_state_dict_pre_hooks",
+    ),
+    Moment("loading", "follow_loading", nn.Module.register_load_state_dict_post_hook, "_load_state_dict_post_hooks"),
+)
+
+
+def hook_sets_on(module: nn.Module) -> list[HookSet]:
+    """Return the hook sets that handles have installed on a module, or that it brought along as a copy."""
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, HookSet)]
+
+
+def uncalled_owners(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """Map each module that is used without being called to the modules that use it, each with its name below them.
+
+    These are the output projection of nn.MultiheadAttention, and containers of parameters, which have no forward.
+    """
+    callers: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for caller in model.modules():
+        if isinstance(caller, nn.MultiheadAttention):
+            callers.setdefault(caller.out_proj, []).append((caller, "out_proj"))
+        if _has_forward(caller):
+            for path, container in _containers_below(caller):
+                callers.setdefault(container, []).append((caller, path))
+    return callers
+
+
+def _containers_below(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        if not _has_forward(child):
+            yield f"{prefix}{name}", child
+            yield from _containers_below(child, f"{prefix}{name}.")
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
