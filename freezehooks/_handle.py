@@ -30,8 +30,8 @@ from ._optim.step import Guard, check_optimizer, compact_guards, guards_on
 from ._report.status import Mechanisms, OnModules, check_complete, find_mechanisms, guarded_now
 from ._report.table import Report, aligned, report_part
 from ._report.trainable import Trainable, count_trainable
-from ._rules.parser import Spec, rules_of
 from ._rules.rule import Rule
+from ._rules.spec import Spec, rules_of
 
 if TYPE_CHECKING:
     from pathlib import Path
