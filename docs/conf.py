@@ -10,7 +10,6 @@ from docutils.nodes import Element
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
-from sphinx.pycode import ModuleAnalyzer
 
 project = "freezehooks"
 author = "The freezehooks developers"
@@ -39,7 +38,7 @@ napoleon_use_ivar = True  # an attribute that is a property too has one entry, t
 # Python's and torch's own names have no page here, and nothing is fetched to find theirs.
 nitpick_ignore_regex = [(r"py:.*", r"(?!freezehooks).*")]
 
-PRIVATE = re.compile(r"freezehooks\.(layers\.)?_\w+\.(\w+)")
+PRIVATE = re.compile(r"freezehooks\.(layers\.)?_\w+(?:\.\w+)*\.(\w+)")
 """The name of a public object by the private file that defines it, as annotations say it."""
 
 
@@ -54,24 +53,15 @@ def link_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, tex
     return found or text  # what is not public shows without a link
 
 
-def add_region_docstring(*event: Any) -> None:
-    """Give `freezehooks.center` and its like the text that stands below them in the file that defines them."""
-    _, what, name, _, _, lines = event
-    texts = ModuleAnalyzer.for_module("freezehooks._rules.region").find_attr_docs()
-    if what == "data" and ("", name.rpartition(".")[2]) in texts:
-        lines[:] = texts["", name.rpartition(".")[2]]
-
-
 def keep_colons(*event: Any) -> None:
-    """Put a dash for the colon before which Napoleon would expect a type: in a property's text, and below `Returns`."""
+    """Put a dash for the colon before which Napoleon would expect a type: in a value's text, and below `Returns`."""
     _, what, *_, lines = event
     for n, line in enumerate(lines):
-        if (what == "property" and n == 0) or (n and lines[n - 1].strip() == "Returns:"):
+        if (what in ("data", "property") and n == 0) or (n and lines[n - 1].strip() == "Returns:"):
             lines[n] = line.replace(": ", " \N{EN DASH} ", 1)
 
 
 def setup(app: Sphinx) -> None:
     """Register the hooks."""
     app.connect("missing-reference", link_public_name)
-    app.connect("autodoc-process-docstring", add_region_docstring)
     app.connect("autodoc-process-docstring", keep_colons, priority=400)  # before Napoleon

@@ -26,7 +26,10 @@ from ._report.status import Mechanisms
 from ._report.table import PartReport, Report
 from ._report.trainable import Trainable
 from ._rules.parser import parse_region, parse_rule
-from ._rules.region import Region, border, center, cross, diagonal, entries, nm, smallest, tril, triu, zeros
+from ._rules.patterns.kernels import border, center, cross
+from ._rules.patterns.magnitudes import nm, smallest, zeros
+from ._rules.patterns.matrices import diagonal, tril, triu
+from ._rules.region import Region, entries
 from ._rules.rule import Rule, keep, tied
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""A count and the words that go with it."""
+"""Numbers in words: a count and what it counts, a place in a row."""
 
 from __future__ import annotations
 
@@ -22,3 +22,9 @@ def share_of(count: int, entries: int, one: str, several: str) -> str:
     """
     of = f"of {counted(entries, 'entry', 'entries')}"
     return counted(count, f"{of} {one}", f"{of} {several}")
+
+
+def ordinal(number: int) -> str:
+    """Return ``1st``, ``2nd``, ``3rd``, ``4th`` and so on."""
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"

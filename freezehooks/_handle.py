@@ -27,8 +27,8 @@ from ._optim.step import Guard, StepHooks, check_optimizer, step_hooks_on
 from ._report.status import check_complete, find_mechanisms
 from ._report.table import Report, aligned, report_parameter
 from ._report.trainable import Trainable, count_trainable
-from ._rules.parser import Spec, rules_of
 from ._rules.rule import Rule
+from ._rules.spec import Spec, rules_of
 
 if TYPE_CHECKING:
     from pathlib import Path

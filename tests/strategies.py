@@ -11,7 +11,9 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor
 
 from freezehooks import Region, Rule, entries, keep
-from freezehooks._rules.region import And, Index, IndexItem, Not, Or, Pattern, Slice
+from freezehooks._rules.patterns import pattern_named
+from freezehooks._rules.patterns.pattern import Pattern
+from freezehooks._rules.region import And, Index, IndexItem, Not, Or, Slice
 from freezehooks._rules.rule import TARGET, Keep
 
 LARGEST: Final = 10**30
@@ -49,7 +51,7 @@ def indices(draw: DrawFn) -> Index:
 def patterns(draw: DrawFn) -> Pattern:
     """Every pattern, with arguments it takes."""
     arguments: tuple[float, ...]
-    name = draw(st.sampled_from(["center", "cross", "border", "diagonal", "triu", "tril", "zeros", "smallest", "nm"]))
+    name = draw(st.sampled_from(list(Pattern.known)))
     match name:
         case "cross":
             arguments = draw(st.sampled_from([(), (2,), (3,), (LARGEST,)]))
@@ -62,7 +64,7 @@ def patterns(draw: DrawFn) -> Pattern:
             arguments = (n, draw(st.integers(n + 1, n + 8).filter(lambda m: m <= LARGEST)))
         case _:
             arguments = ()
-    return Pattern(name, arguments)
+    return pattern_named(name, arguments)
 
 
 def combinations(leaves: SearchStrategy[Region], max_leaves: int = 8) -> SearchStrategy[Region]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from freezehooks import RegionError, parse_region, parse_rule
 from freezehooks._entries.select import select
 from freezehooks._held.resolve import resolve
-from freezehooks._rules.parser import rules_of
+from freezehooks._rules.spec import rules_of
 from freezehooks.cli import main
 from freezehooks.cli.comparison import differ
 from freezehooks.cli.description import describe

@@ -21,7 +21,7 @@ import torch
 
 import freezehooks
 from freezehooks import layers
-from freezehooks._rules.parser import rules_of
+from freezehooks._rules.spec import rules_of
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

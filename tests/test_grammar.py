@@ -35,8 +35,9 @@ from freezehooks import (
     triu,
     zeros,
 )
-from freezehooks._rules.parser import parse_value, rules_of
+from freezehooks._rules.parser import parse_value
 from freezehooks._rules.rule import Keep
+from freezehooks._rules.spec import rules_of
 
 from .strategies import regions, rule_like_texts, rules, targets, values
 
@@ -328,7 +329,7 @@ def test_a_spec_says_its_rules_in_order(spec: Any, expected: tuple[Rule, ...]) -
 @pytest.mark.parametrize(
     ("spec", "found"),
     [(None, "NoneType"), (0, "int"), (b"w = 0", "bytes"), (_MASK, "Tensor"), (torch.nn.Linear(1, 1), "Linear"),
-     (center, "Pattern"), ([_A, None], "NoneType"), (["w = 0", [[3.5]]], "float")],
+     (center, "Center"), ([_A, None], "NoneType"), (["w = 0", [[3.5]]], "float")],
     ids=["None", "int", "bytes", "tensor", "module", "region", "None in a list", "number in nested lists"],
 )  # fmt: skip
 def test_a_spec_of_another_kind_is_refused(spec: Any, found: str) -> None:

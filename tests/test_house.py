@@ -65,7 +65,7 @@ def test_the_list_names_every_room_and_no_other() -> None:
 
 
 def test_the_check_sees_an_import_from_below(tmp_path: Path) -> None:
-    assert _imports(PACKAGE / "_rules" / "parser.py") >= {"_errors", "_rules", "/re"}
+    assert _imports(PACKAGE / "_rules" / "rule.py") >= {"_errors", "_rules", "/re"}
     assert "_handle" not in ROOMS[: ROOMS.index("_held")]
 
 

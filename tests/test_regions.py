@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 from math import prod
 from typing import Any
@@ -15,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import freezehooks
 from freezehooks import (
     Region,
     RegionError,
+    Rule,
     SpecError,
     border,
     center,
@@ -25,13 +28,17 @@ from freezehooks import (
     diagonal,
     entries,
     nm,
+    parse_region,
     smallest,
     tril,
     triu,
     zeros,
 )
 from freezehooks._entries.select import positions, select
-from freezehooks._rules.region import And, Index, Not, Or, Pattern
+from freezehooks._rules.patterns import pattern_named
+from freezehooks._rules.patterns.pattern import Integer, Pattern
+from freezehooks._rules.region import And, Index, Not, Or
+from freezehooks.cli.words import in_words
 
 from .strategies import Indexed, combinations, indices_and_shapes, masks, shapes, weights
 
@@ -242,6 +249,57 @@ def test_patterns_select_the_same_in_every_memory_layout(pattern: Pattern) -> No
         assert select(pattern, other).equal(select(pattern, weight))
 
 
+_WEIGHTS = [torch.tensor(numbers * 9).view(2, 2, 3, 3) for numbers in ([0.0, 1.0, 2.0, 3.0], [3.0, 0.0, 1.0, 0.0])]
+_EVERY = [center, cross, border, diagonal, triu, tril, zeros, smallest(0.3), nm(1, 2)]
+
+
+@pytest.mark.parametrize("pattern", _EVERY, ids=str)
+def test_a_pattern_says_whether_numbers_decide_what_it_selects(pattern: Pattern) -> None:
+    first, second = (select(pattern, weight) for weight in _WEIGHTS)
+    assert first.equal(second) != pattern.depends_on_numbers
+
+
+@pytest.mark.parametrize("pattern", _EVERY, ids=str)
+def test_a_pattern_that_counts_beforehand_selects_so_many(pattern: Pattern) -> None:
+    count = pattern.count(36)
+    assert count is None or int(select(pattern, _WEIGHTS[0]).sum()) == count
+
+
+@pytest.mark.parametrize("pattern", _EVERY, ids=str)
+def test_a_pattern_says_its_inside_and_its_outside_in_words(pattern: Pattern) -> None:
+    assert pattern.in_words() != pattern.in_words(outside=True)
+    assert pattern.in_words() in in_words(Rule("w", pattern))
+
+
+def test_the_patterns_are_those_tested_here_and_have_public_names() -> None:
+    assert [pattern.name for pattern in _EVERY] == list(Pattern.known)
+    assert set(Pattern.known) <= set(freezehooks.__all__)
+
+
+def test_one_class_adds_a_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pattern, "known", dict(Pattern.known))
+
+    @dataclass(frozen=True, slots=True)
+    class Column(Pattern):
+        name = "column"
+        at: Integer = 0
+
+        def select(self, parameter: Tensor, coordinates: Callable[[Tensor, int], Sequence[Tensor]]) -> Tensor:
+            (along,) = coordinates(parameter, 1)
+            found: Tensor = along == self.at
+            return found
+
+        def in_words(self, outside: bool = False) -> str:
+            return f"{'outside' if outside else 'in'} column {self.at}"
+
+    assert parse_region("column(1)") == Column(1)
+    assert str(~Column(1)) == "~column(1)"
+    assert select(parse_region("column"), torch.zeros(2, 3)).tolist() == [[True, False, False]] * 2
+    assert "in column 0 is held at 1" in in_words(Rule("w", Column(), 1))
+    with pytest.raises(RegionError, match=r"^`at` of `column` must be an integer, found 0\.5; write `column\(at=0\)`"):
+        Column(0.5)  # type: ignore[arg-type]  # what is tested
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Masks and functions
 
@@ -411,10 +469,12 @@ _UNMADE: list[tuple[str, Callable[[], Any], str]] = [
     ("float in an index", lambda: entries[0.5], "an index holds integers, slices, `...` and lists of integers"),
     ("float in a slice", lambda: entries[0.5:], "an index holds integers, slices, `...` and lists of integers"),
     ("nested list", lambda: entries[[[0]]], "an index holds integers, slices, `...` and lists of integers, found [0]"),
-    ("unknown pattern", lambda: Pattern("middle"), "unknown pattern `middle`; use one of center, cross, border, "),
+    ("unknown pattern", lambda: pattern_named("middle"),
+     "unknown pattern `middle`; use one of center, cross, border, "),
     ("argument of center", lambda: center(1), "pattern `center` got 1 arguments; write `center`"),
-    ("two arguments of triu", lambda: Pattern("triu", (1, 2)), "pattern `triu` got 2 arguments; write `triu(k=0)`"),
-    ("no arguments of nm", lambda: Pattern("nm"), "pattern `nm` got 0 arguments; write `nm(n, m)`"),
+    ("two arguments of triu", lambda: pattern_named("triu", (1, 2)),
+     "pattern `triu` got 2 arguments; write `triu(k=0)`"),
+    ("no arguments of nm", lambda: pattern_named("nm"), "pattern `nm` got 0 arguments; write `nm(n, m)`"),
     ("cross(0)", lambda: cross(0), "`dims` of `cross` must be a positive integer, found 0"),
     ("cross(True)", lambda: cross(True), "`dims` of `cross` must be a positive integer, found True"),
     ("triu(0.5)", lambda: triu(0.5), "`k` of `triu` must be an integer, found 0.5"),  # type: ignore[arg-type]

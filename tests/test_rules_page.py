@@ -15,7 +15,8 @@ import torch
 import freezehooks
 from freezehooks import FreezeError, parse_region, parse_rule
 from freezehooks._entries.select import select
-from freezehooks._rules.parser import rules_of
+from freezehooks._rules.patterns.pattern import Pattern
+from freezehooks._rules.spec import rules_of
 
 PACKAGE: Final = Path(freezehooks.__file__).parent
 PAGE: Final = (Path(__file__).parents[1] / "docs" / "rules.md").read_text()
@@ -96,8 +97,7 @@ def test_every_drawing_shows_what_its_regions_freeze(block: str) -> None:
 
 def test_every_pattern_is_drawn() -> None:
     drawn = " ".join(region for block in DRAWINGS for region in _drawn(block)[1])
-    patterns = ("center", "cross", "border", "diagonal", "triu", "tril", "zeros", "smallest", "nm")
-    assert [pattern for pattern in patterns if pattern not in drawn] == []
+    assert [name for name in Pattern.known if name not in drawn] == []
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -142,13 +142,14 @@ def test_every_message_is_preceded_by_what_to_do() -> None:
 # No message is missing
 
 SOURCES: Final = [
-    *("_rules/region", "_rules/rule", "_rules/parser", "_entries/select"),
+    *("_rules/region", "_rules/rule", "_rules/reader", "_rules/parser", "_rules/spec", "_entries/select"),
+    *(f"_rules/patterns/{name}" for name in ("__init__", "pattern", "kernels", "matrices", "magnitudes")),
     *("_held/fixed", "_held/tied", "_held/parameter", "_held/names", "_held/resolve", "_ranks/agreement"),
 ]
 RAISE: Final = {
-    "_error",
-    "_unexpected",
-    "_expect",
+    "error",
+    "unexpected",
+    "expect",
     "_number",
     *(kind.__name__ for kind in FreezeError.__subclasses__()),
 }
@@ -170,13 +171,21 @@ def _text(node: ast.expr) -> str | None:
 
 
 def _strings(node: ast.AST) -> Iterator[str]:
-    """The strings in a piece of code, leaving docstrings out, and what is filled into others."""
+    """The strings in a piece of code, leaving docstrings out, what is filled into others, and what `in_words` says."""
     for child in ast.iter_child_nodes(node):
         text = _text(child) if isinstance(child, ast.expr) else None
         if text is not None:
             yield text
-        elif not (isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)):
+        elif not (_is_docstring(child) or _says_words(child)):
             yield from _strings(child)
+
+
+def _is_docstring(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def _says_words(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef) and node.name.endswith("in_words")
 
 
 def _messages(source: str) -> set[str]:
@@ -196,6 +205,7 @@ def _is_shown(message: str) -> bool:
 
 def test_the_search_for_messages_finds_them_and_sees_a_missing_one() -> None:
     code = '"""Doc of two words."""\nraise SpecError(f"`x` must be {kind}, found {y}", "write it")\nfact = "it is odd"'
+    code += '\ndef in_words():\n    return "on the border"'
     assert _messages(code) == {"`x` must be {}, found {}", "write it", "it is odd"}
     assert not _is_shown("a message that {} nobody wrote")
     assert _is_shown("index {} is out of range for dimension {} of size {}")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import EllipsisType
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._counted import counted
 from .._errors import RegionError, SpecError
-from .._rules.region import And, Index, IndexItem, Not, Or, Pattern, Region, Slice
+from .._rules.patterns.pattern import Pattern
+from .._rules.region import And, Index, IndexItem, Not, Or, Region, Slice
 
 
 def select(region: Any, parameter: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def select(region: Any, parameter: Tensor) -> Tensor:
 
     Args:
         region: A `Region`, a bool tensor of the parameter's shape, or a function from the parameter to one.
-        parameter: The tensor the region is to be cut from; its numbers matter to `zeros`, `smallest` and `nm` alone.
+        parameter: The tensor the region is to be cut from; its numbers matter to some patterns and functions alone.
 
     Raises:
         RegionError: The region does not fit the parameter's shape, or selects no entry.
@@ -36,8 +36,8 @@ def _select(region: Any, parameter: Tensor) -> Tensor:
     match region:
         case Index():
             return select_index(region, parameter.shape, parameter.device)
-        case Pattern(name=name, arguments=arguments):
-            return _PATTERNS[name](parameter, *arguments)
+        case Pattern():
+            return select_pattern(region, parameter)
         case Not(operand=operand):
             return ~_select(operand, parameter)
         case And(left=left, right=right):
@@ -75,6 +75,33 @@ def _checked_mask(mask: Any, parameter: Tensor) -> Tensor:
 
 def _show(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Patterns
+
+
+def select_pattern(pattern: Pattern, parameter: Tensor) -> Tensor:
+    """Return the bool tensor of the parameter's shape that is True where `pattern` says.
+
+    Raises:
+        RegionError: The pattern does not fit the parameter's shape.
+    """
+    pattern.check(parameter.shape)
+    frozen: Tensor = pattern.select(parameter, coordinates)
+    return frozen if frozen.shape == parameter.shape else frozen.expand(parameter.shape).clone()
+
+
+def coordinates(parameter: Tensor, dims: int) -> list[Tensor]:
+    """Return each of the last `dims` coordinates of a tensor, shaped to broadcast over those dimensions.
+
+    Example:
+        >>> coordinates(torch.zeros(5, 2, 3), 2)
+        [tensor([[0],
+                [1]]), tensor([0, 1, 2])]
+    """
+    steps = [torch.arange(size, device=parameter.device) for size in parameter.shape[-dims:]]
+    return [step.view(-1, *[1] * (dims - 1 - d)) for d, step in enumerate(steps)]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -157,145 +184,3 @@ def _check_lists(lists: list[list[int]]) -> None:
             f"lists in one index are read side by side and need one length, found {sorted(lengths)}",
             "join two rules with `&` to take every combination",
         )
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Patterns
-
-
-def kernel_center(shape: torch.Size) -> Index:
-    """Return the index of a convolution kernel's middle tap.
-
-    Raises:
-        RegionError: The tensor is no convolution weight, or its kernel has an even size and so no middle.
-    """
-    return Index((..., *_middles(shape, _spatial_dimensions(shape, "center"), "center")))
-
-
-def _center(parameter: Tensor) -> Tensor:
-    return select_index(kernel_center(parameter.shape), parameter.shape, parameter.device)
-
-
-def _cross(parameter: Tensor, dims: int) -> Tensor:
-    """The taps at the middle of all but at most one of the last `dims` dimensions."""
-    spatial = _spatial_dimensions(parameter.shape, "cross")
-    if dims > spatial:
-        raise RegionError(
-            f"pattern `cross({dims})` needs a kernel of {dims} spatial dimensions, found {spatial}",
-            f"write `cross({spatial})`",
-        )
-    middles = _middles(parameter.shape, dims, "cross")
-    off_axis = sum(grid != middle for grid, middle in zip(_grids(parameter, dims), middles, strict=True))
-    return _everywhere(torch.as_tensor(off_axis <= 1), parameter)
-
-
-def _border(parameter: Tensor) -> Tensor:
-    dims = _spatial_dimensions(parameter.shape, "border")
-    inside = torch.ones((), dtype=torch.bool, device=parameter.device)
-    for grid, size in zip(_grids(parameter, dims), parameter.shape[-dims:], strict=True):
-        inside = inside & (grid > 0) & (grid < size - 1)
-    return _everywhere(~inside, parameter)
-
-
-def _diagonal(parameter: Tensor, k: int) -> Tensor:
-    rows, columns = _matrix_grids(parameter, "diagonal")
-    return _everywhere(columns - rows == _nearest_diagonal(k, parameter), parameter)
-
-
-def _triu(parameter: Tensor, k: int) -> Tensor:
-    rows, columns = _matrix_grids(parameter, "triu")
-    return _everywhere(columns - rows >= _nearest_diagonal(k, parameter), parameter)
-
-
-def _tril(parameter: Tensor, k: int) -> Tensor:
-    rows, columns = _matrix_grids(parameter, "tril")
-    return _everywhere(columns - rows <= _nearest_diagonal(k, parameter), parameter)
-
-
-def _zeros(parameter: Tensor) -> Tensor:
-    return parameter.eq(0)
-
-
-def _smallest(parameter: Tensor, fraction: float) -> Tensor:
-    magnitude = parameter.abs().flatten()
-    order = magnitude.sort(stable=True).indices  # stable: the same weights give the same region everywhere
-    frozen = torch.zeros_like(magnitude, dtype=torch.bool)
-    frozen[order[: round(fraction * len(order))]] = True
-    return frozen.view(parameter.shape)
-
-
-def _nm(parameter: Tensor, n: int, m: int) -> Tensor:
-    if parameter.ndim < 2:
-        raise _needs_a_matrix("nm", parameter)
-    width = parameter.shape[1]
-    if width % m:
-        raise RegionError(
-            f"pattern `nm({n}, {m})` needs dimension 1 to be a multiple of {m}, found {width}",
-            "choose a group size that divides it",
-        )
-    groups = parameter.abs().movedim(1, -1).unflatten(-1, (width // m, m))
-    rank = groups.argsort(dim=-1, stable=True).argsort(dim=-1)
-    frozen: Tensor = rank < m - n
-    return frozen.flatten(-2).movedim(-1, 1)
-
-
-_PATTERNS: Final[dict[str, Callable[..., Tensor]]] = {
-    "center": _center,
-    "cross": _cross,
-    "border": _border,
-    "diagonal": _diagonal,
-    "triu": _triu,
-    "tril": _tril,
-    "zeros": _zeros,
-    "smallest": _smallest,
-    "nm": _nm,
-}
-
-
-def _spatial_dimensions(shape: torch.Size, pattern: str) -> int:
-    if len(shape) < 3:
-        found = counted(len(shape), "dimension", "dimensions")
-        raise RegionError(
-            f"pattern `{pattern}` needs a convolution weight (out, in/groups, *kernel), found {found}",
-            "name the convolutions alone, or write an index",
-        )
-    return len(shape) - 2
-
-
-def _middles(shape: torch.Size, dims: int, pattern: str) -> list[int]:
-    kernel = tuple(shape[-dims:])
-    if not all(size % 2 for size in kernel):
-        raise RegionError(
-            f"pattern `{pattern}` needs a kernel of odd size, found {'x'.join(map(str, kernel))}",
-            "write the entries as an index",
-        )
-    return [size // 2 for size in kernel]
-
-
-def _grids(parameter: Tensor, dims: int) -> tuple[Tensor, ...]:
-    """Return each of the last `dims` coordinates, shaped to broadcast over those dimensions."""
-    sizes = parameter.shape[-dims:]
-    return torch.meshgrid(*(torch.arange(size, device=parameter.device) for size in sizes), indexing="ij")
-
-
-def _matrix_grids(parameter: Tensor, pattern: str) -> tuple[Tensor, ...]:
-    if parameter.ndim < 2:
-        raise _needs_a_matrix(pattern, parameter)
-    return _grids(parameter, 2)
-
-
-def _nearest_diagonal(k: int, parameter: Tensor) -> int:
-    """Return k, or the first diagonal past the corner on its side: torch compares with no integer of over 64 bits."""
-    return max(-parameter.shape[-2], min(k, parameter.shape[-1]))
-
-
-def _needs_a_matrix(pattern: str, parameter: Tensor) -> RegionError:
-    return RegionError(
-        f"pattern `{pattern}` needs a tensor of 2 or more dimensions, found {parameter.ndim}",
-        "name the matrices alone, or write an index",
-    )
-
-
-def _everywhere(frozen: Tensor, parameter: Tensor) -> Tensor:
-    """Repeat what holds for the last dimensions over the leading ones."""
-    return frozen.expand(parameter.shape).clone()

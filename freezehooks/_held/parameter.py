@@ -223,6 +223,11 @@ class FrozenParameter:
         for constraint in self._ties_first:
             constraint.add_impose(writes, tensor)
 
+    def zero_(self, tensor: Tensor) -> None:
+        """Write +0.0 into the frozen entries of a tensor of the shard's shape."""
+        for constraint in self.constraints:
+            constraint.entries.zero_(tensor)
+
     def fill_(self, tensor: Tensor, number: float) -> None:
         """Write one number into the frozen entries of a tensor of the shard's shape; make copies one."""
         for constraint in self.ties:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .._entries.entry_set import EntrySet
-from .._entries.select import kernel_center, positions
+from .._entries.select import positions
 from .._errors import FrozenValueError, SpecError
-from .._rules.region import Index, Pattern
+from .._rules.patterns.kernels import Center
+from .._rules.region import Index
 from .._rules.rule import Keep, Rule
 
 
@@ -59,7 +60,7 @@ def _check_finite(value: Tensor, parameter: Tensor) -> None:
 def _spread(value: Tensor, region: Any, frozen: Tensor, parameter: Tensor) -> Tensor:
     """Return a tensor of the parameter's shape that holds the value's numbers inside the region, where it is frozen."""
     spread = torch.zeros(parameter.shape, dtype=value.dtype, device=parameter.device)
-    region = kernel_center(parameter.shape) if region == Pattern("center") else region
+    region = region.index(parameter.shape) if isinstance(region, Center) else region
     if isinstance(region, Index):
         where = positions(region, parameter.shape).to(parameter.device)
     else:

@@ -1,11 +1,11 @@
-"""Regions as expressions: indices and patterns, combined with ``~ | &``. Plain Python, no tensors."""
+"""Regions as expressions: indices, and regions combined with ``~ | &``. Plain Python, no tensors."""
 
 from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Final, TypeAlias
 
 from .._errors import RegionError
 
@@ -121,139 +121,6 @@ class Described(Region):
 
     def __str__(self) -> str:
         return self.text
-
-
-class _Argument(NamedTuple):
-    """What one argument of a pattern may be; without a default it must be given."""
-
-    name: str
-    kind: str
-    default: int | None = None
-
-
-_PATTERNS: Final[dict[str, tuple[_Argument, ...]]] = {
-    "center": (),
-    "cross": (_Argument("dims", "a positive integer", 2),),
-    "border": (),
-    "diagonal": (_Argument("k", "an integer", 0),),
-    "triu": (_Argument("k", "an integer", 0),),
-    "tril": (_Argument("k", "an integer", 0),),
-    "zeros": (),
-    "smallest": (_Argument("fraction", "a number above 0, at most 1"),),
-    "nm": (_Argument("n", "a positive integer"), _Argument("m", "a positive integer")),
-}
-
-_KINDS: Final = {
-    "an integer": lambda value: isinstance(value, int),
-    "a positive integer": lambda value: isinstance(value, int) and value > 0,
-    "a number above 0, at most 1": lambda value: isinstance(value, int | float) and 0 < value <= 1,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Pattern(Region):
-    """A region with a name: ``center``, ``cross``, ``border``, ``diagonal``, ``triu``, ``tril``, ``zeros``, ..."""
-
-    name: str
-    arguments: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        signature = _PATTERNS.get(self.name)
-        if signature is None:
-            raise RegionError(f"unknown pattern `{self.name}`", f"use one of {', '.join(_PATTERNS)}, or an index")
-        required = sum(argument.default is None for argument in signature)
-        if not required <= len(self.arguments) <= len(signature):
-            raise RegionError(
-                f"pattern `{self.name}` got {len(self.arguments)} arguments", f"write `{_signature_text(self.name)}`"
-            )
-        defaults = tuple(argument.default for argument in signature[len(self.arguments) :])
-        object.__setattr__(self, "arguments", (*self.arguments, *defaults))
-        self._check_arguments(signature)
-
-    def _check_arguments(self, signature: tuple[_Argument, ...]) -> None:
-        for argument, value in zip(signature, self.arguments, strict=True):
-            if isinstance(value, bool) or not _KINDS[argument.kind](value):
-                found = value if isinstance(value, int | float) else type(value).__name__
-                raise RegionError(
-                    f"`{argument.name}` of `{self.name}` must be {argument.kind}, found {found}",
-                    f"write `{_signature_text(self.name)}`",
-                )
-        if self.name == "nm" and self.arguments[0] >= self.arguments[1]:
-            n, m = self.arguments
-            raise RegionError(f"pattern `nm({n}, {m})` freezes nothing: {n} of every {m} stay free", "give n < m")
-
-    def __call__(self, *arguments: float) -> Pattern:
-        """Return the pattern of the same name with other arguments, as in ``cross(3)``."""
-        return Pattern(self.name, arguments)
-
-    def __str__(self) -> str:
-        if self.arguments == tuple(argument.default for argument in _PATTERNS[self.name]):
-            return self.name
-        return f"{self.name}({', '.join(map(str, self.arguments))})"
-
-
-def _signature_text(name: str) -> str:
-    arguments = [a.name if a.default is None else f"{a.name}={a.default}" for a in _PATTERNS[name]]
-    return f"{name}({', '.join(arguments)})" if arguments else name
-
-
-center: Final = Pattern("center")
-"""The middle of a convolution kernel, over all its spatial dimensions (which must be odd)."""
-
-cross: Final = Pattern("cross")
-"""The axes through the middle of a kernel's last two spatial dimensions; ``cross(3)``: of its last three."""
-
-border: Final = Pattern("border")
-"""The outermost taps of a convolution kernel, over all its spatial dimensions."""
-
-zeros: Final = Pattern("zeros")
-"""The entries that are exactly 0 at the moment of freezing."""
-
-
-diagonal: Final = Pattern("diagonal")
-"""The main diagonal of the last two dimensions; ``diagonal(k)``: the k-th above it, as `torch.diagonal` counts."""
-
-triu: Final = Pattern("triu")
-"""The main diagonal of the last two dimensions and all above; ``triu(k)``: from the k-th on, as `torch.triu`."""
-
-tril: Final = Pattern("tril")
-"""The main diagonal of the last two dimensions and all below; ``tril(k)``: up to the k-th, as `torch.tril`."""
-
-
-def smallest(fraction: float) -> Pattern:
-    """Select the entries of least magnitude.
-
-    Args:
-        fraction: How many of the parameter's entries, as a fraction above 0 and at most 1; rounded to whole entries.
-
-    Raises:
-        RegionError: The fraction is outside that range.
-
-    Example:
-        >>> from freezehooks import smallest
-        >>> smallest(0.5)
-        Pattern(name='smallest', arguments=(0.5,))
-    """
-    return Pattern("smallest", (fraction,))
-
-
-def nm(n: int, m: int) -> Pattern:
-    """Select all but the n largest magnitudes of every m consecutive entries along dimension 1 (n:m sparsity).
-
-    Args:
-        n: How many of a group stay free.
-        m: The size of a group, larger than n; it must divide the size of dimension 1.
-
-    Shape:
-        For a weight ``(out, in)`` or ``(out, in/groups, *kernel)``; groups run along the inputs.
-
-    Raises:
-        RegionError: The numbers are no positive integers, or n is not below m.
-
-    References:
-        Mishra et al., Accelerating Sparse Deep Neural Networks, 2021, https://arxiv.org/abs/2104.08378
-    """
-    return Pattern("nm", (n, m))
 
 
 class Entries:

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from .._entries.select import select
 from .._errors import RegionError
-from .._rules.region import And, Index, IndexItem, Not, Or, Pattern, Region, Slice, border, center, cross, zeros
+from .._rules.patterns.kernels import border, center, cross
+from .._rules.patterns.magnitudes import zeros
+from .._rules.patterns.matrices import diagonal, tril, triu
+from .._rules.region import And, Index, IndexItem, Not, Or, Region, Slice
 
 _LONGEST: Final = 120
 """The longest text of a region that is still worth reading."""
@@ -114,11 +117,11 @@ class _Search:
         seen = seen.flatten(0, -3).any(dim=0) if seen.ndim > 2 else seen
         lowest, highest = _outermost_diagonals(seen)
         upper, lower = (highest + 1, lowest - 1) if inside else (lowest, highest)
-        found = [("triu", upper, self._distance >= upper), ("tril", lower, self._distance <= lower)]
-        found += [("diagonal", k, self._distance == k) for k in ({0} if inside else {lowest} & {highest})]
-        for name, k, mask in found:
+        found = [(triu(upper), self._distance >= upper), (tril(lower), self._distance <= lower)]
+        found += [(diagonal(k), self._distance == k) for k in ({0} if inside else {lowest} & {highest})]
+        for pattern, mask in found:
             if bool(mask.any()) and not bool(mask.all()):
-                yield Pattern(name, (k,)), mask.expand(self._shape)
+                yield pattern, mask.expand(self._shape)
 
 
 def _outermost_diagonals(seen: Tensor) -> tuple[int, int]:

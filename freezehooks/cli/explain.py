@@ -14,8 +14,9 @@ import torch
 from .._counted import counted
 from .._errors import SpecError, error_context
 from .._held.tied import Tie
-from .._rules.parser import rules_of
+from .._rules.patterns.matrices import MatrixPattern
 from .._rules.rule import Rule, Tied
+from .._rules.spec import rules_of
 from .drawing import draw
 from .extent import Extent, extent
 from .output import say
@@ -115,7 +116,7 @@ def _lines(rule: Rule, shape: tuple[int, ...]) -> Iterator[str]:
         yield "Which entries these are depends on the numbers: there is nothing to draw."
         return
     # triangles are those of the last two dimensions, also where these are no kernel
-    matrices = len(shape) == 3 and has_pattern(rule.region, "diagonal", "triu", "tril")
+    matrices = len(shape) == 3 and has_pattern(rule.region, MatrixPattern)
     yield draw(found.surely, unknown, spatial=2 if matrices else None)
 
 

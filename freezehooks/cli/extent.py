@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .._entries.select import select
 from .._errors import RegionError
-from .._rules.region import WHOLE, And, Not, Or, Pattern, Region
+from .._rules.patterns.matrices import MatrixPattern
+from .._rules.patterns.pattern import Pattern
+from .._rules.region import WHOLE, And, Not, Or, Region
 from .words import chosen_by_numbers, has_pattern, leaves
 
 _MOST: Final = 2**31
@@ -58,7 +60,7 @@ def extent(region: Region, shape: tuple[int, ...]) -> Extent:
 
 
 def _check_size(region: Region, shape: tuple[int, ...]) -> None:
-    limit = _MOST_TRIANGULAR if has_pattern(region, "diagonal", "triu", "tril") else _MOST
+    limit = _MOST_TRIANGULAR if has_pattern(region, MatrixPattern) else _MOST
     if prod(shape) > limit:
         raise RegionError(
             f"`--shape` of {prod(shape):,} entries is too large to count here, which takes {limit:,}",
@@ -67,10 +69,10 @@ def _check_size(region: Region, shape: tuple[int, ...]) -> None:
 
 
 def _check_patterns(region: Region, shape: tuple[int, ...]) -> None:
-    """Raise where `nm` does not fit: of the shape it looks at dimension 1 alone."""
+    """Raise where a pattern does not fit, also one whose numbers are not there to be looked at."""
     for leaf in leaves(region):
-        if has_pattern(leaf, "nm"):
-            select(leaf, torch.zeros((1, shape[1]) if len(shape) > 1 else (1,) * len(shape)))
+        if isinstance(leaf, Pattern):
+            leaf.check(shape)
 
 
 def _bound(region: Any, most: bool) -> Region:
@@ -101,9 +103,4 @@ def _known_count(region: Any, entries: int) -> int | None:
     if isinstance(region, Not):
         inside = _known_count(region.operand, entries)
         return None if inside is None else entries - inside
-    if not isinstance(region, Pattern) or region.name == "zeros":
-        return None
-    if region.name == "smallest":
-        return round(region.arguments[0] * entries)
-    n, m = map(int, region.arguments)
-    return entries // m * (m - n)
+    return region.count(entries) if isinstance(region, Pattern) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from .._counted import ordinal
 from .._rules.region import Index, IndexItem, Slice
 
 EVERYWHERE: Final = "anywhere"
@@ -162,7 +163,7 @@ def _counted_down(start: int | None, lowest: int, step: int) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Lists and ordinals
+# Lists
 
 
 def joined(parts: Iterable[str], word: str, most: int | None = None) -> str:
@@ -171,9 +172,3 @@ def joined(parts: Iterable[str], word: str, most: int | None = None) -> str:
     if most is not None and len(listed) > most:
         return f"{', '.join(listed[:most])} {word} one of {len(listed) - most} more"
     return f"{', '.join(listed[:-1])} {word} {listed[-1]}" if len(listed) > 1 else "".join(listed)
-
-
-def ordinal(number: int) -> str:
-    """Return ``1st``, ``2nd``, ``3rd``, ``4th`` and so on."""
-    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
-    return f"{number}{ending}"

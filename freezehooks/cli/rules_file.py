@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from .._errors import RuleSyntaxError, SpecError, error_context
-from .._rules.parser import rules_of
 from .._rules.rule import Rule
+from .._rules.spec import rules_of
 
 _FORMS: Final = "write a list of rules, or `target: region` or `target: [region, value]` a line"
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 
-from .._rules.region import And, Index, Not, Or, Pattern
+from .._rules.patterns.pattern import Pattern
+from .._rules.region import And, Index, Not, Or, Region
 from .._rules.rule import Keep, Rule, Tied
-from .index_words import EVERYWHERE, NOWHERE, dimension_in_words, index_in_words, joined, ordinal
-
-_COUNTED: Final = {2: "two dimensions", 3: "three dimensions"}
+from .index_words import EVERYWHERE, NOWHERE, dimension_in_words, index_in_words, joined
 
 _ENDS: Final = {
     None: "Slices that differ when the model is frozen are refused.",
@@ -42,14 +41,14 @@ def leaves(region: Any) -> Iterator[Any]:
         yield region
 
 
-def has_pattern(region: Any, *names: str) -> bool:
-    """Return whether one of the patterns so named is a part of a region."""
-    return any(isinstance(leaf, Pattern) and leaf.name in names for leaf in leaves(region))
+def has_pattern(region: Any, kind: type[Region]) -> bool:
+    """Return whether a pattern of the given kind is a part of a region."""
+    return any(isinstance(leaf, kind) for leaf in leaves(region))
 
 
 def chosen_by_numbers(region: Any) -> set[str]:
     """Return the patterns in a region that look at a parameter's numbers, not at its shape alone."""
-    return {name for name in ("zeros", "smallest", "nm") if has_pattern(region, name)}
+    return {leaf.name for leaf in leaves(region) if isinstance(leaf, Pattern) and leaf.depends_on_numbers}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -132,7 +131,7 @@ def _which(part: Any) -> str:
     if isinstance(leaf, Index):
         return _where(index_in_words(leaf), outside)
     if isinstance(leaf, Pattern):
-        return _PATTERNS[leaf.name](outside, *leaf.arguments)
+        return leaf.in_words(outside)
     return f"{'outside' if outside else 'among'} those that the given mask or function selects"
 
 
@@ -165,74 +164,3 @@ def _clause(which: str) -> str:
 
 
 _CLAUSES: Final = {"whose position ": "its position ", "except those ": "it is none of those ", "that is ": "it is "}
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Patterns: each says its inside and its outside
-
-
-def _center(outside: bool) -> str:
-    return f"{'outside' if outside else 'in'} the middle of the kernel"
-
-
-def _cross(outside: bool, dims: int) -> str:
-    over = _COUNTED.get(dims, f"{dims} dimensions" if dims > 1 else "dimension (which is all of it)")
-    return f"{'outside' if outside else 'on'} the cross through the middle of the kernel's last {over}"
-
-
-def _border(outside: bool) -> str:
-    return f"{'inside' if outside else 'on'} the border of the kernel"
-
-
-def _diagonal(outside: bool, k: int) -> str:
-    return f"{'off' if outside else 'on'} {_line(k)} of the last two dimensions"
-
-
-def _triu(outside: bool, k: int) -> str:
-    return _side(k, k == 1, ("above", "below"), outside)
-
-
-def _tril(outside: bool, k: int) -> str:
-    return _side(k, k == -1, ("below", "above"), outside)
-
-
-def _side(k: int, beyond_main: bool, sides: tuple[str, str], outside: bool) -> str:
-    """Return from which diagonal on: `triu(1)` is above the main one, which says more than "on or above the 1st"."""
-    side, other = sides
-    if beyond_main:
-        line, words = _line(0), (side, f"on or {other}")
-    else:
-        line, words = _line(k), (f"on or {side}", other)
-    return f"{words[outside]} {line} of the last two dimensions"
-
-
-def _line(k: int) -> str:
-    if k == 0:
-        return "the main diagonal"
-    return f"the {ordinal(abs(k))} diagonal {'above' if k > 0 else 'below'} the main one"
-
-
-def _zeros(outside: bool) -> str:
-    return f"that is {'not ' if outside else ''}exactly 0"
-
-
-def _smallest(outside: bool, fraction: float) -> str:
-    return f"{'outside' if outside else 'among'} the {100 * fraction:.12g} % of least magnitude"
-
-
-def _nm(outside: bool, n: int, m: int) -> str:
-    largest = "the entry" if n == 1 else f"one of the {n} entries"
-    return f"that is {'' if outside else 'not '}{largest} of largest magnitude in its group of {m} along dimension 1"
-
-
-_PATTERNS: Final[dict[str, Callable[..., str]]] = {
-    "center": _center,
-    "cross": _cross,
-    "border": _border,
-    "diagonal": _diagonal,
-    "triu": _triu,
-    "tril": _tril,
-    "zeros": _zeros,
-    "smallest": _smallest,
-    "nm": _nm,
-}

@@ -17,7 +17,7 @@ from .._handle import FrozenEntries, freeze_entries
 from .._held.parameter import FrozenParameter
 from .._optim.state import stepped_by
 from .._report.monitor import drift, gradient_norms
-from .._rules.parser import rules_of
+from .._rules.spec import rules_of
 
 _PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
 

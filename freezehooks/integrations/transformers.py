@@ -13,7 +13,7 @@ import torch
 from .._counted import share_of
 from .._errors import FreezeError, SpecError, StateMismatchError
 from .._handle import FrozenEntries, freeze_entries
-from .._rules.parser import Spec, rules_of
+from .._rules.spec import Spec, rules_of
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer

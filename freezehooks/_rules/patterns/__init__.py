@@ -1,0 +1,22 @@
+"""The patterns: regions with names. A new one is a class in one of these files. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..._errors import RegionError
+from . import kernels, magnitudes, matrices  # noqa: F401  # which makes their patterns known
+from .pattern import Pattern
+
+
+def pattern_named(name: str, arguments: Sequence[Any] = ()) -> Pattern:
+    """Return the pattern of the given name.
+
+    Raises:
+        RegionError: There is none, or it takes other arguments.
+    """
+    kind = Pattern.known.get(name)
+    if kind is None:
+        raise RegionError(f"unknown pattern `{name}`", f"use one of {', '.join(Pattern.known)}, or an index")
+    return kind.of(*arguments)

@@ -1,0 +1,131 @@
+"""Patterns that choose by the numbers of a parameter. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from ..._errors import RegionError
+from .matrices import check_matrix
+from .pattern import Coordinates, Fraction, Pattern, PositiveInteger, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Zeros(Pattern):
+    """The entries that are exactly 0 at the moment of freezing."""
+
+    name = "zeros"
+    depends_on_numbers = True
+
+    def select(self, parameter: Tensor, coordinates: Coordinates) -> Tensor:
+        """Return True where an entry is 0, of either sign."""
+        return parameter.eq(0)
+
+    def in_words(self, outside: bool = False) -> str:
+        """Return ``that is exactly 0``."""
+        return f"that is {'not ' if outside else ''}exactly 0"
+
+
+@dataclass(frozen=True, slots=True)
+class Smallest(Pattern):
+    """The entries of least magnitude, so many of a parameter's as a fraction says. Made by `smallest`."""
+
+    name = "smallest"
+    depends_on_numbers = True
+    fraction: Fraction
+
+    def select(self, parameter: Tensor, coordinates: Coordinates) -> Tensor:
+        """Return True at the first of the entries sorted by magnitude."""
+        magnitude = parameter.abs().flatten()
+        order = magnitude.sort(stable=True).indices  # stable: the same weights give the same region everywhere
+        selected = magnitude.new_zeros(magnitude.shape).bool()
+        selected[order[: self.count(len(order))]] = True
+        return selected.view(parameter.shape)
+
+    def count(self, entries: int) -> int:
+        """Return the fraction of the entries, rounded to whole ones."""
+        return round(self.fraction * entries)
+
+    def in_words(self, outside: bool = False) -> str:
+        """Return ``among the 50 % of least magnitude``."""
+        return f"{'outside' if outside else 'among'} the {100 * self.fraction:.12g} % of least magnitude"
+
+
+@dataclass(frozen=True, slots=True)
+class NM(Pattern):
+    """All but the n largest magnitudes of every m consecutive entries along dimension 1. Made by `nm`."""
+
+    name = "nm"
+    depends_on_numbers = True
+    n: PositiveInteger
+    m: PositiveInteger
+
+    def __post_init__(self) -> None:
+        Pattern.__post_init__(self)
+        if self.n >= self.m:
+            raise RegionError(f"pattern `{self}` freezes nothing: {self.n} of every {self.m} stay free", "give n < m")
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Raise RegionError where dimension 1 is missing, or not made of whole groups."""
+        check_matrix(self, shape)
+        if shape[1] % self.m:
+            raise RegionError(
+                f"pattern `{self}` needs dimension 1 to be a multiple of {self.m}, found {shape[1]}",
+                "choose a group size that divides it",
+            )
+
+    def select(self, parameter: Tensor, coordinates: Coordinates) -> Tensor:
+        """Return True at the m - n least magnitudes of each group."""
+        groups = parameter.abs().movedim(1, -1).unflatten(-1, (parameter.shape[1] // self.m, self.m))
+        rank = groups.argsort(dim=-1, stable=True).argsort(dim=-1)
+        return (rank < self.m - self.n).flatten(-2).movedim(-1, 1)
+
+    def count(self, entries: int) -> int:
+        """Return how many entries the groups have, without the n of each that stay free."""
+        return entries // self.m * (self.m - self.n)
+
+    def in_words(self, outside: bool = False) -> str:
+        """Return ``that is not one of the 2 entries of largest magnitude in its group of 4 along dimension 1``."""
+        largest = "the entry" if self.n == 1 else f"one of the {self.n} entries"
+        group = f"its group of {self.m} along dimension 1"
+        return f"that is {'' if outside else 'not '}{largest} of largest magnitude in {group}"
+
+
+zeros: Final = Zeros()
+
+
+def smallest(fraction: float) -> Smallest:
+    """Select the entries of least magnitude.
+
+    Args:
+        fraction: How many of the parameter's entries, as a fraction above 0 and at most 1; rounded to whole entries.
+
+    Raises:
+        RegionError: The fraction is outside that range.
+
+    Example:
+        >>> from freezehooks import smallest
+        >>> smallest(0.5)
+        Smallest(fraction=0.5)
+    """
+    return Smallest(fraction)
+
+
+def nm(n: int, m: int) -> NM:
+    """Select all but the n largest magnitudes of every m consecutive entries along dimension 1 (n:m sparsity).
+
+    Args:
+        n: How many of a group stay free.
+        m: The size of a group, larger than n; it must divide the size of dimension 1.
+
+    Shape:
+        For a weight ``(out, in)`` or ``(out, in/groups, *kernel)``; groups run along the inputs.
+
+    Raises:
+        RegionError: The numbers are no positive integers, or n is not below m.
+
+    References:
+        Mishra et al., Accelerating Sparse Deep Neural Networks, 2021, https://arxiv.org/abs/2104.08378
+    """
+    return NM(n, m)

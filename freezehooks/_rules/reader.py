@@ -1,0 +1,119 @@
+"""The text of a rule or of a part of one, read token by token. Plain Python, no tensors."""
+
+from __future__ import annotations
+
+import re
+from typing import Final, NamedTuple
+
+from .._errors import RuleSyntaxError, SpecError
+
+_TOKEN: Final = re.compile(
+    r"""(?P<space>\s+)
+      | (?P<number>(?:\d+\.\d*|\.\d+)(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+)
+      | (?P<integer>\d+)
+      | (?P<name>[^\W\d]\w*)
+      | (?P<sign>\.\.\.|[-+:,\[\]()~|&=])""",
+    re.VERBOSE | re.ASCII,
+)
+
+_MOST_OPERATORS: Final = 64
+
+_EXAMPLES: Final = {
+    "rule": "`conv.weight[:, :, 1, 1] = 0`, one rule a line",
+    "region": "`:, :, 1, 1` or `center`",
+    "value": "`0.5`",
+}
+
+
+class Token(NamedTuple):
+    """A word, a number or a sign, and where it stands in the text, counted from 0."""
+
+    kind: str
+    text: str
+    column: int
+
+
+class Reader:
+    """Text as tokens, of which one is next; every error names text and column.
+
+    Args:
+        text: What to read; white space around it is left out.
+        kind: What the text is: a "rule", a "region" or a "value".
+
+    Raises:
+        SpecError: It is no text.
+    """
+
+    def __init__(self, text: str, kind: str) -> None:
+        if not isinstance(text, str):
+            raise SpecError(
+                f"a {kind} must be text, found {type(text).__name__}", f"write for instance {_EXAMPLES[kind]}"
+            )
+        self.kind = kind
+        self.text = text.strip()
+        self.tokens: list[Token] = []
+        self.next = 0
+
+    def tokenize(self, start: int) -> None:
+        """Split the text from a column on into tokens, the last of which is its end."""
+        position = start
+        while position < len(self.text):
+            found = _TOKEN.match(self.text, position)
+            if found is None:
+                raise self.error(position, f"{self.text[position]!r} has no meaning here", self.example)
+            if found.lastgroup != "space":
+                self.tokens.append(Token(str(found.lastgroup), found.group(), position))
+            position = found.end()
+        self.tokens.append(Token("end", "", len(self.text)))
+        self._refuse_depth()
+
+    def _refuse_depth(self) -> None:
+        """Raise before a region is nested so deeply that Python's own call stack would give out."""
+        nested = [token for token in self.tokens if token.text in ("~", "|", "&", "(")]
+        if len(nested) > _MOST_OPERATORS:
+            raise self.error(
+                nested[_MOST_OPERATORS].column,
+                f"a region holds at most {_MOST_OPERATORS} operators and parentheses, found {len(nested)}",
+                "use a list of integers, or pass a bool mask as the region",
+            )
+
+    def peek(self, ahead: int = 0) -> Token:
+        """Return the next token, or one behind it; the end is followed by itself."""
+        return self.tokens[min(self.next + ahead, len(self.tokens) - 1)]
+
+    def advance(self) -> Token:
+        """Return the next token and go past it."""
+        token = self.peek()
+        self.next += 1
+        return token
+
+    def take(self, sign: str) -> bool:
+        """Go past the next token if it is the given one, and return whether it was."""
+        taken = self.peek().text == sign
+        self.next += taken
+        return taken
+
+    def expect(self, sign: str, meaning: str) -> None:
+        """Go past the next token, which must be the given one."""
+        if not self.take(sign):
+            raise self.unexpected(meaning)
+
+    def expect_end(self) -> None:
+        """Raise where anything is left to read."""
+        if self.peek().kind != "end":
+            raise self.unexpected(f"the end of the {self.kind}")
+
+    @property
+    def example(self) -> str:
+        """What to write instead, as an error advises it."""
+        return f"write for instance {_EXAMPLES[self.kind]}"
+
+    def unexpected(self, expected: str) -> RuleSyntaxError:
+        """Return the error that the next token is another than expected."""
+        token = self.peek()
+        found = f"`{token.text}`" if token.text else "the end"
+        return self.error(token.column, f"expected {expected}, found {found}", self.example)
+
+    def error(self, column: int, fact: str, advice: str = "") -> RuleSyntaxError:
+        """Return the error that something is wrong at a column, which the message counts from 1."""
+        return RuleSyntaxError(f"{self.kind} `{self.text}`: column {column + 1}: {fact}", advice)

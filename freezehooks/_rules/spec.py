@@ -1,0 +1,65 @@
+"""What `freeze_entries` takes -> rules: text of several lines, rules, mappings, and any of those in a row. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+from .._errors import SpecError
+from .parser import parse_region, parse_rule, parse_value
+from .region import WHOLE
+from .rule import Rule, Tied, keep
+
+Spec: TypeAlias = "str | Rule | Mapping[str, Any] | Iterable[Any]"
+"""What rules can be read from: text, a rule, {target: region} or {target: (region, value)}, or several of those."""
+
+
+def rules_of(spec: Spec) -> tuple[Rule, ...]:
+    """Return the rules that `spec` says, in its order.
+
+    Args:
+        spec: Text (a rule a line; ``#`` begins a comment), a `Rule`, a mapping ``{target: region}`` or
+            ``{target: (region, value)}``, or an iterable of those.
+
+    Raises:
+        RuleSyntaxError: Text that is no rule.
+        SpecError: Anything else that cannot be read as rules.
+    """
+    return tuple(_iterate_rules(spec))
+
+
+def _iterate_rules(spec: Any) -> Iterator[Rule]:
+    if isinstance(spec, Rule):
+        yield spec
+    elif isinstance(spec, str):
+        lines = (line.split("#", 1)[0].strip() for line in spec.splitlines())
+        yield from map(parse_rule, filter(None, lines))
+    elif isinstance(spec, Mapping):
+        yield from (_rule_of_item(target, what) for target, what in spec.items())
+    elif isinstance(spec, Iterable) and not hasattr(spec, "shape") and not isinstance(spec, bytes):
+        for part in spec:
+            yield from _iterate_rules(part)
+    else:
+        raise SpecError(
+            f"`spec` must be text, a Rule, a mapping or an iterable of those, found {type(spec).__name__}",
+            'write "conv.weight[center] = 0" or {"conv.weight": (center, 0)}',
+        )
+
+
+def _rule_of_item(target: Any, what: Any) -> Rule:
+    if isinstance(what, tuple | list):
+        if len(what) != 2:
+            raise SpecError(
+                f"a mapping's item is a region or (region, value), found {len(what)} parts for {target!r}",
+                "write {target: (region, value)}; a list of rules takes several of one target",
+            )
+        region, value = what
+    elif isinstance(what, Tied):
+        region, value = WHOLE, what
+    else:
+        region, value = what, keep
+    return Rule(target, _parsed(parse_region, region), _parsed(parse_value, value))
+
+
+def _parsed(parse: Callable[[str], Any], part: Any) -> Any:
+    return parse(part) if isinstance(part, str) else part
