@@ -14,6 +14,14 @@ medians, with quartiles in brackets, over the rounds after the first few.
 
 The reference is the first row; a difference means something where it exceeds that of `plain again`. Claims that do
 not hold are counted at the end; the exit status is 0 either way: a benchmark is no test.
+
+`--device cuda` measures models of the size for which people have a GPU, several training steps a turn; the GPU is
+waited for before a turn and after it, not in between, except where the optimizer's step is timed alone. `--tiny` runs
+these scenarios too, on the CPU.
+
+    python -m benchmarks                          the scenarios for the CPU
+    python -m benchmarks --device cuda --quick    those for a GPU, in a few minutes
+    python -m benchmarks --tiny --quick           all of them in seconds, where figures mean nothing
 """
 
 from __future__ import annotations
@@ -26,22 +34,33 @@ from typing import Final
 
 import torch
 
-from . import installation, shared_kernel, training
+from . import gpu, installation, many_layers, shared_kernel, training
 from ._comparison import Case, Options
 from ._machine import environment, restart
 from ._report import broken, table, write_json
 from .models import FULL, TINY
 
-SCENARIOS: Final[dict[str, Callable[[Options], Iterator[Case]]]] = {
-    "centre": training.centre,
+Scenario = Callable[[Options], Iterator[Case]]
+
+ON_CPU: Final[dict[str, Scenario]] = {
+    "center": training.center,
     "half": training.half,
     "pruned": training.pruned,
     "tokens": training.tokens,
-    "many": training.many,
+    "many": many_layers.many,
     "value": training.value,
     "shared": shared_kernel.shared,
     "install": installation.install,
 }
+
+ON_CUDA: Final[dict[str, Scenario]] = {
+    "many": many_layers.many,
+    "gpt2": gpu.gpt2,
+    "resnet50": gpu.resnet50,
+    "wide": gpu.wide,
+}
+
+SCENARIOS: Final = ON_CPU | ON_CUDA
 
 
 def main() -> None:
@@ -49,18 +68,32 @@ def main() -> None:
     parser = _parser()
     arguments = parser.parse_args()
     if arguments.list:
-        print("\n\n".join(f"{name}: {inspect.getdoc(scenario)}" for name, scenario in SCENARIOS.items()))
+        print("\n\n".join(map(_description, SCENARIOS)))
         return
     if arguments.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here")
+        parser.error(
+            "--device cuda: torch sees no CUDA device here; to see that its scenarios run, leave --device out and "
+            "add --tiny"
+        )
     restart(arguments.device, arguments.malloc == "kept")
     torch.set_num_threads(arguments.threads)
     facts = environment(arguments.device)
     print("\n".join(f"{name}: {fact}" for name, fact in facts.items()))
-    found = {name: _run(name, _options(arguments)) for name in arguments.scenario or SCENARIOS}
+    found = {name: _run(name, _options(arguments)) for name in _chosen(arguments)}
     if arguments.json:
         write_json(arguments.json, facts, found)
     print(f"\n{len(broken(case for cases in found.values() for case in cases))} claims not held")
+
+
+def _description(name: str) -> str:
+    devices = [device for device, scenarios in (("cpu", ON_CPU), ("cuda", ON_CUDA)) if name in scenarios]
+    return f"{name}: {inspect.getdoc(SCENARIOS[name])}\n\nRuns on: {', '.join(devices)}"
+
+
+def _chosen(arguments: argparse.Namespace) -> list[str]:
+    """Return the scenarios that were named, or those for the device; of tiny models all."""
+    of_device = ON_CUDA if arguments.device.type == "cuda" else ON_CPU
+    return arguments.scenario or list(SCENARIOS if arguments.tiny else of_device)
 
 
 def _run(name: str, options: Options) -> list[Case]:
@@ -82,11 +115,11 @@ def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("--scenario", action="append", choices=SCENARIOS, help="run this one; may be repeated (all of them)")
+    add("--scenario", action="append", choices=SCENARIOS, help="run this one; may be repeated (all for the device)")
     add("--list", action="store_true", help="say what the scenarios are and what must hold in each, and do nothing")
     add("--rounds", type=_positive, help="rounds that count, in every comparison (as many as each needs)")
     add("--quick", action="store_true", help="five rounds after two: a first impression, not a measurement")
-    add("--tiny", action="store_true", help="models of a few entries: to see that everything runs")
+    add("--tiny", action="store_true", help="all scenarios, on models of a few entries: to see that everything runs")
     add("--device", type=torch.device, default="cpu", help="where to train: cpu or cuda (%(default)s)")
     add("--threads", type=_positive, default=1, help="threads of torch (%(default)s)")
     add(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from .subjects import FreezeHooks, Held, Plain, Task
 
 NOTHING = Spread.of([])
 """A figure that was not measured."""
+
+_INTEGERS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""What has as many bits as a floating-point number of so many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,11 @@ class Options:
     rounds: int | None = None
     warm_up: int = 5
     sizes: Sizes = FULL
+
+    @property
+    def steps(self) -> int:
+        """Return how many training steps a turn has at least: several on CUDA, where the host runs ahead."""
+        return 5 if self.device.type == "cuda" else 1
 
     def turns(self, usual: int) -> tuple[int, int]:
         """Return the rounds of a scenario that needs so many, and those to warm up."""
@@ -116,6 +125,16 @@ class Case:
         for peer in peers:
             row = self.rows[peer.name]
             row.claim(f"{ours.name} adds less", ours.added.median < row.added.median)
+
+    def claim_not_above(self, peer: type[Plain]) -> None:
+        """Note that this library may take at most the peer's time."""
+        ours, its = self.rows[FreezeHooks.name], self.rows[peer.name]
+        ours.claim(f"not above {peer.name}", ours.ratio.median <= its.ratio.median)
+
+    def claim_added(self, peer: type[Plain], times: float) -> None:
+        """Note that this library may add at most so many times the time that the peer adds."""
+        ours, its = self.rows[FreezeHooks.name], self.rows[peer.name]
+        ours.claim(f"adds at most {times:g} x {peer.name}", ours.added.median <= times * its.added.median)
 
 
 def rows_of(timings: Mapping[str, list[Timing]], reference: str) -> dict[str, Row]:
@@ -208,5 +227,9 @@ def _gaps(subject: Plain, read: Callable[[Held], Tensor]) -> _Gaps:
         wanted = torch.as_tensor(held.values(), dtype=found.dtype, device=found.device).expand_as(found)
         gap = (found - wanted).abs().max().item()
         largest = max(largest, math.inf if math.isnan(gap) else gap)
-        same = same and found.contiguous().view(torch.int32).equal(wanted.contiguous().view(torch.int32))
+        same = same and _bits(found).equal(_bits(wanted))
     return _Gaps(largest, same)
+
+
+def _bits(numbers: Tensor) -> Tensor:
+    return numbers.contiguous().view(_INTEGERS[numbers.element_size()])

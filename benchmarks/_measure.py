@@ -50,7 +50,7 @@ class Clock:
     Args:
         device: The device.
         parts: Whether to time the optimizer's step by itself where that makes the whole slower: on CUDA, which has to
-            be waited for in between.
+            be waited for before and after it.
     """
 
     def __init__(self, device: torch.device, parts: bool = False) -> None:
@@ -64,7 +64,7 @@ class Clock:
         return time.perf_counter()
 
     def between(self) -> float:
-        """Return the time between two parts, or nan where they are not to be told apart."""
+        """Return the time between two parts of a training step, or nan where they are not to be told apart."""
         return self() if self._parts else math.nan
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from .gpt2 import Architecture
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,27 +19,55 @@ class Sizes:
         widths: Channels of the residual net's stages.
         images: Shape of its batches.
         hidden: Width of the perceptron, which has six layers.
-        samples: Rows of its batches.
+        wide: Width of the one that is for a GPU.
+        samples: Rows of their batches.
         vocabulary: Rows of the embedding.
         tokens: Shape of its batches.
         features: Width of an embedded token.
         chains: How many layers the chains have.
         mask: Shape of the parameter that one large mask is installed on.
+        gpt2: Vocabulary, context, width, heads and layers of GPT-2.
+        sentences: Shape of its batches.
+        bottlenecks: How many of them each stage of ResNet-50 has.
+        narrowest: Width of its first stage.
+        photos: Shape of its batches.
     """
 
     widths: tuple[int, ...] = (16, 32, 64)
     images: tuple[int, ...] = (32, 3, 32, 32)
     hidden: int = 1024
+    wide: int = 4096
     samples: int = 64
     vocabulary: int = 50_273
     tokens: tuple[int, ...] = (8, 128)
     features: int = 768
     chains: tuple[int, ...] = (10, 100, 1000)
     mask: tuple[int, ...] = (10_000, 1_000)
+    gpt2: Architecture = field(default_factory=Architecture)
+    sentences: tuple[int, ...] = (8, 1024)
+    bottlenecks: tuple[int, ...] = (3, 4, 6, 3)
+    narrowest: int = 64
+    photos: tuple[int, ...] = (64, 3, 224, 224)
 
 
 FULL = Sizes()
-TINY = Sizes((2, 4), (2, 3, 8, 8), 8, 4, 40, (2, 4), 4, (2, 3, 4), (20, 10))
+TINY = Sizes(
+    widths=(2, 4),
+    images=(2, 3, 8, 8),
+    hidden=8,
+    wide=12,
+    samples=4,
+    vocabulary=40,
+    tokens=(2, 4),
+    features=4,
+    chains=(2, 3, 4),
+    mask=(20, 10),
+    gpt2=Architecture(vocabulary=20, context=6, width=8, heads=2, layers=2),
+    sentences=(2, 6),
+    bottlenecks=(1, 1),
+    narrowest=2,
+    photos=(2, 3, 32, 32),
+)
 """So small that figures mean nothing: to see that everything runs."""
 
 

@@ -38,7 +38,8 @@ class Peer(Plain):
         return (~frozen).to(parameter.dtype), fixed
 
     def extra_bytes(self) -> int:
-        own = [buffer for name, buffer in self.model.named_buffers() if name in dict(self.task.model.named_buffers())]
+        known = {name for name, _ in self.task.model.named_buffers()}
+        own = [buffer for name, buffer in self.model.named_buffers() if name in known]
         return tensor_bytes(self.model, beyond=[*self.model.parameters(), *own])
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,13 +15,16 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from benchmarks.__main__ import SCENARIOS
+from benchmarks.__main__ import ON_CPU, ON_CUDA, SCENARIOS, _chosen, _parser
 from benchmarks._comparison import Case, Claim, Options, Row, whether_held
 from benchmarks._measure import Clock, Spread, Timing, added_milliseconds, interleave, ratios
 from benchmarks._memory import held_bytes, peak_bytes, state_bytes, tensor_bytes
 from benchmarks._report import broken, table
-from benchmarks.models import TINY
+from benchmarks.gpt2 import GPT2, Architecture
+from benchmarks.many_layers import many
+from benchmarks.models import FULL, TINY
 from benchmarks.peers import AT_VALUES, AT_ZERO, MaskAroundStep, Parametrize, Prune, TrainableTokens
+from benchmarks.resnet50 import resnet
 from benchmarks.subjects import FreezeHooks, FreezeHooksCompact, Held, Plain, Task
 from freezehooks import entries, freeze_entries
 
@@ -74,6 +79,35 @@ def test_the_command_lists_what_must_hold() -> None:
     for name in SCENARIOS:
         assert f"{name}: " in output
     assert output.count("Must hold: ") == len(SCENARIOS)
+    assert output.count("Runs on: ") == len(SCENARIOS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
+def test_without_cuda_the_command_says_so_and_what_to_do() -> None:
+    command = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 2
+    assert "torch sees no CUDA device here; to see that its scenarios run, leave --device out" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ([], ON_CPU),
+        (["--device", "cuda", "--quick"], ON_CUDA),
+        (["--tiny", "--quick"], SCENARIOS),
+        (["--scenario", "gpt2"], ["gpt2"]),
+    ],
+    ids=" ".join,
+)
+def test_the_scenarios_are_those_for_the_device_unless_named_or_tiny(options: list[str], chosen: list[str]) -> None:
+    assert _chosen(_parser().parse_args(options)) == list(chosen)
+
+
+def test_what_is_for_cuda_runs_on_the_cpu_by_name() -> None:
+    output = _run("--tiny", "--rounds", "1", "--scenario", "resnet50")
+    assert "center of every 3x3 kernel, ResNet-50, bfloat16" in output
+    assert "at most 1.02 x plain: " in output
 
 
 @pytest.mark.filterwarnings("default")  # those of PEFT and of what it imports are not ours
@@ -87,6 +121,76 @@ def test_scenario_runs_and_every_subject_holds_what_it_must(name: str) -> None:
         for row in case.rows.values():
             assert not row.entries.startswith("drifted"), row.name
             assert row.claims[:1] == [Claim("entries held", held=True)] or "freezehooks" not in row.name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here")
+@pytest.mark.parametrize("name", ON_CUDA)
+def test_scenario_runs_on_cuda(name: str) -> None:
+    for case in ON_CUDA[name](Options(torch.device("cuda"), rounds=1, warm_up=0, sizes=TINY)):
+        assert case.rows[Plain.name].time.median > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "limits"),
+    [
+        ("gpt2", ["at most 1.03 x plain", "at most 1.03 x plain", "step at most 1.3 x plain"]),
+        ("resnet50", ["at most 1.02 x plain"]),
+        ("wide", ["at most 1.25 x plain"]),
+    ],
+)
+def test_scenario_says_how_slow_it_may_be(name: str, limits: list[str]) -> None:
+    found = [row.claims[1:] for case in SCENARIOS[name](ONCE) for row in case.rows.values()]
+    assert [claim.text for claims in found for claim in claims] == limits
+
+
+def test_fused_steps_are_measured_against_what_the_mask_around_the_step_adds() -> None:
+    claims = {case.title: case.rows[FreezeHooks.name].claims[1:] for case in SCENARIOS["half"](ONCE)}
+    for title, found in claims.items():
+        fused = ["adds at most 1.8 x mask around step"] if "fused" in title else []
+        assert [claim.text for claim in found] == fused
+
+
+def test_the_longest_chain_is_measured_against_plain_and_prune() -> None:
+    cases = list(many(ONCE))
+    lengths = len(TINY.chains)
+    for number, case in enumerate(cases, start=1):
+        assert {Prune.name, Parametrize.name, MaskAroundStep.name} < set(case.rows)
+        said = str(case.rows[FreezeHooks.name].claims)
+        assert "us a parameter" in said
+        for claim in ("at most 1.15 x plain", "not above torch prune", "linear, "):
+            assert (claim in said) == (number % lengths == 0)
+
+
+# The models
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_gpt2_is_the_one_with_124_million_parameters() -> None:
+    with torch.device("meta"):
+        model = GPT2(Architecture())
+        scores = model(torch.zeros(FULL.sentences, dtype=torch.long))
+    assert _parameters(model) == 124_439_808
+    assert scores.shape == (8, 1024, 50_257)
+
+
+def test_gpt2_sees_no_token_before_its_time() -> None:
+    model = GPT2(TINY.gpt2)
+    tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]])
+    first, second = model(tokens)
+    torch.testing.assert_close(first[:2], second[:2])
+    assert not first[2].allclose(second[2])
+
+
+def test_resnet50_has_its_parameters_and_kernels() -> None:
+    with torch.device("meta"):
+        model = resnet(FULL.bottlenecks)
+        assert model(torch.zeros(2, 3, 224, 224)).shape == (2, 1000)
+    assert _parameters(model) == 25_557_032
+    kernels = [m.kernel_size for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert (len(kernels), kernels.count((3, 3))) == (53, 16)
 
 
 # The subjects
@@ -106,6 +210,16 @@ def test_subject_holds_values(kind: type[Plain]) -> None:
         pytest.skip(str(kind.missing()))
     subject = _trained(kind, _task(Held("weight", torch.rand(3, 4) < 0.5, torch.randn(3, 4))))
     assert not whether_held(subject)[0].startswith("drifted")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_whether_entries_held_is_told_to_the_last_bit_in_every_width(dtype: torch.dtype) -> None:
+    task = _task(Held("weight", (slice(None), 0)))
+    task = replace(task, model=task.model.to(dtype), batches=[batch.to(dtype) for batch in task.batches])
+    subject = _trained(FreezeHooks, task)
+    assert whether_held(subject) == ("bit for bit", True)
+    subject.parameter(task.held[0]).data[:, 0] = -0.0
+    assert whether_held(subject) == ("but for the sign of 0", False)
 
 
 def test_every_subject_computes_the_same_free_entries() -> None:
@@ -163,6 +277,28 @@ def test_rounds_are_paired_and_the_first_do_not_count() -> None:
     assert len({tuple(name for name, n in calls if n == number) for number in range(6)}) == 2
 
 
+class Counting(Clock):
+    """Reads one more each time, and notes which of its readings were taken."""
+
+    def __init__(self, parts: bool) -> None:
+        super().__init__(torch.device("cpu"), parts)
+        self._parts = parts
+        self.readings = 0
+
+    def __call__(self) -> float:
+        self.readings += 1
+        return self.readings
+
+
+def test_a_turn_reads_the_clock_within_it_only_where_the_step_is_timed_alone() -> None:
+    task = replace(_task(Held("weight", (slice(None), 0))), steps=3)
+    whole, parts = Counting(parts=False), Counting(parts=True)
+    found = Plain(task).turn(0, whole)
+    assert (found.whole, whole.readings) == (1 / 3, 2)
+    assert math.isnan(found.step)
+    assert Plain(task).turn(0, parts) == Timing(7 / 3, 1)
+
+
 def test_bytes_count_each_storage_once() -> None:
     tensor = torch.zeros(10)
     assert tensor_bytes({"a": tensor, "b": [tensor[:3], (tensor,)]}) == 40
@@ -187,6 +323,28 @@ def test_peak_is_what_a_step_has_at_once() -> None:
         torch.zeros(500)
 
     assert peak_bytes(step, torch.device("cpu")) == pytest.approx(8000, abs=200)
+
+
+def _case(ours: float, peer: float) -> Case:
+    """What was found where these are the times over that of a plain step of one millisecond."""
+    rows = {kind.name: Row(kind.name) for kind in (FreezeHooks, Prune)}
+    for row, ratio in zip(rows.values(), (ours, peer), strict=True):
+        row.ratio, row.added = Spread.of([ratio]), Spread.of([ratio - 1])
+    return Case("title", rows)
+
+
+@pytest.mark.parametrize(("ours", "held"), [(1.25, True), (1.5, True), (1.625, False)])
+def test_claim_not_above_a_peer(ours: float, held: bool) -> None:
+    case = _case(ours, peer=1.5)
+    case.claim_not_above(Prune)
+    assert case.rows[FreezeHooks.name].claims == [Claim("not above torch prune", held)]
+
+
+@pytest.mark.parametrize(("ours", "held"), [(1.25, True), (2.0, True), (2.25, False)])
+def test_claim_about_what_is_added(ours: float, held: bool) -> None:
+    case = _case(ours, peer=1.5)
+    case.claim_added(Prune, 2)
+    assert case.rows[FreezeHooks.name].claims == [Claim("adds at most 2 x torch prune", held)]
 
 
 def test_claims_are_printed_with_their_row_and_counted() -> None:

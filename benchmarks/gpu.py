@@ -1,0 +1,84 @@
+"""The scenarios that train models of the size for which people have a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Final
+
+import torch
+from torch.optim import SGD, AdamW
+
+from ._comparison import Case, Options, compare
+from ._data import ADAMW, classify, images, predict, reproduce, rows, sentences
+from ._entries import centers, random_entries, spec_of
+from .gpt2 import GPT2
+from .models import perceptron
+from .peers import MaskAroundStep, Parametrize, Prune
+from .resnet50 import resnet
+from .subjects import FreezeHooks, FreezeHooksCompact, Plain, PlainAgain, Task
+
+_FUSED: Final = partial(AdamW, fused=True)
+
+
+def gpt2(options: Options) -> Iterator[Case]:
+    """A random half of every matrix of GPT-2, 124 million parameters in bfloat16, is held at 0.
+
+    Must hold: a step takes at most 1.03 times as long as a plain one, with the default AdamW and with the fused one;
+    with `compact` the optimizer's step alone takes at most 1.3 times as long as that of a plain fused AdamW.
+    """
+    sizes, device = options.sizes, options.device
+    model = GPT2(sizes.gpt2).to(device, torch.bfloat16)
+    held = random_entries(model, 0.5)
+    batches = sentences(sizes.sentences, device, sizes.gpt2.vocabulary)
+    task = Task(model, batches, predict, AdamW, held, spec_of(held), options.steps)
+    for name, optimizer in ADAMW.items():
+        yield _whole(
+            f"half of every matrix, GPT-2, bfloat16, {name}", replace(task, optimizer=optimizer), options, 1.03
+        )
+    yield _step_alone("the optimizer's step alone, GPT-2, AdamW(fused=True)", replace(task, optimizer=_FUSED), options)
+
+
+def resnet50(options: Options) -> Iterator[Case]:
+    """The center of every 3x3 kernel of ResNet-50, in bfloat16 and channels last, is held at 0.
+
+    Must hold: a step takes at most 1.02 times as long as a plain one.
+    """
+    sizes, device = options.sizes, options.device
+    model = resnet(sizes.bottlenecks, sizes.narrowest).to(device, torch.bfloat16)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs do not know it
+    batches = [
+        (photos.to(torch.bfloat16, memory_format=torch.channels_last), labels)
+        for photos, labels in images(sizes.photos, device, classes=1000)
+    ]
+    task = Task(model, batches, classify, partial(SGD, lr=0.01, momentum=0.9), *centers(model), options.steps)
+    yield _whole("center of every 3x3 kernel, ResNet-50, bfloat16, SGD with momentum", task, options, 1.02)
+
+
+def wide(options: Options) -> Iterator[Case]:
+    """A random half of every matrix of a perceptron, six layers of 4096 features, is held at 0.
+
+    Must hold: a step, which does little but read and write memory, takes at most 1.25 times as long as a plain one.
+    """
+    sizes, device = options.sizes, options.device
+    model = perceptron(sizes.wide).to(device)
+    held = random_entries(model, 0.5)
+    task = Task(model, rows((sizes.samples, sizes.wide), device), reproduce, _FUSED, held, spec_of(held), options.steps)
+    yield _whole("half of every matrix, wide perceptron, AdamW(fused=True)", task, options, 1.25)
+
+
+def _whole(title: str, task: Task, options: Options, limit: float) -> Case:
+    """Compare whole training steps, of which ours may take at most so many times the plain one's time."""
+    kinds = [Plain, PlainAgain, FreezeHooks, Prune, Parametrize, MaskAroundStep]
+    case = compare(title, kinds, task, options, rounds=20)
+    case.rows[FreezeHooks.name].claim_ratio(limit)
+    return case
+
+
+def _step_alone(title: str, task: Task, options: Options) -> Case:
+    """Compare the optimizer's part of a step, which the device is waited for before and after."""
+    case = compare(title, [Plain, PlainAgain, FreezeHooks, FreezeHooksCompact], task, options, rounds=20, parts=True)
+    if FreezeHooksCompact.name in case.rows:
+        case.rows[FreezeHooksCompact.name].claim_step(1.3)
+    return case
