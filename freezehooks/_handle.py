@@ -307,12 +307,12 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
             >>> figure.get_suptitle().splitlines()[-1]
             '6 of 54 entries frozen, 48 free'
         """
-        from ._report.plot import plot_part
+        from ._report.plot import plot_parameter
 
         frozen = self[name]
         site = next(site for owned, site in self._held.sites if owned == frozen.name)
         pair = self._held.frozen.adopt(frozen.name, site.tensor())
-        return plot_part(frozen, site.tensor() if pair is None else pair[1], path, owner=site.owner)
+        return plot_parameter(frozen, site.tensor() if pair is None else pair[1], path, owner=site.owner)
 
     def guard(self, optimizer: Optimizer, *, compact: bool = False) -> Guard:
         """Hold the entries through every step of an optimizer, by the optimizer's own step hooks.

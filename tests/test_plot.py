@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from freezehooks import ParameterChangedError, SpecError, TargetError, UnsupportedParameterError, freeze_entries
 
@@ -19,6 +21,8 @@ pytest.importorskip("matplotlib")
 
 from matplotlib import rc_context  # after the skip
 from matplotlib.figure import Figure
+
+from .ranks import on_ranks
 
 
 def _picture(module: nn.Module, spec: Any, name: str = "weight") -> Figure:
@@ -314,3 +318,69 @@ def test_a_side_of_one_entry_has_one_tick() -> None:
 def test_numbers_near_the_largest_can_be_drawn() -> None:
     weight = torch.tensor([[-1.7e308, 1.7e308]], dtype=torch.float64, requires_grad=True)
     freeze_entries({"weight": weight}, "weight[0, 0]").plot("weight").canvas.draw()
+
+
+# What cells and kernels are drawn
+
+
+def _drawn(numbers: Tensor, spec: Any) -> Figure:
+    return freeze_entries({"weight": numbers.clone().requires_grad_()}, spec).plot("weight")
+
+
+def _first_panel(figure: Figure) -> Tensor:
+    numbers: Any = figure.axes[0].images[0].get_array()
+    return torch.as_tensor(numbers.filled(torch.nan))
+
+
+def test_a_cell_is_the_entry_of_largest_magnitude_with_its_sign() -> None:
+    numbers = torch.zeros(400, 5)
+    numbers[2, 1], numbers[3, 1], numbers[399, 4], numbers[5, 0] = 3.0, -4.0, 2.0, torch.inf
+    figure = _drawn(numbers, "weight[:4]")
+    assert "each cell is the entry of largest magnitude of 3 x 1" in _says(figure)
+    cells = _first_panel(figure)
+    assert cells[:2, :2].nan_to_num(nan=99).tolist() == [[0, 3], [99, -4]]
+    assert cells[-1, 4] == 2
+
+
+def test_a_cell_that_is_frozen_in_part_shows_which_share() -> None:
+    shown = _panel(_drawn(torch.zeros(400, 5), "weight[:16]"))
+    assert shown[:7, 0].tolist() == pytest.approx([1, 1, 1, 1, 1, 1 / 3, 0])
+
+
+@pytest.mark.parametrize("columns", [49, 193, 400, 1001])
+def test_no_cell_is_lost_at_the_edge(columns: int) -> None:
+    numbers = torch.arange(columns * 2, dtype=torch.float32).view(2, columns)
+    figure = _drawn(numbers, "weight[1, -1]")
+    cells, wide = _first_panel(figure), -(-columns // 192)
+    assert cells.shape == (2, -(-columns // wide))
+    assert cells[1, -1] == numbers.max()
+    assert _panel(figure)[1, -1] > 0
+
+
+def test_sampled_kernels_are_those_of_the_named_channels() -> None:
+    numbers = torch.randn(50, 30, 3, 3)
+    axis = _drawn(numbers, "weight[center]").axes[0]
+    output = int(axis.get_xticklabels()[3].get_text())
+    input_ = int(axis.get_yticklabels()[5].get_text())
+    (image,) = (image for image in axis.images if tuple(image.get_extent()) == (12, 15, 23, 20))
+    assert torch.equal(torch.as_tensor(image.get_array()), numbers[output, input_].double())
+
+
+def test_rare_cells_grow_to_every_side_but_not_along_a_short_one() -> None:
+    shown = _panel(_drawn(torch.zeros(3, 150), "weight[1, 100]"))
+    assert shown.nonzero().tolist() == [[1, 99], [1, 100], [1, 101]]
+
+
+# Ranks
+
+
+@on_ranks(2)
+def test_a_sharded_parameter_shows_what_lies_on_this_rank() -> None:
+    layer: Any = fully_shard(nn.Linear(4, 1, bias=False))
+    figure = _picture(layer, "weight[0, 1:]")
+    assert "3 of 4 entries frozen" in _says(figure)
+    if dist.get_rank() == 0:
+        assert "this rank's part: (1, 4), 3 of its entries frozen" in _says(figure)
+        assert len(_marks(figure, "x")) == 3
+    else:
+        assert "no entries lie here; this rank's part: (0, 4), 0 of its entries frozen" in _says(figure)
