@@ -18,9 +18,8 @@ from torch.optim import Optimizer
 # Autograd
 
 
-def graph_task_id() -> int:
-    """Return the number of the backward pass that this thread is in, or -1 outside (torch 2.0 to 2.14)."""
-    return torch._C._current_graph_task_id()
+graph_task_id: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+"""Returns the number of the backward pass that this thread is in, or -1 outside (torch 2.0 to 2.14)."""
 
 
 def at_end_of_backward(callback: Callable[[], object]) -> None:

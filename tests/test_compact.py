@@ -1099,7 +1099,7 @@ _UNREADABLE: Final = (
 
 @pytest.mark.parametrize(("change", "message"), [
     (_reverse, r"the compact optimizer state is of a parameter of shape \(8, 12\), found \(4,\) in its place; give"),
-    (_corrupt("format", 2), "the compact optimizer state has format 2, expected 1; load it with the version of"),
+    (_corrupt("format", 3), "the compact optimizer state has format 3, expected 2; load it with the version of"),
     (_corrupt("parameters", {0: {"shape": [8, 12]}}), _UNREADABLE),
     (_corrupt("parameters", {9: {}}), _UNREADABLE),
     (_corrupt("parameters", None), _UNREADABLE),

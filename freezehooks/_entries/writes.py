@@ -22,7 +22,7 @@ class Writes:
     __slots__ = ("_calls", "_copied", "_masks", "_multiplied", "_values", "_zeroed")
 
     def __init__(self) -> None:
-        self._zeroed: _Grouped = defaultdict(list)
+        self._zeroed: list[Tensor] = []
         self._copied: _Grouped = defaultdict(list)
         self._values: _Grouped = defaultdict(list)
         self._multiplied: _Grouped = defaultdict(list)
@@ -31,7 +31,7 @@ class Writes:
 
     def zero(self, view: Tensor) -> None:
         """Write +0.0 into all of a tensor."""
-        self._zeroed[view.dtype].append(view)
+        self._zeroed.append(view)
 
     def copy(self, view: Tensor, values: Tensor) -> None:
         """Write values into all of a tensor of their shape."""
@@ -49,8 +49,8 @@ class Writes:
 
     def run(self) -> None:
         """Write all of it."""
-        for tensors in self._zeroed.values():
-            torch._foreach_zero_(tensors)
+        if self._zeroed:
+            torch._foreach_zero_(self._zeroed)
         for dtype, tensors in self._copied.items():
             torch._foreach_copy_(tensors, self._values[dtype])
         for dtype, tensors in self._multiplied.items():

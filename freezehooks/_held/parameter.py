@@ -34,6 +34,7 @@ class FrozenParameter:
         constraints: What each rule holds of it, in the order of the rules.
         frozen_count: How many entries of the whole parameter are frozen.
         layout: How the parameter is spread over ranks; None where all of it is here.
+        ties: The constraints that make entries equal to one another; at most one.
     """
 
     def __init__(
@@ -51,6 +52,9 @@ class FrozenParameter:
         self.layout: Layout | None = layout_of(parameter) if whole is not None else None
         here = local(parameter) if self.layout is not None else parameter
         self._extent, self._dtype, self._device = here.shape, here.dtype, here.device
+        self.ties = tuple(constraint for constraint in constraints if isinstance(constraint, TiedEntries))
+        self._is_plain = self.layout is None and not self._dtype.is_complex
+        self._add_zero = [constraint.entries.add_zero for constraint in constraints if constraint.entries.count]
         self._ties_first = sorted(constraints, key=lambda constraint: not constraint.is_tie)
         self.frozen_count = self._count_frozen() if whole is None else whole.frozen_count
 
@@ -128,11 +132,6 @@ class FrozenParameter:
     def rules(self) -> tuple[Rule, ...]:
         """The rules that freeze entries of this parameter, or tie it."""
         return tuple(constraint.rule for constraint in self.constraints)
-
-    @property
-    def ties(self) -> tuple[TiedEntries, ...]:
-        """The constraints that make entries equal to one another; at most one."""
-        return tuple(constraint for constraint in self.constraints if isinstance(constraint, TiedEntries))
 
     @property
     def is_sharded(self) -> bool:
@@ -283,15 +282,34 @@ class FrozenParameter:
             return
         if gradient.layout != torch.strided:
             self._zero_sparse(gradient)
-        elif gradient.requires_grad:  # part of a graph (create_graph=True): what the graph remembers must stay
+            return
+        if gradient.requires_grad:  # part of a graph (create_graph=True): what the graph remembers must stay
             frozen = torch.empty_like(gradient, dtype=torch.bool, requires_grad=False).copy_(self.frozen)
             parameter.grad = torch.where(frozen, torch.zeros_like(gradient), gradient)  # laid out like the gradient
+            return
+        if not _owns_its_entries(gradient):
+            gradient = gradient.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+            parameter.grad = gradient
+        for add_zero in self._add_zero:
+            add_zero(writes, gradient)
+
+    def add_zero_accumulated(self, writes: Writes, parameter: Tensor) -> None:
+        """Do what `add_zero_gradient` does, for a gradient that autograd has just accumulated: more quickly.
+
+        Such a gradient is neither expanded nor made under torch.inference_mode.
+        """
+        gradient = parameter.grad
+        if (
+            gradient is None
+            or not self._is_plain
+            or gradient.layout is not torch.strided
+            or gradient.requires_grad
+            or gradient.is_neg()
+        ):
+            self.add_zero_gradient(writes, parameter)
         else:
-            if not _owns_its_entries(gradient):
-                gradient = gradient.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
-                parameter.grad = gradient
-            for constraint in self.constraints:
-                constraint.entries.add_zero(writes, gradient)
+            for add_zero in self._add_zero:
+                add_zero(writes, gradient)
 
     def zero_gradient(self, parameter: Tensor) -> None:
         """Make the parameter's gradient exactly +0.0 at the frozen entries, now."""
@@ -341,4 +359,6 @@ def _owns_its_entries(tensor: Tensor) -> bool:
 
     Not so in a lazy conjugate, an expanded tensor, and one made under torch.inference_mode.
     """
-    return not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference() or 0 in tensor.stride())
+    if tensor.is_neg() or tensor.is_inference() or tensor.is_conj():
+        return False
+    return tensor.is_contiguous() or 0 not in tensor.stride()  # the first is quicker

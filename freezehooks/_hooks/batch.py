@@ -64,9 +64,7 @@ class Planned:
         holder: The mapping in which the parameter was found.
         key: The key under which.
         found: The parameter.
-        memory: The parameter as it lay in memory; one that moved since has to be planned anew.
         hook: What zeroes its gradient, where it requires one.
-        trained: Whether it requires one.
         is_again: Whether the same parameter was planned already, under another of its names.
     """
 
@@ -76,20 +74,8 @@ class Planned:
     holder: Mapping[str, Any]
     key: str
     found: Tensor
-    memory: Tensor
     hook: ZeroFrozenGradient | None
-    trained: bool
     is_again: bool
-
-    def is_in_place(self) -> bool:
-        """Return whether the parameter is where it was when it was planned."""
-        found = self.found
-        return (
-            self.holder.get(self.key) is found
-            and not found.is_meta
-            and found.is_set_to(self.memory)
-            and found.requires_grad is self.trained
-        )
 
 
 @dataclass(slots=True)
@@ -98,6 +84,8 @@ class Plan:
 
     Attributes:
         planned: The plain parameters, whose writes were collected.
+        seen: Of each: the mapping in which the parameter was found, the key, the parameter, the parameter as it lay in
+            memory, and whether it required a gradient.
         sharded: The names of sharded parameters, which are looked at each time.
         writes: The writes into the plain parameters.
         changes: How often each handle's parameters had changed when this was planned.
@@ -105,14 +93,21 @@ class Plan:
     """
 
     planned: list[Planned] = field(default_factory=list)
+    seen: list[tuple[Mapping[str, Any], str, Tensor, Tensor, bool]] = field(default_factory=list)
     sharded: set[str] = field(default_factory=set)
     writes: Writes = field(default_factory=Writes)
     changes: list[tuple[FrozenParameters, int]] = field(default_factory=list)
     is_passing: bool = False
 
     def is_in_place(self) -> bool:
-        """Return whether every parameter is where it was."""
-        return all(map(Planned.is_in_place, self.planned))
+        """Return whether every parameter is where it was, in the memory that it had."""
+        try:
+            for holder, key, found, memory, trained in self.seen:
+                if holder.get(key) is not found or found.requires_grad is not trained or not found.is_set_to(memory):
+                    return False
+        except NotImplementedError:  # on the meta device now
+            return False
+        return True
 
     def is_outdated(self) -> bool:
         """Return whether something has changed that concerns all who planned a write."""
@@ -173,13 +168,12 @@ class Batch:
             held = pair[0]
             held.check_shape(found)
             watch_gradient(found, place.frozen, place.name)
-            is_again = (
-                any(each.found is found and each.held is held for each in plan.planned) if held.names[1:] else False
-            )
-            planned = _planned(place, held, found, is_again=is_again)
+            is_again = len(held.names) > 1 and any(each.found is found and each.held is held for each in plan.planned)
+            planned, memory = _planned(place, held, found, is_again), found.data
             plan.planned.append(planned)
+            plan.seen.append((planned.holder, planned.key, found, memory, found.requires_grad))
             if not is_again:
-                held.add_impose(plan.writes, planned.memory)
+                held.add_impose(plan.writes, memory)
 
     def impose(self, places: Places) -> Plan:
         """Write all values, and renew gradient hooks that were lost."""
@@ -199,12 +193,18 @@ class Batch:
         plan, writes = self.plan(places), Writes()
         for planned in plan.planned:
             hook, parameter = planned.hook, planned.found
-            if not planned.is_again and not (trusting and hook is not None and hook.is_clean(parameter)):
-                planned.held.complete_gradient(parameter)
-                planned.held.add_zero_gradient(writes, parameter)
+            if not (planned.is_again or (trusting and hook is not None and hook.is_clean(parameter.grad))):
+                planned.held.complete_gradient(planned.found)
+                planned.held.add_zero_gradient(writes, planned.found)
         for held, parameter in self._sharded(plan, places):
             held.add_zero_gradient(writes, parameter)
         writes.run()
+
+    def forget_gradients(self) -> None:
+        """Let go of the gradients that are known to be clean."""
+        for planned in self._plan.planned if self._plan is not None else ():
+            if planned.hook is not None:
+                planned.hook.forget()
 
     def pairs(self, places: Places) -> Iterator[tuple[FrozenParameter, Tensor]]:
         """Pair each frozen parameter with the tensor to write to."""
@@ -224,18 +224,9 @@ class Batch:
         return {**vars(self), "_plan": None}
 
 
-def _planned(place: Place, held: FrozenParameter, found: Tensor, *, is_again: bool) -> Planned:
+def _planned(place: Place, held: FrozenParameter, found: Tensor, is_again: bool) -> Planned:
     owner, key = place.site.owner, place.site.key
     holder: Mapping[str, Any] = owner._parameters if isinstance(owner, nn.Module) else owner
-    return Planned(
-        frozen=place.frozen,
-        name=place.name,
-        held=held,
-        holder=holder,
-        key=key if holder.get(key) is found else f"{key}_orig",  # where it was pruned
-        found=found,
-        memory=found.data,
-        hook=gradient_hook(found, place.frozen, place.name),
-        trained=found.requires_grad,
-        is_again=is_again,
-    )
+    key = key if holder.get(key) is found else f"{key}_orig"  # where it was pruned
+    hook = gradient_hook(found, place.frozen, place.name)
+    return Planned(place.frozen, place.name, held, holder, key, found, hook, is_again)

@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
-from .batch import Plan, Planned
+from torch import Tensor
+
+from .batch import Plan
+
+
+class _Covered(NamedTuple):
+    """A parameter that was written: where it was found, and its number in the plan."""
+
+    holder: Mapping[str, Any]
+    key: str
+    found: Tensor
+    number: int
+
+
+Covered: TypeAlias = "dict[Hashable, list[_Covered]]"
+"""What of a plan each hook set holds."""
+
+
+class _Call(NamedTuple):
+    """A call of a module that has written the values for everything below it."""
+
+    by: object
+    covered: Covered
+    versions: list[int]
 
 
 class _Calls(threading.local):
@@ -16,41 +39,33 @@ class _Calls(threading.local):
         self.running: list[_Call] = []
 
 
-class _Call:
-    """A call of a module that has written the values for everything below it."""
-
-    __slots__ = ("by", "covered", "versions")
-
-    def __init__(self, by: object, covered: dict[Hashable, list[tuple[int, Planned]]], plan: Plan) -> None:
-        self.by = by
-        self.covered = covered
-        self.versions = [planned.found._version for planned in plan.planned]
-
-    def covers(self, hooks: Hashable) -> bool | None:
-        """Return whether nothing was written since to what a hook set holds; None where it is not below."""
-        places = self.covered.get(hooks)
-        if places is None:
-            return None
-        for n, planned in places:
-            found = planned.found
-            if planned.holder.get(planned.key) is not found or found._version != self.versions[n]:
-                return False
-        return True
-
-
 _calls = _Calls()
 
 
-def begin(by: object, covered: dict[Any, list[tuple[int, Planned]]], plan: Plan) -> None:
+def covered_by(plan: Plan, holders: Mapping[Hashable, Mapping[str, Any]]) -> Covered:
+    """Return what of a plan each hook set holds.
+
+    Args:
+        plan: The plan.
+        holders: Of each hook set, where it finds its parameters.
+    """
+    by_holder: dict[int, list[_Covered]] = {}
+    for number, each in enumerate(plan.planned):
+        covered = _Covered(each.holder, each.key, each.found, number)
+        by_holder.setdefault(id(each.holder), []).append(covered)
+    return {hooks: by_holder[id(holder)] for hooks, holder in holders.items() if id(holder) in by_holder}
+
+
+def begin(by: object, covered: Covered, plan: Plan) -> None:
     """Say that all that was planned is written, until `end`.
 
     Args:
         by: Whose call it is.
-        covered: Each hook set below, with the numbers in the plan of what it holds.
+        covered: What `covered_by` returned.
         plan: What was written.
     """
     end(by)  # of a call that was broken off from outside, as by a key
-    _calls.running.append(_Call(by, covered, plan))
+    _calls.running.append(_Call(by, covered, [each.found._version for each in plan.planned]))
 
 
 def end(by: object) -> None:
@@ -72,8 +87,11 @@ def is_covered(hooks: Hashable) -> bool:
 
     As far as autograd counts: a write through `.data` inside a running forward waits for the next outermost one.
     """
-    for call in _calls.running:
-        found = call.covers(hooks)
-        if found is not None:
-            return found
+    for _, covered, versions in _calls.running:
+        places = covered.get(hooks)
+        if places is not None:
+            for holder, key, found, number in places:
+                if holder.get(key) is not found or found._version != versions[number]:
+                    return False
+            return True
     return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from .._held.parameters import FrozenParameters
 from .._ranks.agreement import check_same_parameters, is_distributed
 from .._torch import fsdp2_parameters, has_fsdp2, is_inside_ddp_forward, is_replica, outside_transforms
 from . import covering
-from .batch import Batch, Place, Planned
+from .batch import Batch, Place, Plan
 from .hook_set import HookSet, hook_sets_on
 
 
@@ -34,7 +34,7 @@ class OuterHooks:
         self.is_root = is_root
         self._handles: list[RemovableHandle] = []
         self._batch: tuple[int, Batch] | None = None
-        self._covered: tuple[Any, dict[HookSet, list[tuple[int, Planned]]]] | None = None
+        self._covered: tuple[Plan, covering.Covered] | None = None
         self._is_compared = False
 
     def install(self, module: nn.Module) -> None:
@@ -75,28 +75,25 @@ class OuterHooks:
         with outside_transforms():
             if self._batch is None or self._batch[0] != id(module):
                 self._batch = id(module), Batch()
+            self._batch[1].forget_gradients()
             plan = self._batch[1].impose(lambda: self._places_below(module))
         if self._covered is None or self._covered[0] is not plan:
-            self._covered = plan, self._hook_sets_in(module, plan.planned)
+            self._covered = plan, covering.covered_by(plan, self._holders_below(module, plan))
         covering.begin(self, self._covered[1], plan)
+
+    def _holders_below(self, module: nn.Module, plan: Plan) -> dict[Hashable, Mapping[str, Any]]:
+        """Return the hook sets below, each with where it finds its parameters; not where some are sharded."""
+        return {
+            hooks: below._parameters
+            for below in module.modules()
+            for hooks in self._own(below)
+            if plan.sharded.isdisjoint(hooks.names.values()) and not plan.is_passing
+        }
 
     def _places_below(self, module: nn.Module) -> Iterator[Place]:
         for below in module.modules():
             for hooks in self._own(below):
                 yield from hooks.places(below)
-
-    def _hook_sets_in(self, module: nn.Module, planned: list[Planned]) -> dict[HookSet, list[tuple[int, Planned]]]:
-        """Map each hook set below the module to what was planned of it, where all of it was."""
-        by_holder: dict[int, list[tuple[int, Planned]]] = {}
-        for n, each in enumerate(planned):
-            by_holder.setdefault(id(each.holder), []).append((n, each))
-        found = {}
-        for below in module.modules():
-            for hooks in self._own(below):
-                places = by_holder.get(id(below._parameters), [])
-                if len(places) == len(hooks.names):
-                    found[hooks] = places
-        return found
 
     def _own(self, module: nn.Module) -> list[HookSet]:
         return [hooks for hooks in hook_sets_on(module) if hooks.frozen is self.frozen]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._entries.entry_set import Masked
 from .._entries.writes import Writes
 from .._held.parameter import FrozenParameter
 from .._held.parameters import FrozenParameters
@@ -24,9 +24,6 @@ from .._torch import (
     tensor_hooks,
 )
 
-_WORTH_A_LOOK: Final = 1 << 15
-"""From so many entries on, to see that a gradient is clean still is quicker than to clean it again."""
-
 
 class _BackwardPass:
     """The parameters whose gradients came in one backward pass; called at its end, it cleans all of them at once.
@@ -36,40 +33,41 @@ class _BackwardPass:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.noted: list[tuple[ZeroFrozenGradient, Tensor]] = []
+        self.hooks: list[ZeroFrozenGradient] = []
+        self.parameters: list[Tensor] = []
 
     def __call__(self) -> None:
-        noted, self.noted = self.noted, []
         writes = Writes()
-        for hook, parameter in noted:
-            hook.add_to(writes, parameter)
+        for hook, parameter in zip(self.hooks, self.parameters, strict=True):
+            frozen = hook.frozen.get(hook.name)  # None where it was thawed meanwhile
+            if frozen is not None:
+                frozen.add_zero_accumulated(writes, parameter)
         writes.run()
-        for hook, parameter in noted:
-            hook.remember(parameter)
+        for hook, parameter in zip(self.hooks, self.parameters, strict=True):
+            hook.remember(parameter.grad)
 
 
-class _Passes:
-    """Finds the backward pass that is running."""
+def _no_pass() -> None:
+    return None
 
-    def __init__(self) -> None:
-        self._latest: weakref.ref[_BackwardPass] | None = None
 
-    def running(self) -> _BackwardPass | None:
-        """Return the pass at whose end gradients may be cleaned, or None where each has to be cleaned at once."""
-        number = graph_task_id()
-        found = None if self._latest is None else self._latest()
-        if found is not None and found.number == number:
-            return found
-        # several ranks reduce gradients before the pass ends, and some ways to do it mix entries
-        if number < 0 or torch.compiler.is_compiling() or is_distributed():
-            return None
-        found = _BackwardPass(number)
-        self._latest = weakref.ref(found)  # a pass of another thread has its own, or asks for another call
-        at_end_of_backward(found)
+_latest: weakref.ref[_BackwardPass] | Callable[[], None] = _no_pass
+"""The backward pass that began last. Where several threads run one each, each may ask to be called more than once."""
+
+
+def _running_pass() -> _BackwardPass | None:
+    """Return the pass at whose end gradients may be cleaned, or None where each has to be cleaned at once."""
+    global _latest
+    number, found = graph_task_id(), _latest()
+    if found is not None and found.number == number:
         return found
-
-
-_passes: Final = _Passes()
+    # several ranks reduce gradients before the pass ends, and some ways to do it mix entries
+    if number < 0 or torch.compiler.is_compiling() or is_distributed():
+        return None
+    found = _BackwardPass(number)
+    _latest = weakref.ref(found)
+    at_end_of_backward(found)
+    return found
 
 
 class ZeroFrozenGradient:
@@ -84,13 +82,15 @@ class ZeroFrozenGradient:
         self.frozen = frozen
         self.name = name
         self._connected: TensorIdentity | None = None
-        self._cleaned: tuple[TensorIdentity, int] | None = None
+        self._cleaned: Tensor | None = None
+        self._version = 0
 
     def __call__(self, parameter: Tensor) -> None:
         # a hook behind this one looks at the gradient, or steps and drops it, before the pass ends
-        running = _passes.running() if len(gradient_hooks(parameter)) == 1 else None
+        running = _running_pass() if len(gradient_hooks(parameter)) == 1 else None
         if running is not None:
-            running.noted.append((self, parameter))
+            running.hooks.append(self)
+            running.parameters.append(parameter)
             return
         self.clean(parameter)
         if is_distributed() and not is_sharded(parameter):
@@ -98,35 +98,28 @@ class ZeroFrozenGradient:
 
     def clean(self, parameter: Tensor) -> None:
         """Make the gradient clean now."""
-        writes = Writes()
-        self.add_to(writes, parameter)
-        writes.run()
-        self.remember(parameter)
-
-    def add_to(self, writes: Writes, parameter: Tensor) -> None:
-        """Add to `writes` what makes the gradient clean."""
-        self._cleaned = None
-        frozen = self.frozen.get(self.name)  # None where it was thawed meanwhile
+        frozen = self.frozen.get(self.name)
         if frozen is not None:
-            frozen.add_zero_gradient(writes, parameter)
+            frozen.zero_gradient(parameter)
 
-    def remember(self, parameter: Tensor) -> None:
-        """Note by what to know a large gradient that was just cleaned, where cleaning is a pass over all of it."""
-        gradient, frozen = parameter.grad, self.frozen.get(self.name)
-        if gradient is None or frozen is None or gradient.numel() < _WORTH_A_LOOK or torch.compiler.is_compiling():
-            return
-        if _is_one_mask(frozen) and not gradient.is_inference() and not is_sharded(gradient):
-            self._cleaned = TensorIdentity(gradient), gradient._version
+    def remember(self, gradient: Tensor | None) -> None:
+        """Note a gradient that was just made clean, until `forget`.
 
-    def is_clean(self, parameter: Tensor) -> bool:
-        """Return whether the gradient is one that nobody wrote to since it was cleaned, as far as autograd counts.
-
-        Writes through `.data` and those of a reducer are not counted.
+        The next step and the next forward make it forget: a gradient that was dropped before leaves no memory behind.
         """
-        if self._cleaned is None or parameter.grad is None:
-            return False
-        identity, version = self._cleaned
-        return identity.is_of(parameter.grad) and parameter.grad._version == version
+        if gradient is not None:
+            self._cleaned, self._version = gradient, gradient._version
+
+    def forget(self) -> None:
+        """Let go of the gradient that was noted."""
+        self._cleaned = None
+
+    def is_clean(self, gradient: Tensor | None) -> bool:
+        """Return whether a gradient is the one that was made clean, and nobody wrote to it since.
+
+        As far as autograd counts: writes through `.data` and those of a reducer are not counted.
+        """
+        return self._cleaned is not None and gradient is self._cleaned and gradient._version == self._version
 
     def connect(self, parameter: Tensor) -> None:
         """Make sure that autograd calls the parameter's hooks, also where the tensor was swapped.
@@ -136,10 +129,6 @@ class ZeroFrozenGradient:
         if self._connected is None or is_sharded(parameter) or not self._connected.is_of(parameter):
             reconnect_hooks(parameter)
             self._connected = None if is_sharded(parameter) else TensorIdentity(parameter)
-
-
-def _is_one_mask(frozen: FrozenParameter) -> bool:
-    return all(isinstance(constraint.entries, Masked) for constraint in frozen.constraints)
 
 
 def _clean_after_reducer(hook: ZeroFrozenGradient, parameter: Tensor) -> None:

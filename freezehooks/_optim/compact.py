@@ -117,7 +117,9 @@ class Compact:
         if any(wanted.get(each) is not self._parameters.get(each) for each in {**wanted, **self._parameters}):
             before, after = _orders(self._parameters), _orders(wanted)
             optimizer.state.update(convert_state(optimizer.param_groups, optimizer.state, before, after))
-            self._parameters, self._step = wanted, None
+            self._parameters = wanted
+            if self._step is not None:
+                self._step.parameters = wanted
             optimizer.state = FlatState(optimizer, after) if wanted else defaultdict(dict, optimizer.state)
 
     def _wanted(
@@ -180,8 +182,8 @@ class Compact:
 
     def interrupt(self) -> None:
         """Leave off a step that has begun: it failed, or what it steps is about to change."""
-        if self._step is not None:
-            self._step.leave()
+        if self._step is not None and self._step.has_begun:
+            self._step = None
 
     def impose(self) -> None:
         """Write the values into all parameters that are stepped by their free entries."""

@@ -233,6 +233,7 @@ class StepHooks:
                 self.compact.impose()
         self._look_at_groups(optimizer)
         self._impose(optimizer)
+        self._batch.forget_gradients()
         if may_keep_weights(optimizer):
             for frozen, parameter, group in self._with_groups(optimizer):
                 impose_on_weights(optimizer.state.get(parameter) or {}, frozen, group)

@@ -59,7 +59,9 @@ class Picture(Figure):
         return buffer.getvalue()
 
 
-def plot_parameter(held: FrozenParameter, parameter: Tensor, path: str | Path | None = None, *, owner: Any = None) -> Figure:
+def plot_parameter(
+    held: FrozenParameter, parameter: Tensor, path: str | Path | None = None, *, owner: Any = None
+) -> Figure:
     """Draw the numbers of a parameter, with a mark on what is frozen.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from typing import Final
 
@@ -113,15 +114,23 @@ class _OnModules:
 def _guarded_steps(held: HeldParameters) -> dict[int, list[str]]:
     """Return, by a parameter's id, the classes of the optimizers that step it and are guarded for it."""
     found: dict[int, list[str]] = {}
+    held_by = cache(_parameters_of)
     for hooks in held.frozen.living_guards():
         optimizer = hooks.optimizer
         if optimizer is not None and isinstance(hooks, StepHooks) and hooks.is_alive:
+            stepped = stepped_by(optimizer)
             for member in hooks.members:
-                with suppress(ParameterChangedError):  # perhaps of another model: the next step says so
-                    if member.frozen is held.frozen:
-                        for number in {id(parameter) for _, parameter in member} & stepped_by(optimizer):
-                            found.setdefault(number, []).append(type(optimizer).__name__)
+                if member.frozen is held.frozen:
+                    for number in held_by(member) & stepped:
+                        found.setdefault(number, []).append(type(optimizer).__name__)
     return found
+
+
+def _parameters_of(held: HeldParameters) -> set[int]:
+    """Return the ids of the parameters that are held; none where one is gone: its next step says so."""
+    with suppress(ParameterChangedError):
+        return {id(parameter) for _, parameter in held}
+    return set()
 
 
 def check_complete(mechanisms: Mapping[str, Mechanisms], *, guarded: bool) -> None:
