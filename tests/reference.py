@@ -1,0 +1,299 @@
+"""A slow reference: a plain model and plain optimizers, frozen by hand with `torch.where` after every event."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    AdamW,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    Rprop,
+)
+
+DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16)
+
+# --------------------------------------------------------------------------------------------------------------------
+# Bits
+
+_INTEGERS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def differ(first: Tensor, second: Tensor) -> Tensor:
+    """Return where two tensors of one shape and dtype differ in their bits."""
+    assert (first.shape, first.dtype) == (second.shape, second.dtype)
+    integers = _INTEGERS[first.element_size()]
+    return first.detach().contiguous().view(integers) != second.detach().contiguous().view(integers)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+class ForwardError(RuntimeError):
+    """What a forward raises when it is told to."""
+
+
+class Images(nn.Module):
+    """A convolution in the channels_last format, and a layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs
+        self.mix = nn.Linear(3, 3)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, batch: Tensor, interrupt: bool = False) -> Tensor:
+        x = torch.tanh(self.conv(batch)).mean((2, 3))
+        x = torch.tanh(self.mix(torch.tanh(self.mix(x))))
+        if interrupt:
+            raise ForwardError
+        return torch.as_tensor(self.head(x))
+
+    def batch(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        return torch.randn(4, 2, 5, 5, generator=generator).to(dtype)
+
+    def tie(self) -> None:
+        """Do nothing: no two names are of one parameter."""
+
+
+class Words(nn.Module):
+    """An embedding that is the head's weight too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(6, 3)
+        self.norm = nn.LayerNorm(3)
+        self.mix = nn.Linear(3, 3)
+        self.head = nn.Linear(3, 6, bias=False)
+        self.tie()
+
+    def forward(self, batch: Tensor, interrupt: bool = False) -> Tensor:
+        x = torch.tanh(self.mix(self.norm(self.embedding(batch))))
+        if interrupt:
+            raise ForwardError
+        return torch.as_tensor(self.head(x))
+
+    def batch(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        return torch.randint(6, (4, 3), generator=generator)
+
+    def tie(self) -> None:
+        """Make one parameter of the two names, as is done after loading with `assign=True`."""
+        self.head.weight = self.embedding.weight
+
+
+Net = Images | Words
+
+
+def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters())
+
+
+def put_parameter(model: Net, name: str, values: Tensor) -> None:
+    """Put a new Parameter in the place of the one of that name."""
+    owner, _, key = name.rpartition(".")
+    setattr(model.get_submodule(owner), key, nn.Parameter(values, model.get_parameter(name).requires_grad))
+    model.tie()
+
+
+def take_over(parameter: nn.Parameter, other: nn.Parameter, where: Tensor) -> None:
+    """Give some entries of a parameter, and of its gradient, the numbers of another's."""
+    parameter.data[where] = other.data[where]
+    if parameter.grad is not None and other.grad is not None:
+        parameter.grad[where] = other.grad[where]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Optimizers
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An elementwise optimizer: how it is made, and where its state starts if not at 0."""
+
+    make: Callable[[list[nn.Parameter]], Optimizer]
+    starts: dict[str, float] = field(default_factory=dict)
+    decays_through_gradient: bool = False
+    """Whether its weight decay leaves moments at entries whose gradient is 0."""
+
+    can_be_compact: bool = True
+    can_grow: bool = True
+    """Whether it takes another group once it has begun."""
+
+
+KINDS: Final = {
+    "sgd": Kind(lambda p: SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1, foreach=True), decays_through_gradient=True),
+    "nesterov": Kind(lambda p: SGD(p, lr=0.05, momentum=0.9, nesterov=True, foreach=False)),
+    "adam": Kind(
+        lambda p: Adam(p, lr=0.02, amsgrad=True, weight_decay=0.1, foreach=False), decays_through_gradient=True
+    ),
+    "adamw": Kind(lambda p: AdamW(p, lr=0.02, weight_decay=0.1, foreach=True)),
+    "adamw_fused": Kind(lambda p: AdamW(p, lr=0.02, weight_decay=0.1, fused=True), can_be_compact=False),
+    "nadam": Kind(lambda p: NAdam(p, lr=0.02)),
+    "radam": Kind(lambda p: RAdam(p, lr=0.02, foreach=True)),
+    "rmsprop": Kind(lambda p: RMSprop(p, lr=0.01, centered=True, momentum=0.5)),
+    "adadelta": Kind(lambda p: Adadelta(p, lr=0.5, foreach=True)),
+    "adagrad": Kind(
+        lambda p: Adagrad(p, lr=0.05, initial_accumulator_value=0.25), starts={"sum": 0.25}, can_grow=False
+    ),
+    "asgd": Kind(lambda p: ASGD(p, lr=0.05, t0=2), can_be_compact=False),
+    "rprop": Kind(lambda p: Rprop(p, lr=0.02), starts={"step_size": 0.02}),
+}
+
+COUNTERS: Final = frozenset({"step", "eta", "mu", "mu_product"})
+AVERAGE: Final = "ax"
+"""State that holds weights, not moments."""
+
+
+def stepped(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Return the parameters of an optimizer in the order of its state dict."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is frozen
+
+
+@dataclass
+class Piece:
+    """The entries that one rule freezes of one parameter, and what they are held at."""
+
+    frozen: Tensor
+    source: float | Tensor
+    keeps: bool
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        source = self.source if isinstance(self.source, Tensor) else torch.tensor(self.source, dtype=torch.float64)
+        return source.to(dtype).expand(self.frozen.shape)
+
+    def disagrees(self, other: Piece, dtype: torch.dtype) -> bool:
+        differs = differ(self.values(dtype), other.values(dtype))
+        return bool((differs & self.frozen & other.frozen).any())
+
+
+def copied(pieces: dict[str, list[Piece]]) -> dict[str, list[Piece]]:
+    return {name: [replace(piece) for piece in own] for name, own in pieces.items()}
+
+
+@dataclass(eq=False)
+class Hold:
+    """What one handle freezes: the handle itself, and what is known of it without asking it.
+
+    Between an event that moves frozen entries (or their gradients) and the next moment at which they are imposed,
+    nothing is promised of them. What lies there then is under `stray` and `stray_gradients`: for each parameter,
+    whether autograd counted the write.
+    """
+
+    handle: Any
+    pieces: dict[str, list[Piece]]
+    attached: bool = True
+    stray: dict[str, bool] = field(default_factory=dict)
+    stray_gradients: dict[str, bool] = field(default_factory=dict)
+    saved: list[tuple[Any, dict[str, list[Piece]]]] = field(default_factory=list)
+
+    def frozen(self, name: str) -> Tensor:
+        masks = [piece.frozen for piece in self.pieces[name]]
+        return torch.stack(masks).any(dim=0)
+
+    def values(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return a tensor with the values at the frozen entries, and 0 elsewhere."""
+        values = torch.zeros(self.pieces[name][0].frozen.shape, dtype=dtype)
+        for piece in self.pieces[name]:
+            values = torch.where(piece.frozen, piece.values(dtype), values)
+        return values
+
+    def save(self) -> None:
+        self.saved.append((self.handle.state_dict(), copied(self.pieces)))
+
+    def drifted(self, name: str, parameter: Tensor) -> bool:
+        differs = differ(parameter, self.values(name, parameter.dtype).view_as(parameter))
+        return bool((differs & self.frozen(name)).any())
+
+
+def mark(strays: dict[str, bool], name: str, *, counted: bool) -> None:
+    """Note a write to frozen entries; one that autograd did not count is never forgotten for one that it did."""
+    strays[name] = counted and strays.get(name, True)
+
+
+class Reference:
+    """The plain model, its plain optimizers, and what handles hold of it."""
+
+    def __init__(self, model: Net) -> None:
+        self.model = model
+        self.optimizers: list[Optimizer] = []
+        self.holds: list[Hold] = []
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return parameters_by_name(self.model)
+
+    @property
+    def attached(self) -> Iterator[Hold]:
+        return (hold for hold in self.holds if hold.attached)
+
+    def frozen(self, name: str, holds: Iterable[Hold] | None = None) -> Tensor:
+        """Return which entries the given handles freeze of a parameter; all that are attached, if none are given."""
+        frozen = torch.zeros(self.model.get_parameter(name).shape, dtype=torch.bool)
+        for hold in self.attached if holds is None else holds:
+            if name in hold.pieces:
+                frozen = frozen | hold.frozen(name)
+        return frozen
+
+    def impose(self) -> None:
+        for hold in self.attached:
+            for name in hold.pieces:
+                data = self.model.get_parameter(name).data
+                data.copy_(torch.where(hold.frozen(name), hold.values(name, data.dtype), data))
+
+    def clean_gradients(self) -> None:
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                gradient = parameter.grad.data
+                gradient.copy_(torch.where(self.frozen(name), torch.zeros_like(gradient), gradient))
+
+    def follow_loading(self) -> None:
+        """Impose numbers on what was loaded, then let `keep` take over what the entries hold."""
+        for hold in self.attached:
+            for name, pieces in hold.pieces.items():
+                data = self.parameters[name].data
+                for piece in (piece for piece in pieces if not piece.keeps):
+                    data.copy_(torch.where(piece.frozen, piece.values(data.dtype), data))
+                for piece in (piece for piece in pieces if piece.keeps):
+                    piece.source = data.clone()
+
+    def step(
+        self, optimizer: Optimizer, unseen: Iterable[str] = (), closure: Callable[[], Tensor] | None = None
+    ) -> None:
+        """Step on clean gradients and impose; an optimizer sees no gradient of the parameters that are `unseen`."""
+        hidden: dict[str, Tensor | None] = {}
+
+        def prepare() -> None:
+            self.clean_gradients()
+            for name in unseen:
+                hidden[name], self.parameters[name].grad = self.parameters[name].grad, None
+
+        def prepared_closure() -> Tensor:
+            assert closure is not None
+            loss = closure()
+            prepare()
+            return loss
+
+        if closure is None:
+            prepare()
+            optimizer.step()
+        else:
+            optimizer.step(prepared_closure)  # type: ignore[arg-type]  # torch wants a float
+        for name, gradient in hidden.items():
+            self.parameters[name].grad = gradient
+        self.impose()
