@@ -47,6 +47,15 @@ class Place:
             raise gone(self.name, owner)
         return found if isinstance(found, nn.Parameter) or not isinstance(owner, nn.Module) else None
 
+    def pair(self) -> tuple[FrozenParameter, Tensor] | None:
+        """Pair what is frozen with the tensor to write to; None where that does not stand here now.
+
+        Raises:
+            ParameterChangedError: Nothing stands here.
+        """
+        found = self.own()
+        return None if found is None else self.frozen.adopt(self.name, found)
+
 
 Places: TypeAlias = "Callable[[], Iterable[Place]]"
 
@@ -117,14 +126,10 @@ class Plan:
 class Batch:
     """The frozen parameters of several places, and one write for all of them.
 
-    Every method is given the places, and asks for them where it has to plan.
-
-    Args:
-        wanted: Whether a parameter is one of the batch; left out, all are.
+    Every method is given the places, and asks for them where it has to plan; so a batch refers to nobody who holds it.
     """
 
-    def __init__(self, wanted: Callable[[Tensor], bool] | None = None) -> None:
-        self._wanted = wanted
+    def __init__(self) -> None:
         self._plan: Plan | None = None
 
     def plan(self, places: Places) -> Plan:
@@ -164,7 +169,7 @@ class Batch:
         pair = place.frozen.adopt(place.name, found)
         if pair is None or pair[0].is_sharded:
             plan.sharded.add(place.name)
-        elif self._wanted is None or self._wanted(found):
+        else:
             held = pair[0]
             held.check_shape(found)
             watch_gradient(found, place.frozen, place.name)
@@ -214,9 +219,8 @@ class Batch:
 
     def _sharded(self, plan: Plan, places: Places) -> Iterator[tuple[FrozenParameter, Tensor]]:
         for place in places() if plan.sharded else ():
-            found = place.own() if place.name in plan.sharded else None
-            pair = None if found is None else place.frozen.adopt(place.name, found)
-            if pair is not None and (self._wanted is None or self._wanted(pair[1])):
+            pair = place.pair() if place.name in plan.sharded else None
+            if pair is not None:
                 watch_gradient(pair[1], place.frozen, place.name)
                 yield pair
 

@@ -38,8 +38,8 @@ class StepHooks:
         self.members: list[HeldParameters] = []
         self.compact: Compact | None = None
         self._handles: list[RemovableHandle] = []
-        self._batch = Batch(self._is_stepped)
-        self._whole = Batch(self._is_stepped_whole)
+        self._batch = Batch()
+        self._whole = Batch()
         self._converted: Plan | None = None
         self._params: list[list[Tensor]] = []
         self._stepped: set[int] = set()
@@ -137,9 +137,20 @@ class StepHooks:
     # What is held
 
     def _places(self) -> Iterator[Place]:
+        """Yield where the parameters stand that the optimizer steps."""
         for member in self.members:
             for name, site in member.held_sites():
-                yield Place(member.frozen, name, site)
+                place = Place(member.frozen, name, site)
+                pair = place.pair()
+                if pair is None or self._is_stepped(pair[1]):
+                    yield place
+
+    def _whole_places(self) -> Iterator[Place]:
+        """Yield those of them that it steps whole."""
+        for place in self._places():
+            pair = place.pair()
+            if pair is None or self._is_stepped_whole(pair[1]):
+                yield place
 
     def _is_stepped(self, parameter: Tensor) -> bool:
         return id(parameter) in self._stepped
@@ -200,11 +211,10 @@ class StepHooks:
         # Where every entry is stepped by its own numbers, a write to a gradient that autograd did not count can do no
         # more than dirty the moments of frozen entries: these are imposed after the step in any case.
         trusting = is_elementwise(optimizer) and not _is_distributed()
-        self._written().clean_gradients(self._places, trusting=trusting)
-
-    def _written(self) -> Batch:
-        """Return what is written before and after a step: in compact mode, what is stepped whole all the same."""
-        return self._batch if self.compact is None else self._whole
+        if self.compact is None:
+            self._batch.clean_gradients(self._places, trusting=trusting)
+        else:
+            self._whole.clean_gradients(self._whole_places, trusting=trusting)
 
     def _guarded(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
         """Return the closure, evaluated at imposed weights (LBFGS moves them in between), leaving clean gradients."""
@@ -242,8 +252,10 @@ class StepHooks:
         if torch.compiler.is_compiling():
             for frozen, parameter in self._compiled_pairs():
                 frozen.impose(parameter)
+        elif self.compact is None:
+            self._batch.impose(self._places)
         else:
-            self._written().impose(self._places)
+            self._whole.impose(self._whole_places)
 
     def _compiled_pairs(self) -> Iterator[tuple[FrozenParameter, Tensor]]:
         """Yield what a batch would write; a compiled frame writes one after the other."""
