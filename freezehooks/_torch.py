@@ -22,7 +22,7 @@ graph_task_id: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", l
 """Returns the number of the backward pass that this thread is in, or -1 outside (torch 2.0 to 2.14)."""
 
 
-def at_end_of_backward(callback: Callable[[], object]) -> None:
+def at_end_of_backward(callback: Callable[[], None]) -> None:
     """Have the running backward pass call back when it has accumulated all gradients (torch 1.5 to 2.14).
 
     A callback that another one queues comes after all that were queued before.
@@ -79,7 +79,7 @@ def is_exporting() -> bool:
     return bool(getattr(torch.compiler, "is_exporting", bool)())
 
 
-def outside_transforms() -> AbstractContextManager[None]:
+def outside_transforms() -> AbstractContextManager[Any]:
     """Step outside of torch.func transforms and of torch.jit.trace for a while.
 
     Inside, the first forbid writes to what a function captured, and the second writes them into its program.

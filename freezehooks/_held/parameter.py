@@ -56,7 +56,7 @@ class FrozenParameter:
         self._is_plain = self.layout is None and not self._dtype.is_complex
         self._add_zero = [constraint.entries.add_zero for constraint in constraints if constraint.entries.count]
         self._ties_first = sorted(constraints, key=lambda constraint: not constraint.is_tie)
-        self.frozen_count = self._count_frozen() if whole is None else whole.frozen_count
+        self.frozen_count: int = self._count_frozen() if whole is None else whole.frozen_count
 
     def _count_frozen(self) -> int:
         """Count the frozen entries of a whole parameter, and refuse rules that disagree about one.
@@ -229,8 +229,8 @@ class FrozenParameter:
 
     def fill_(self, tensor: Tensor, number: float) -> None:
         """Write one number into the frozen entries of a tensor of the shard's shape; make copies one."""
-        for constraint in self.ties:
-            constraint.impose_(tensor)
+        for tie in self.ties:
+            tie.impose_(tensor)
         for constraint in self.constraints:
             constraint.entries.fill_(tensor, number)
 

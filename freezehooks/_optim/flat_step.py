@@ -133,7 +133,8 @@ class FlatStep:
         self.parameters = parameters
         self.state: dict[Tensor, Any] = defaultdict(dict)
         self._groups: list[dict[str, Any]] = []
-        self._proxy: Any = object.__new__(_proxy_class(type(optimizer)))
+        kind: Any = type(optimizer)
+        self._proxy: Any = object.__new__(_proxy_class(kind))
         self._optimizer: Optimizer | None = None
         self.has_begun = False
 
