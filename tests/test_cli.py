@@ -477,6 +477,8 @@ def test_what_yaml_takes_for_numbers_is_the_text_that_it_was(folder: Folder) -> 
         ("r.yaml", "[a]: 1", "a key is no text, or is written twice"),
         ("r.yaml", "- &a w\n- *a", "anchors and aliases have no meaning here"),
         ("r.yaml", "w: !!int 3", "the tag .* has no meaning here, and nothing was made of it"),
+        ("r.yaml", "!!map [w]", "the tag .* has no meaning here, and nothing was made of it"),
+        ("r.yaml", "? !!python/name:os.x w\n: 0", "the tag .* has no meaning here, and nothing was made of it"),
         ("r.yaml", "w: [", "the YAML cannot be read"),
         ("r.yaml", "[" * 1000, "the YAML is nested too deeply"),
     ],

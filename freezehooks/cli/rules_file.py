@@ -68,7 +68,7 @@ def _rules_in(content: Any, expected: str = "rules") -> Iterator[Rule]:
             raise SpecError(f"expected {expected}, found {_kind(content)}", _FORMS)
 
 
-def _region_and_value(what: Any) -> str | list[str]:
+def _region_and_value(what: Any) -> Any:
     parts = what if isinstance(what, list) else [what]
     for part in parts:
         if not isinstance(part, str):
@@ -79,7 +79,7 @@ def _region_and_value(what: Any) -> str | list[str]:
 
 
 def _kind(content: Any) -> str:
-    return {list: "a list", dict: "a mapping"}.get(type(content), "nothing")
+    return "a list" if isinstance(content, list) else "a mapping" if isinstance(content, dict) else "nothing"
 
 
 def _rules_of_yaml(text: str) -> Any:
@@ -102,8 +102,9 @@ def _rules_of_yaml(text: str) -> Any:
         raise RuleSyntaxError(f"the YAML cannot be read ({' '.join(str(error).split())})", _FORMS) from None
     except RecursionError:
         raise RuleSyntaxError("the YAML is nested too deeply", _FORMS) from None
-    is_named = isinstance(content, dict) and list(content) in (["rules"], ["spec"])
-    return next(iter(content.values())) if is_named else content
+    if isinstance(content, dict) and list(content) in (["rules"], ["spec"]):
+        (content,) = content.values()
+    return content
 
 
 def _plain(node: Any, seen: set[int]) -> Any:
