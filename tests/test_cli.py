@@ -52,10 +52,14 @@ def test_the_help_says_what_commands_are_for_and_how_rules_are_written(capsys: p
 
 
 @pytest.mark.parametrize(
-    "rule", ["conv.weight[:, :, 1, 1] = 0", "features.*[~cross] = 0", "wte[~50257:]", "w[cross(3)]", "w[nm(2, 4)]"]
+    "rule",
+    ["conv.weight[:, :, 1, 1] = 0", "features.*.weight[~cross] = 0", "wte[~50257:]", "w[cross(3)]", "w[nm(2, 4)]"],
 )
-def test_the_rules_in_the_help_are_rules(rule: str) -> None:
+def test_the_rules_in_the_help_are_rules(rule: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert parse_rule(rule).target
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert rule.removeprefix("w[").removesuffix("]") in capsys.readouterr().out.replace("nm(n, m)", "nm(2, 4)")
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -473,6 +477,8 @@ def test_what_yaml_takes_for_numbers_is_the_text_that_it_was(folder: Folder) -> 
         ("r.yaml", "[a]: 1", "a key is no text, or is written twice"),
         ("r.yaml", "- &a w\n- *a", "anchors and aliases have no meaning here"),
         ("r.yaml", "w: !!int 3", "the tag .* has no meaning here, and nothing was made of it"),
+        ("r.yaml", "!!map [w]", "the tag .* has no meaning here, and nothing was made of it"),
+        ("r.yaml", "? !!python/name:os.x w\n: 0", "the tag .* has no meaning here, and nothing was made of it"),
         ("r.yaml", "w: [", "the YAML cannot be read"),
         ("r.yaml", "[" * 1000, "the YAML is nested too deeply"),
     ],

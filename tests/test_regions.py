@@ -38,7 +38,7 @@ from freezehooks._entries.select import positions, select
 from freezehooks._rules.patterns import pattern_named
 from freezehooks._rules.patterns.pattern import Integer, Pattern
 from freezehooks._rules.region import And, Index, Not, Or
-from freezehooks.cli.words import in_words
+from freezehooks.cli.explain import in_words
 
 from .strategies import Indexed, combinations, indices_and_shapes, masks, shapes, weights
 

@@ -86,6 +86,10 @@ class Constraint(ABC):
         self.impose_(held)
         return held
 
+    def decided(self, device: torch.device) -> Tensor:
+        """Return the bool tensor of the entries whose numbers the rule decides."""
+        return self.entries.mask(device)
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors that it holds in memory."""
         return ()

@@ -109,6 +109,11 @@ class TiedEntries(Constraint):
                 "make the layer without sparse=True",
             )
 
+    def decided(self, device: torch.device) -> Tensor:
+        copies = torch.ones(self.entries.shape, dtype=torch.bool, device=device)
+        self._first(copies).fill_(False)  # what the others are equal to
+        return copies
+
     def for_shard(self, shard: Tensor, cut: Callable[[Tensor], Tensor]) -> TiedEntries:
         """Refuse: the copies would lie on several ranks.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any, ClassVar, Final, TypeAlias
@@ -25,6 +26,10 @@ class Region:
 
     def __and__(self, other: object) -> And:
         return And(self, other) if isinstance(other, Region) else NotImplemented
+
+    def leaves(self) -> Iterator[Region]:
+        """Yield the indices and patterns that the region is made of."""
+        yield self
 
     def as_operand(self, binding: int) -> str:
         """Return the text form, in parentheses where an operator that binds as given would tear it apart."""
@@ -83,6 +88,10 @@ class Not(Region):
     operand: Region
     binding: ClassVar[int] = 3
 
+    def leaves(self) -> Iterator[Region]:
+        """Yield the indices and patterns that the region is made of."""
+        return self.operand.leaves()
+
     def __str__(self) -> str:
         return f"~{self.operand.as_operand(3)}"
 
@@ -92,6 +101,11 @@ class _Pair(Region):
     left: Region
     right: Region
     sign: ClassVar[str]
+
+    def leaves(self) -> Iterator[Region]:
+        """Yield the indices and patterns that the region is made of."""
+        yield from self.left.leaves()
+        yield from self.right.leaves()
 
     def __str__(self) -> str:
         return f"{self.left.as_operand(self.binding)} {self.sign} {self.right.as_operand(self.binding + 1)}"

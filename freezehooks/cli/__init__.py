@@ -9,12 +9,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Final
+from typing import Any, Final
 
 from .._errors import FreezeError
 from . import diff, explain, show, verify
 from .checkpoints import lacks_memory
 from .output import complain, silence
+
+_COMMANDS: Final = {"explain": explain, "show": show, "verify": verify, "diff": diff}
 
 _INTERRUPTED: Final = 130
 _PIPE_CLOSED: Final = 141
@@ -32,13 +34,44 @@ rules:
            smallest(fraction) nm(n, m); joined by ~ (the others), | (either), & (both), ( )
   value    a number, keep (what the entries hold), or tied(dim); left out: keep
 
-  conv.weight[:, :, 1, 1] = 0    the centre tap of every kernel is 0
-  features.*[~cross] = 0         all but a cross
+  conv.weight[:, :, 1, 1] = 0    the center tap of every kernel is 0
+  features.*.weight[~cross] = 0  all but a cross
   wte[~50257:]                   all but the new rows keep what they hold
 
 exit codes:
   0 yes    1 no: an entry does not hold, or the files differ    2 bad use, or a file that cannot be read
 """
+
+
+def _count(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}") from None
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, found {number}")
+    return number
+
+
+_FILE: Final = {"help": "a file of torch.save or of safetensors"}
+_SEVERAL: Final = {"action": "append", "default": []}
+_LIMIT: Final = {"metavar": "N", "type": _count, "default": 10}
+
+_ARGUMENTS: Final[dict[str, dict[str, Any]]] = {
+    "rule_texts": {"metavar": "RULE", "nargs": "+", "help": "a rule as text; several lines are several rules"},
+    "--shape": {"metavar": "SIZES", "help": "the tensor's shape, as 64,32,3,3 or 64x32x3x3"},
+    "checkpoint": _FILE | {"metavar": "CHECKPOINT"},
+    "a": _FILE | {"metavar": "A"},
+    "b": _FILE | {"metavar": "B"},
+    "--rules": _SEVERAL | {"metavar": "FILE", "help": "rules: one a line, or YAML in .yaml or .yml"},
+    "--rule": _SEVERAL | {"metavar": "RULE", "help": "one rule, such as 'conv[center] = 0'; repeatable"},
+    "--against": {"metavar": "BASE", "help": "the checkpoint whose numbers are kept"},
+    "--limit": _LIMIT | {"help": "how many entries to list of each parameter (default: 10)"},
+    "--key": {"help": "where in the file the tensors are, with dots between nested keys"},
+    "--key-b": {"metavar": "KEY", "help": "where they are in B, if not under --key ('': where usual)"},
+    "--against-key": {"metavar": "KEY", "help": "where they are in BASE, if not under --key ('': where usual)"},
+}
+"""What argparse is told of each argument, by its name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,16 +110,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _answer(options: argparse.Namespace) -> int:
     try:
-        code: int = options.run(options)
+        return int(options.run(options))
     except FreezeError as error:
         complain(str(error))
-        return 2
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
         complain("the tensors do not fit into memory; run it where there is more")
-        return 2
-    return code
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,8 +126,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"freezehooks {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (explain, show, verify, diff):
-        command.add_parser(commands)
+    for name, command in _COMMANDS.items():
+        subparser = commands.add_parser(
+            name,
+            help=command.BRIEF,
+            description=command.ABOUT,
+            epilog=f"examples:\n{command.EXAMPLES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for argument in command.ARGUMENTS:
+            subparser.add_argument(argument, **_ARGUMENTS[argument])
+        subparser.set_defaults(run=command.run)
     return parser
 
 

@@ -7,7 +7,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,8 +20,6 @@ from .._ranks.sharding import is_sharded
 
 _USUAL_KEYS: Final = ("state_dict", "model", "model_state_dict", "module", "state")
 """Where training scripts and frameworks put a model's tensors, beside the optimizer's."""
-
-_SAVE_TENSORS: Final = "save its tensors alone: torch.save(model.state_dict(), path)"
 
 
 def open_checkpoint(path: str, key: str | None = None) -> dict[str, Tensor]:
@@ -37,14 +35,18 @@ def open_checkpoint(path: str, key: str | None = None) -> dict[str, Tensor]:
             tensors there, or those of two models.
     """
     _check_is_file(path)
-    loaded = _load_safetensors(path) if path.endswith(".safetensors") else _load_torch(path)
-    found = _tensors_at(loaded, key, path) if key else _tensors_of(loaded, path)
+    loaded = _load(path)
+    place = _at(key, loaded, path) if key else _at_usual_key(loaded, path)
+    found = _named_tensors(place)
+    if not found:
+        where, advice = (f" under `{key}`", "correct --key") if key else ("", "say where they are: --key KEY")
+        raise CheckpointError(f"`{path}` holds no tensors by name{where}: {_listed(place)}", advice)
     return {name: _plain(name, tensor, path) for name, tensor in found.items()}
 
 
-def freezable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return those tensors that rules may speak of: numbers that an optimizer could train."""
-    return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() or tensor.is_complex()}
+def is_freezable(tensor: Tensor) -> bool:
+    """Return whether rules may speak of a tensor: whether it holds numbers that an optimizer could train."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def counterparts(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, str]:
@@ -54,8 +56,14 @@ def counterparts(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) ->
         CheckpointError: Without the names of wrappers, two names of a file are one.
     """
     ours, theirs = _by_core(tensors, others), _by_core(others, tensors)
-    paired = dict(_pair(names, theirs[core]) for core, names in ours.items() if core in theirs)
-    paired |= {name: name for name in tensors if name in others}
+    paired = {name: name for name in tensors if name in others}
+    for core, names in ours.items():
+        found, advice = theirs.get(core, []), "save both models with the same wrappers"
+        if len(found) > 1:
+            raise CheckpointError(f"`{names[0]}` may be `{found[0]}` or `{found[1]}` of the other file", advice)
+        if found and len(names) > 1:
+            raise CheckpointError(f"`{found[0]}` of the other file may be `{names[0]}` or `{names[1]}`", advice)
+        paired.update(zip(names, found, strict=False))
     return {name: paired[name] for name in tensors if name in paired}
 
 
@@ -68,54 +76,38 @@ def _by_core(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dic
     return found
 
 
-def _pair(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str, str]:
-    advice = "save both models with the same wrappers"
-    if len(theirs) > 1:
-        raise CheckpointError(f"`{ours[0]}` may be `{theirs[0]}` or `{theirs[1]}` of the other file", advice)
-    if len(ours) > 1:
-        raise CheckpointError(f"`{theirs[0]}` of the other file may be `{ours[0]}` or `{ours[1]}`", advice)
-    return ours[0], theirs[0]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Files
-
-
 def _check_is_file(path: str) -> None:
     if os.path.isdir(path):
-        raise CheckpointError(f"`{path}` is a folder", f"name the file inside it{_files_in(path)}")
+        try:
+            inside = sorted(entry.name for entry in Path(path).iterdir() if entry.is_file())
+            held = f"; it holds {', '.join(inside[:5]) or 'no files'}"
+        except OSError:  # it may not be read
+            held = ""
+        raise CheckpointError(f"`{path}` is a folder", f"name the file inside it{held}")
     if not os.path.exists(path):
         raise CheckpointError(f"there is no file `{path}`", "check the path")
 
 
-def _files_in(path: str) -> str:
+def _load(path: str) -> Any:
+    is_safetensors = path.endswith(".safetensors")
     try:
-        inside = sorted(entry.name for entry in Path(path).iterdir() if entry.is_file())
-    except OSError:  # it may not be read
-        return ""
-    return f"; it holds {', '.join(inside[:5]) or 'no files'}"
-
-
-def _load_torch(path: str) -> Any:
-    """Load what torch.save wrote, by the unpickler that makes tensors and builtins and nothing else."""
-    try:
-        is_zip = zipfile.is_zipfile(path)
-        if is_zip:
-            _check_is_stored_plainly(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch has to say of old formats is no help here
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        return _load_safetensors(path) if is_safetensors else _load_torch(path)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
-        raise CheckpointError(_refused(path, str(error)), _SAVE_TENSORS) from None
+        asked = re.search(r"(?:GLOBAL|[Uu]nsupported (?:global|class):?)(?: GLOBAL)? ([\w.]+)", str(error))
+        what = f"holds more than tensors: it asks for `{asked[1]}`" if asked else "is no checkpoint of tensors alone"
+        advice = "save its tensors alone: torch.save(model.state_dict(), path)"
+        raise CheckpointError(f"`{path}` {what}, and nothing of it was executed", advice) from None
     except OSError as error:
         raise CheckpointError(f"`{path}` cannot be read ({error.strerror or error})", "check the file") from None
-    except Exception as error:  # whatever the unpickler meets in a file that is no checkpoint
+    except Exception as error:  # whatever is met in a file that is no checkpoint
         if lacks_memory(error):
             raise
+        kind = "file of safetensors" if is_safetensors else "checkpoint"
+        said = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:160].rstrip(": ")
         raise CheckpointError(
-            f"`{path}` is no checkpoint, or part of it is missing ({_first_line(error)})",
+            f"`{path}` is no {kind}, or part of it is missing ({said})",
             "give a file that torch.save wrote, or one that ends in .safetensors; copy it again if it was cut short",
         ) from None
 
@@ -137,61 +129,43 @@ def _check_is_stored_plainly(path: str) -> None:
         )
 
 
-def _refused(path: str, message: str) -> str:
-    asked = re.search(r"GLOBAL ([\w.]+)", message) or re.search(r"[Uu]nsupported (?:global|class):? ([\w.]+)", message)
-    if asked:
-        return f"`{path}` holds more than tensors: it asks for `{asked.group(1)}`, and nothing of it was executed"
-    return f"`{path}` is no checkpoint of tensors alone, and nothing of it was executed"
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0][:160]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _load_torch(path: str) -> Any:
+    """Load what torch.save wrote, by the unpickler that makes tensors and builtins and nothing else."""
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        _check_is_stored_plainly(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch has to say of old formats is no help here
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
 def _load_safetensors(path: str) -> Any:
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        import safetensors.torch
     except ImportError:
         raise CheckpointError(
             f"to read `{path}` takes the package safetensors, which is not installed",
             'run `pip install "freezehooks[cli]"`',
         ) from None
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"`{path}` is no file of safetensors, or part of it is missing ({_first_line(error)})", "copy it again"
-        ) from None
+    return safetensors.torch.load_file(path)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Inside a file
+def _at(key: str, loaded: Any, path: str) -> Any:
+    place = loaded
+    for part in [key] if isinstance(loaded, Mapping) and key in loaded else key.split("."):
+        if not isinstance(place, Mapping) or part not in place:
+            raise CheckpointError(f"`{path}` has no `{part}` on the way to `{key}`: {_listed(place)}", "correct --key")
+        place = place[part]
+    return place
 
 
-def _tensors_of(loaded: Any, path: str) -> dict[str, Tensor]:
+def _at_usual_key(loaded: Any, path: str) -> Any:
+    """Return what is under the one usual key that holds tensors; where none does, all that was loaded."""
     usual = [key for key in _USUAL_KEYS if isinstance(loaded, Mapping) and _named_tensors(loaded.get(key))]
     if len(usual) > 1:
         first, second = usual[:2]
         raise CheckpointError(f"`{path}` holds tensors under `{first}` and `{second}`", f"say which: --key {first}")
-    found = _named_tensors(loaded[usual[0]] if usual else loaded)
-    if found:
-        return found
-    raise CheckpointError(f"`{path}` holds no tensors by name: {_listed(loaded)}", "say where they are: --key KEY")
-
-
-def _tensors_at(loaded: Any, key: str, path: str) -> dict[str, Tensor]:
-    place = loaded
-    parts = [key] if isinstance(loaded, Mapping) and key in loaded else key.split(".")
-    for part in parts:
-        if not isinstance(place, Mapping) or part not in place:
-            raise CheckpointError(f"`{path}` has no `{part}` on the way to `{key}`: {_listed(place)}", "correct --key")
-        place = place[part]
-    found = _named_tensors(place)
-    if not found:
-        raise CheckpointError(f"`{path}` holds no tensors by name under `{key}`: {_listed(place)}", "correct --key")
-    return found
+    return loaded[usual[0]] if usual else loaded
 
 
 def _named_tensors(place: Any) -> dict[str, Tensor]:
@@ -214,14 +188,11 @@ def _plain(name: str, tensor: Tensor, path: str) -> Tensor:
             f"`{name}` of `{path}` is a {type(tensor).__name__}, of which the file may hold a part only",
             "save the full state_dict: torch.distributed.checkpoint.state_dict.get_model_state_dict gathers it",
         )
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
-        advice = "save dense tensors: `to_dense()`, `dequantize()`"
-        raise CheckpointError(f"`{name}` of `{path}` is {_oddity(tensor)}", advice)
+    if tensor.is_nested or tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
+        stored = "on the meta device" if tensor.is_meta else f"{tensor.dtype} in layout {tensor.layout}"
+        raise CheckpointError(
+            f"`{name}` of `{path}` is {'nested' if tensor.is_nested else stored}",
+            "save dense tensors: `to_dense()`, `dequantize()`",
+        )
     plain = tensor.detach().resolve_conj().resolve_neg()
     return plain.contiguous() if 0 in plain.stride() else plain
-
-
-def _oddity(tensor: Tensor) -> str:
-    if tensor.is_nested:
-        return "nested"
-    return "on the meta device" if tensor.is_meta else f"{tensor.dtype} in layout {tensor.layout}"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from .._entries.places import bits
+from .._entries.bits import differ
 from .output import shown
 
 _AT_ONCE: Final = 1 << 20
@@ -25,9 +25,10 @@ class Entry:
     found: str
     expected: str
 
-    def place(self, name: str) -> str:
-        """Return the entry as a rule would name it."""
-        return f"{shown(name)}[{', '.join(map(str, self.index))}]" if self.index else shown(name)
+    def told(self, name: str, form: str) -> str:
+        """Return a text with the entry as a rule would name it, what was found, and what was expected."""
+        place = f"[{', '.join(map(str, self.index))}]" if self.index else ""
+        return form.format(shown(name) + place, self.found, self.expected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +47,25 @@ class Comparison:
     worst: Entry | None
     gap: float
 
-    def listed(self, told: Callable[[Entry], str]) -> Iterator[str]:
-        """Yield a line for each example, and one that says how many differ beside these."""
-        yield from (f"    {told(entry)}" for entry in self.examples)
+    def listed(self, name: str, form: str) -> Iterator[str]:
+        """Yield a line for each example, as `Entry.told` has it, and one that says how many differ beside these."""
+        yield from (f"    {entry.told(name, form)}" for entry in self.examples)
         left = self.count - len(self.examples)
         if left and self.examples:
             yield f"    and {left:,} more"
 
 
-def differ(first: Tensor, second: Tensor) -> Tensor:
-    """Return where two tensors of one shape and dtype differ in their bits: nan equals nan, -0.0 is not 0.0."""
-    unequal = bits(first) != bits(second)
-    return unequal.any(dim=-1) if first.is_complex() else unequal
+def all_alike(numbers: Tensor) -> bool:
+    """Return whether the numbers in a row, one at least, are the same, bit for bit."""
+    return not bool(differ(numbers, numbers[:1].expand_as(numbers)).any())
 
 
 def compare(found: Tensor, expected: Tensor, limit: int) -> Comparison:
     """Compare two tensors of one shape and dtype; `limit`: how many examples to return."""
-    found, expected = _readable(found), _readable(expected)
+    if found.dtype == getattr(torch, "float4_e2m1fn_x2", None):  # Python reads two numbers in one byte as the byte
+        found, expected = found.view(torch.uint8), expected.view(torch.uint8)
     ours, theirs = found.reshape(-1), expected.reshape(-1)
+    wide = torch.complex128 if found.is_complex() else torch.float64
     count, gap, worst = 0, -1.0, -1
     first: list[int] = []
     for start in range(0, ours.numel(), _AT_ONCE):
@@ -72,22 +74,11 @@ def compare(found: Tensor, expected: Tensor, limit: int) -> Comparison:
         if len(places):
             count += len(places)
             first += (start + places[: limit - len(first)]).tolist() if len(first) < limit else []
-            gaps = _gaps(a, b)[places]
+            gaps = (a[places].to(wide) - b[places].to(wide)).abs().nan_to_num(nan=math.inf, posinf=math.inf)
             if float(gaps.max()) > gap:
                 gap, worst = float(gaps.max()), start + int(places[gaps.argmax()])
     examples = tuple(_entry(found, expected, place) for place in first)
     return Comparison(count, examples, _entry(found, expected, worst) if count else None, max(gap, 0.0))
-
-
-def _readable(tensor: Tensor) -> Tensor:
-    """Return a tensor whose entries Python can read: of two numbers in one byte, the byte."""
-    return tensor.view(torch.uint8) if tensor.dtype == getattr(torch, "float4_e2m1fn_x2", None) else tensor
-
-
-def _gaps(first: Tensor, second: Tensor) -> Tensor:
-    wide = torch.complex128 if first.is_complex() else torch.float64
-    gaps = (first.to(wide) - second.to(wide)).abs()
-    return gaps.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def _entry(found: Tensor, expected: Tensor, place: int) -> Entry:
@@ -99,6 +90,4 @@ def _entry(found: Tensor, expected: Tensor, place: int) -> Entry:
 
 
 def _hex(number: Tensor) -> str:
-    parts = bits(number.reshape(1)).flatten()
-    mask = (1 << 8 * parts.element_size()) - 1
-    return "bits " + " ".join(f"0x{int(part) & mask:0{2 * parts.element_size()}x}" for part in parts)
+    return f"bits 0x{bytes(number.reshape(1).view(torch.uint8).tolist()[::-1]).hex()}"

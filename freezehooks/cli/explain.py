@@ -1,4 +1,4 @@
-"""`freezehooks explain`: what a rule means, in words, in numbers and as a drawing."""
+"""The command `explain`: what a rule means, in a sentence, in numbers and as a drawing."""
 
 from __future__ import annotations
 
@@ -7,63 +7,49 @@ import re
 import textwrap
 from collections.abc import Iterator
 from math import prod
-from typing import Any, Final
+from typing import Final
 
 import torch
+from torch import Tensor
 
 from .._counted import counted
-from .._errors import SpecError, error_context
-from .._held.tied import Tie
+from .._entries.select import select
+from .._errors import RegionError, SpecError, error_context
+from .._held.tied import TiedEntries
 from .._rules.patterns.matrices import MatrixPattern
-from .._rules.rule import Rule, Tied
+from .._rules.patterns.pattern import Pattern
+from .._rules.region import WHOLE, Not, Region
+from .._rules.rule import Keep, Rule, Tied
 from .._rules.spec import rules_of
 from .drawing import draw
-from .extent import Extent, extent
 from .output import say
-from .words import has_pattern, in_words
+from .selection import chosen_by_numbers
 
 _WIDTH: Final = 100
 _MOST_DIMENSIONS: Final = 16
+_MOST_ENTRIES: Final = 2**31  # a bool takes a byte for each
 
-_DESCRIPTION: Final = """\
-Say what a rule means: in words, and with --shape also how many entries of such a tensor it freezes, and which.
+BRIEF: Final = "what a rule means: in a sentence, counted and drawn"
+ABOUT: Final = """\
+Say what a rule means; with --shape also how many entries of such a tensor it freezes, and which.
 No model and no checkpoint is needed."""
-
-_EPILOG: Final = """\
-examples:
+EXAMPLES: Final = """\
   freezehooks explain "conv.weight[~cross] = 0"
-      in words alone
+      in a sentence
   freezehooks explain "conv.weight[~cross] = 0" --shape 64,32,3,3
       and how many of the 18,432 entries that are, with a drawing of the kernel
   freezehooks explain "wte[~50257:]" "bn.weight = 1"
       two rules, one after the other; quote each, for the shell has its own use for * and [ ]
 
 Each rule is explained by itself. `freezehooks --help` has the language of rules."""
+ARGUMENTS: Final = ("rule_texts", "--shape")
 
 _SHAPE: Final = re.compile(r"\d{1,18}(\s*[,x]\s*\d{1,18})*", re.ASCII)
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to those of the command line."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "explain",
-        help="what a rule means: in words, counted and drawn",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("rules", nargs="+", metavar="RULE", help="a rule as text; several lines are several rules")
-    parser.add_argument("--shape", metavar="SIZES", help="the tensor's shape, as 64,32,3,3 or 64x32x3x3")
-    parser.set_defaults(run=run)
-
-
 def run(options: argparse.Namespace) -> int:
-    """Explain the rules that were given, and return the exit code.
-
-    Raises:
-        FreezeError: A rule cannot be read or does not fit the shape, or the shape cannot be read.
-    """
-    rules = rules_of(options.rules)
+    """Run the command."""
+    rules = rules_of(options.rule_texts)
     if not rules:
         raise SpecError("there is no rule to explain", "write for instance `conv.weight[center] = 0`")
     shape = None if options.shape is None else _shape(options.shape)
@@ -89,51 +75,86 @@ def _explanation(rule: Rule, shape: tuple[int, ...] | None) -> Iterator[str]:
     yield ""
     yield textwrap.fill(in_words(rule), _WIDTH, break_long_words=False, break_on_hyphens=False)
     if shape is not None:
+        with error_context(f"rule `{rule}`", f"shape {shape}"):
+            found = _tied(rule, rule.value, shape) if isinstance(rule.value, Tied) else _frozen(rule.region, shape)
+        size = "x".join(map(str, shape)) if len(shape) > 1 else f"shape {shape}"
         yield ""
-        yield from _on_shape(rule, shape)
+        yield f"{size}: {counted(prod(shape), 'entry', 'entries')}, {found}"
 
 
-def _on_shape(rule: Rule, shape: tuple[int, ...]) -> list[str]:
-    with error_context(f"rule `{rule}`", f"shape {shape}"):
-        return list(_tied_lines(rule.value, rule, shape) if isinstance(rule.value, Tied) else _lines(rule, shape))
+def in_words(rule: Rule) -> str:
+    """Return a rule as a sentence, and what the patterns in it mean; an index is shown as it is written.
+
+    Example:
+        >>> from freezehooks import parse_rule
+        >>> in_words(parse_rule("conv.weight[~center] = 0"))
+        'Every entry of `conv.weight` outside the middle of the kernel is held at 0.'
+    """
+    target, region, value = rule.target, rule.region, rule.value
+    if isinstance(value, Tied):
+        return f"All slices of `{target}` along dimension {value.dim} are one: they hold the same numbers."
+    held = "what it holds when the model is frozen" if value is Keep.KEEP else repr(value).removesuffix(".0")
+    leaf, outside = _signed(region)
+    if isinstance(leaf, Pattern):
+        return f"Every entry of `{target}` {leaf.in_words(outside)} is held at {held}."
+    patterns = dict.fromkeys(leaf for leaf in region.leaves() if isinstance(leaf, Pattern))
+    written = str(Rule(target, region)).removesuffix(" = keep")
+    meant = [f"`{pattern}`: every entry {pattern.in_words()}." for pattern in patterns]
+    return " ".join([f"Every entry of `{written}` is held at {held}.", *meant])
 
 
-def _tied_lines(tied: Tied, rule: Rule, shape: tuple[int, ...]) -> Iterator[str]:
-    Tie.resolve(rule, tied, torch.zeros([1 if size else 0 for size in shape]))  # of the shape, all that it looks at
-    entries, copies = prod(shape), shape[tied.dim]
-    slices = counted(copies, "slice", "slices")
-    yield f"{_text(shape)}: {counted(entries, 'entry', 'entries')}, but the {slices} along dimension"
-    one = "is one" if copies == 1 else "are one"
-    yield f"{tied.dim % len(shape)} {one}: {counted(entries // copies, 'number', 'numbers')} to train"
+def _signed(region: Region) -> tuple[Region, bool]:
+    """Return what stands behind the signs `~` of a region, and whether it is the others that are meant."""
+    outside = False
+    while isinstance(region, Not):
+        region, outside = region.operand, not outside
+    return region, outside
 
 
-def _lines(rule: Rule, shape: tuple[int, ...]) -> Iterator[str]:
-    found = extent(rule.region, shape)
-    yield f"{_text(shape)}: {counted(prod(shape), 'entry', 'entries')}, {_count(found, prod(shape))}"
-    yield ""
-    unknown = None if found.surely is found.possibly else found.possibly & ~found.surely
-    if unknown is not None and bool(unknown.all()):
-        yield "Which entries these are depends on the numbers: there is nothing to draw."
-        return
+def _tied(rule: Rule, tied: Tied, shape: tuple[int, ...]) -> str:
+    TiedEntries.resolve(
+        rule, tied, torch.zeros([1 if size else 0 for size in shape])
+    )  # of the shape, all that it looks at
+    copies, along = shape[tied.dim], f"along dimension {tied.dim % len(shape)}"
+    slices = counted(copies, f"slice {along} is one", f"slices {along} are one")
+    return f"but the {slices}: {counted(prod(shape) // copies, 'number', 'numbers')} to train"
+
+
+def _frozen(region: Region, shape: tuple[int, ...]) -> str:
+    """Return how many entries of a tensor a region freezes, and a drawing of them."""
+    if prod(shape) > _MOST_ENTRIES:
+        raise RegionError(
+            f"`--shape` of {prod(shape):,} entries is too large to count here, which takes {_MOST_ENTRIES:,}",
+            "give a smaller shape of the same kind, or leave it out for words alone",
+        )
+    tensor = torch.zeros(()).expand(shape)  # no number is looked at, so none needs memory
+    if chosen_by_numbers(region):
+        drawn = "Which entries these are depends on the numbers: there is nothing to draw."
+        return f"{_share(_count_by_numbers(region, tensor), prod(shape))}\n\n{drawn}"
+    frozen = select(region, tensor)
     # triangles are those of the last two dimensions, also where these are no kernel
-    matrices = len(shape) == 3 and has_pattern(rule.region, MatrixPattern)
-    yield draw(found.surely, unknown, spatial=2 if matrices else None)
+    matrices = len(shape) == 3 and any(isinstance(leaf, MatrixPattern) for leaf in region.leaves())
+    count = int(frozen.count_nonzero())  # `sum` would make integers of all of them first
+    return f"{_share(count, prod(shape))}\n\n{draw(frozen, spatial=2 if matrices else None)}"
 
 
-def _count(found: Extent, entries: int) -> str:
-    if found.least == found.most:
-        return f"{_share(found.most, entries)} frozen, {entries - found.most:,} free"
-    if not found.least and found.most == entries:
+def _count_by_numbers(region: Region, tensor: Tensor) -> int | None:
+    """Return how many entries a region chosen by numbers freezes, or None where that depends on them too."""
+    for part in region.leaves():  # all must fit the shape
+        if isinstance(part, Pattern):
+            part.check(tensor.shape)
+        else:
+            select(part | WHOLE, tensor)  # alone it may select nothing
+    leaf, outside = _signed(region)
+    count = leaf.count(tensor.numel()) if isinstance(leaf, Pattern) else None
+    if not tensor.numel() or count == (tensor.numel() if outside else 0):
+        raise RegionError("the region selects no entry", "correct it, or leave the rule out")
+    return tensor.numel() - count if outside and count is not None else count
+
+
+def _share(frozen: int | None, entries: int) -> str:
+    if frozen is None:
         return "how many are frozen depends on the numbers"
-    return f"{found.least:,} to {found.most:,} frozen: how many depends on the numbers"
-
-
-def _share(part: int, whole: int) -> str:
-    percent = f"{100 * part / whole:.1f}".removesuffix(".0")
-    if part < whole and percent == "100":
-        percent = "over 99.9"
-    return f"{part:,} ({'under 0.1' if percent == '0' else percent} %)"
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) if len(shape) > 1 else f"shape {shape}"
+    percent = f"{100 * frozen / entries:.1f}".removesuffix(".0")
+    share = {"0": "under 0.1", "100": "over 99.9" if frozen < entries else "100"}.get(percent, percent)
+    return f"{frozen:,} ({share} %) frozen, {entries - frozen:,} free"

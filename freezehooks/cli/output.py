@@ -40,8 +40,7 @@ def silence(stream: TextIO) -> None:
 
 def _sayable(text: str, stream: TextIO) -> str:
     """Return a text with nothing in it that the stream cannot encode, or that would command a terminal."""
-    # names come from files: an escape sequence in one would otherwise be obeyed
-    plain = "".join(sign if sign.isprintable() or sign == "\n" else _escaped(sign) for sign in text)
+    plain = "\n".join(map(shown, text.split("\n")))
     encoding = stream.encoding or "utf-8"
     try:
         plain.encode(encoding)
@@ -51,9 +50,5 @@ def _sayable(text: str, stream: TextIO) -> str:
 
 
 def shown(name: str) -> str:
-    """Return a name from a file as text that stays on its line."""
-    return "".join(sign if sign.isprintable() else _escaped(sign) for sign in name)
-
-
-def _escaped(sign: str) -> str:
-    return sign.encode("unicode_escape").decode("ascii")
+    """Return a name from a file as text that stays on its line: an escape sequence in it would otherwise be obeyed."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,15 +13,8 @@ from .._rules.spec import rules_of
 
 _FORMS: Final = "write a list of rules, or `target: region` or `target: [region, value]` a line"
 
-
-def add_rules_arguments(parser: argparse.ArgumentParser) -> None:
-    """Let a command take rules."""
-    parser.add_argument(
-        "--rules", metavar="FILE", action="append", default=[], help="rules: one a line, or YAML in .yaml or .yml"
-    )
-    parser.add_argument(
-        "--rule", metavar="RULE", action="append", default=[], help="one rule, such as 'conv[center] = 0'; repeatable"
-    )
+_TAGS: Final = {"scalar": "str", "sequence": "seq", "mapping": "map"}
+"""What YAML tags a node of each kind with where no tag is written."""
 
 
 def asked_rules(options: argparse.Namespace) -> list[Rule]:
@@ -34,18 +27,6 @@ def asked_rules(options: argparse.Namespace) -> list[Rule]:
     return list(dict.fromkeys([*files, *rules_of(options.rule)]))
 
 
-def needed_rules(options: argparse.Namespace) -> list[Rule]:
-    """Return the rules that the arguments speak of.
-
-    Raises:
-        SpecError: They speak of none.
-    """
-    rules = asked_rules(options)
-    if not rules:
-        raise SpecError("there is no rule to go by", "give --rules FILE, or --rule 'conv.weight[center] = 0'")
-    return rules
-
-
 def read_rules(path: str) -> list[Rule]:
     """Return the rules in a file.
 
@@ -55,78 +36,54 @@ def read_rules(path: str) -> list[Rule]:
     Raises:
         FreezeError: The file cannot be read, or holds no rule; the message names the file, and the rule.
     """
-    text = _text_of(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise SpecError(f"the rules file `{path}` cannot be read ({error.strerror})", "check --rules") from None
+    except ValueError:
+        raise RuleSyntaxError(f"the rules file `{path}` is no text in UTF-8", "check --rules") from None
     with error_context(f"`{path}`"):
-        is_yaml = path.endswith((".yaml", ".yml"))
-        rules = list(_rules_in_yaml(text) if is_yaml else _rules_in_text(text))
+        rules = list(_rules_in(_rules_of_yaml(text) if path.endswith((".yaml", ".yml")) else text))
         if not rules:
             raise SpecError("the file holds no rule", "write one a line, such as `conv.weight[center] = 0`")
     return rules
 
 
-def _text_of(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise SpecError(f"the rules file `{path}` cannot be read ({error.strerror})", "check --rules") from None
-    except ValueError:
-        raise RuleSyntaxError(f"the rules file `{path}` is no text in UTF-8", "check --rules") from None
-
-
-def _rules_in_text(text: str) -> Iterator[Rule]:
-    for number, line in enumerate(text.splitlines(), 1):
-        with error_context(f"line {number}"):
-            yield from rules_of(line)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# YAML
-
-
-def _rules_in_yaml(text: str) -> Iterator[Rule]:
-    content = _content_of(text)
-    if isinstance(content, dict) and len(content) == 1 and next(iter(content)) in ("rules", "spec"):
-        (content,) = content.values()
-    yield from _rules_in(content)
-
-
-def _rules_in(content: Any) -> Iterable[Rule]:
+def _rules_in(content: Any, expected: str = "rules") -> Iterator[Rule]:
+    """Yield the rules of a text, a mapping, or a list of these; an error says where in it they stand."""
     match content:
         case str():
-            return _rules_in_text(content)
-        case list():
-            return _rules_in_list(content)
+            for number, line in enumerate(content.splitlines(), 1):
+                with error_context(f"line {number}"):
+                    yield from rules_of(line)
         case dict():
-            return [rule for target, what in content.items() for rule in _rules_in_item(target, what)]
-    raise SpecError(f"expected rules, found {_kind(content)}", _FORMS)
+            for target, what in content.items():
+                with error_context(f"rule for `{target}`"):
+                    yield from rules_of({target: _region_and_value(what)})
+        case list() if expected == "rules":
+            for number, item in enumerate(content, 1):
+                with error_context(f"item {number}"):
+                    yield from _rules_in(item, "a rule or a mapping")
+        case _:
+            raise SpecError(f"expected {expected}, found {_kind(content)}", _FORMS)
 
 
-def _rules_in_list(content: list[Any]) -> Iterator[Rule]:
-    for number, item in enumerate(content, 1):
-        with error_context(f"item {number}"):
-            if not isinstance(item, str | dict):
-                raise SpecError(f"expected a rule or a mapping, found {_kind(item)}", _FORMS)
-            yield from _rules_in(item)
-
-
-def _rules_in_item(target: Any, what: Any) -> tuple[Rule, ...]:
-    with error_context(f"rule for `{target}`"):
-        parts = what if isinstance(what, list) else [what]
-        if not isinstance(target, str) or not all(isinstance(part, str) for part in parts):
-            wrong = next((part for part in [target, *parts] if not isinstance(part, str)), None)
-            raise SpecError(f"expected text, found {_kind(wrong)}", _FORMS)
-        if not all(parts):
+def _region_and_value(what: Any) -> Any:
+    parts = what if isinstance(what, list) else [what]
+    for part in parts:
+        if not isinstance(part, str):
+            raise SpecError(f"expected text, found {_kind(part)}", _FORMS)
+        if not part:
             raise SpecError("the region or the value is empty", "write `...` for the whole tensor")
-        return rules_of({target: tuple(parts) if isinstance(what, list) else what})
+    return what
 
 
 def _kind(content: Any) -> str:
-    names = {list: "a list", dict: "a mapping", type(None): "nothing"}
-    return names.get(type(content), f"a {type(content).__name__}")
+    return "a list" if isinstance(content, list) else "a mapping" if isinstance(content, dict) else "nothing"
 
 
-def _content_of(text: str) -> Any:
-    """Return what YAML says, every scalar as the text that it was.
+def _rules_of_yaml(text: str) -> Any:
+    """Return what YAML says, every scalar as the text that it was; of a mapping of `rules` or `spec` alone, its item.
 
     Raises:
         RuleSyntaxError: It is no YAML, or says more than texts, lists and mappings.
@@ -138,11 +95,32 @@ def _content_of(text: str) -> Any:
             "to read YAML takes the package PyYAML, which is not installed",
             'run `pip install "freezehooks[cli]"`, or write the rules into a text file, one a line',
         ) from None
-    from .plain_yaml import PlainLoader
-
     try:
-        return yaml.load(text, PlainLoader)  # noqa: S506 - it descends from SafeLoader
-    except yaml.YAMLError as error:
+        node = yaml.compose(text, yaml.BaseLoader)  # a tree of nodes: no object is made of what the tags ask for
+        content = None if node is None else _plain(node, set())
+    except (yaml.YAMLError, ValueError) as error:
         raise RuleSyntaxError(f"the YAML cannot be read ({' '.join(str(error).split())})", _FORMS) from None
     except RecursionError:
         raise RuleSyntaxError("the YAML is nested too deeply", _FORMS) from None
+    if isinstance(content, dict) and list(content) in (["rules"], ["spec"]):
+        (content,) = content.values()
+    return content
+
+
+def _plain(node: Any, seen: set[int]) -> Any:
+    """Return a node as text, list or dict.
+
+    A nest of aliases would expand without end, and of two equal keys YAML silently drops the first.
+    """
+    where = f"in line {node.start_mark.line + 1}"
+    if id(node) in seen:
+        raise ValueError(f"anchors and aliases have no meaning here, {where}")
+    seen.add(id(node))
+    if node.tag != f"tag:yaml.org,2002:{_TAGS[node.id]}":
+        raise ValueError(f"the tag {node.tag!r} has no meaning here, and nothing was made of it, {where}")
+    if node.id != "mapping":
+        return node.value if node.id == "scalar" else [_plain(item, seen) for item in node.value]
+    keys = [_plain(key, seen) for key, _ in node.value]
+    if not all(isinstance(key, str) for key in keys) or len(set(keys)) < len(keys):
+        raise ValueError(f"a key is no text, or is written twice, {where}")
+    return dict(zip(keys, (_plain(item, seen) for _, item in node.value), strict=True))

@@ -2,57 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from .._errors import FreezeError, TargetError, UnsupportedParameterError, error_context
-from .._held.names import Targets, check_supported
+from .._errors import UnsupportedParameterError, error_context
+from .._held.constraint import Constraint
+from .._held.fixed import FixedEntries
+from .._held.names import Targets
 from .._held.parameter import FrozenParameter
-from .._held.resolve import resolve
+from .._held.supported import check_supported
+from .._held.tied import TiedEntries
+from .._rules.patterns.pattern import Pattern
+from .._rules.region import Region
 from .._rules.rule import Rule, Tied
-from .checkpoints import freezable
+from .checkpoints import is_freezable
 
 
 def rules_by_name(tensors: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, list[Rule]]:
     """Return for each parameter that a rule speaks of, in the order of the file, the rules that do.
 
-    A wildcard passes over integers, such as the counters of batch norms.
-
     Raises:
         TargetError: A rule speaks of no parameter.
         UnsupportedParameterError: A rule names integers alone, or what no mechanism here can hold.
     """
-    targets = Targets(freezable(tensors))
     found: dict[str, list[Rule]] = {}
     for rule in dict.fromkeys(rules):
-        for name in _names(rule, targets, tensors):
+        for name in names_of(rule, tensors):
             with error_context(f"rule `{rule}`", f"parameter `{name}`"):
                 check_supported(tensors[name])
             found.setdefault(name, []).append(rule)
     return {name: found[name] for name in tensors if name in found}
 
 
-def _names(rule: Rule, targets: Targets, tensors: Mapping[str, Tensor]) -> list[str]:
-    try:
-        return targets.find(rule.target)
-    except TargetError as error:
-        _refuse_integers(rule, tensors)
-        raise error.within(f"rule `{rule}`") from None
+def names_of(rule: Rule, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the parameters that a rule speaks of, without integers such as the counters of batch norms.
+
+    Raises:
+        TargetError: It speaks of no tensor.
+        UnsupportedParameterError: It speaks of integers alone.
+    """
+    with error_context(f"rule `{rule}`"):
+        names = Targets(tensors).find(rule.target)
+        numbers = [name for name in names if is_freezable(tensors[name])]
+        if not numbers:
+            raise UnsupportedParameterError(
+                f"`{names[0]}` holds {tensors[names[0]].dtype}, which no optimizer trains",
+                "name floating-point parameters alone",
+            )
+    return numbers
 
 
-def _refuse_integers(rule: Rule, tensors: Mapping[str, Tensor]) -> None:
-    try:
-        name = Targets(tensors).find(rule.target)[0]
-    except TargetError:
-        return
-    raise UnsupportedParameterError(
-        f"rule `{rule}`: `{name}` holds {tensors[name].dtype}, which no optimizer trains",
-        "name floating-point parameters alone",
-    )
-
-
-def part_of(name: str, tensor: Tensor, rules: Sequence[Rule]) -> FrozenParameter:
+def frozen_by(rules: Iterable[Rule], name: str, tensor: Tensor) -> FrozenParameter:
     """Return what rules freeze of one parameter, and keep what it holds.
 
     Copies that are to be one may differ here: it is for the caller to find out.
@@ -60,27 +61,16 @@ def part_of(name: str, tensor: Tensor, rules: Sequence[Rule]) -> FrozenParameter
     Raises:
         FreezeError: A rule does not fit the parameter, or two disagree.
     """
-    eased = {_from_the_first(rule): rule for rule in rules}
-    try:
-        ((part, _),) = resolve({name: tensor}, eased)
-    except FreezeError as error:
-        raise _as_written(error, eased) from None
-    return part
+    constraints: list[Constraint] = []
+    for rule in rules:
+        with error_context(f"rule `{rule}`", f"parameter `{name}` of shape {tuple(tensor.shape)}"):
+            if isinstance(rule.value, Tied):
+                constraints.append(TiedEntries.resolve(rule, Tied(rule.value.dim, "first"), tensor))
+            else:
+                constraints.append(FixedEntries.resolve(rule, tensor))
+    return FrozenParameter([name], tensor, constraints)
 
 
-def _as_written(error: FreezeError, eased: Mapping[Rule, Rule]) -> FreezeError:
-    """Return an error that speaks of rules as they were written."""
-    fact = error.fact
-    for rule, written in eased.items():
-        fact = fact.replace(f"`{rule}`", f"`{written}`")
-    return type(error)(fact, error.advice)
-
-
-def _from_the_first(rule: Rule) -> Rule:
-    value = rule.value
-    return Rule(rule.target, rule.region, Tied(value.dim, "first")) if isinstance(value, Tied) else rule
-
-
-def tying(rules: Iterable[Rule]) -> Rule | None:
-    """Return the rule that makes copies one, or None."""
-    return next((rule for rule in rules if isinstance(rule.value, Tied)), None)
+def chosen_by_numbers(region: Region) -> list[str]:
+    """Return the names of the patterns in a region that look at a parameter's numbers, not at its shape alone."""
+    return sorted({leaf.name for leaf in region.leaves() if isinstance(leaf, Pattern) and leaf.depends_on_numbers})

@@ -1,31 +1,24 @@
-"""Two checkpoints -> the fewest rules that say which entries did not change."""
+"""Two checkpoints -> the rules that say which entries did not change."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from .._rules.region import WHOLE, Region
-from .._rules.rule import Rule, keep
+from .._entries.bits import differ
+from .._rules.region import WHOLE, Index, IndexItem, Not, Region, Slice
+from .._rules.rule import TARGET, Keep, Rule, keep
 from .base import overlap
-from .checkpoints import freezable
-from .comparison import differ
-from .description import describe
-from .globs import targets_for
+from .checkpoints import is_freezable
+from .comparison import all_alike
 from .output import shown
 
-
-@dataclass(frozen=True, slots=True)
-class _Unchanged:
-    """What did not change of one parameter: a region of it, and the one number that it holds, if it is one."""
-
-    region: Region
-    number: float | None
+_LONGEST: Final = 120
+"""The longest text of a region that is still worth reading."""
 
 
 def unchanged_rules(
@@ -33,89 +26,92 @@ def unchanged_rules(
 ) -> Iterator[str]:
     """Yield rules, a line each, that freeze exactly the entries of the second file that the first holds too.
 
+    A comment stands in for a rule that cannot be written.
+
     Args:
         first: The tensors of one file.
         second: Those of the other: the rules speak of its names.
         names: For names of the second file those of the first.
     """
-    groups: dict[str, dict[str, _Unchanged]] = {}
-    for name, before, now, same in _partly_same(first, second, names):
-        if any(was > size for was, size in zip(before.shape, now.shape, strict=True)):
-            yield f"# {shown(name)}: {_counted(same)}, but it has lost others: freeze what both files have"
-        elif (found := _described(same, before, now)) is None:
-            yield _no_rule(name, same)
-        else:
-            groups.setdefault(str(found.region), {})[name] = found
-    absent = list(_absent(first, second, names))
-    for group in sorted(groups.values(), key=lambda group: next(iter(group.values())).region != WHOLE):
-        yield from _lines(group, [name for name in freezable(second) if name not in group], absent)
-
-
-def _partly_same(
-    first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: Mapping[str, str]
-) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    """Yield the name of each parameter of which something did not change, it before and now, and where that is."""
-    for name, now in freezable(second).items():
+    for name, now in second.items():
         before = first[names[name]] if name in names else None
-        same = None if before is None else _same(before, now)
-        if before is not None and same is not None and bool(same.any()):
-            yield name, before, now, same
+        if before is None or before.dtype != now.dtype or before.ndim != now.ndim:
+            continue
+        if not is_freezable(now) or now.element_size() == 1:  # no rule can be about it
+            continue
+        same, box = torch.zeros(now.shape, dtype=torch.bool), overlap(before, now)
+        same[box] = ~differ(before[box], now[box])
+        if bool(same.any()):
+            yield _rule(name, before, now, same)
 
 
-def _absent(first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: Mapping[str, str]) -> Iterator[str]:
-    """Yield what the first file has and the second has not, or has as integers: no rule may speak of it."""
-    paired = {names[name] for name in freezable(second) if name in names}
-    yield from (name for name in freezable(first) if name not in paired)
+def _rule(name: str, before: Tensor, now: Tensor, same: Tensor) -> str:
+    unchanged = f"# {shown(name)}: {int(same.sum()):,} of {same.numel():,} entries unchanged"
+    if any(was > size for was, size in zip(before.shape, now.shape, strict=True)):
+        return f"{unchanged}, but it has lost others: freeze what both files have"
+    if not TARGET.fullmatch(name) or {"*", "?"} & set(name) or not name.isprintable():
+        return f"# {shown(name)}: no rule can name it alone: freeze it through a mapping"
+    region = region_of(same)
+    if region is None:
+        return f'{unchanged}, no short rule: freeze them by a mask, {{"{shown(name)}": a == b}}'
+    return str(Rule(name, region, _one_number(now[same]))).removesuffix(" = keep")
 
 
-def _same(first: Tensor, second: Tensor) -> Tensor | None:
-    """Return which entries of the second tensor the first holds too; None where no rule can be about them."""
-    if first.dtype != second.dtype or first.ndim != second.ndim or second.element_size() == 1:
-        return None
-    same, box = torch.zeros(second.shape, dtype=torch.bool), overlap(first, second)
-    same[box] = ~differ(first[box], second[box])
-    return same
-
-
-def _described(same: Tensor, first: Tensor, second: Tensor) -> _Unchanged | None:
-    if bool(same.all()):
-        return _Unchanged(WHOLE, _one_number(second.flatten()))
-    region = describe(same, (first, second) if first.shape == second.shape else ())
-    return None if region is None else _Unchanged(region, _one_number(second[same]))
-
-
-def _one_number(numbers: Tensor) -> float | None:
-    """Return the number that all entries hold, bit for bit, in as few digits as say it; None where there is none."""
-    if bool(differ(numbers, numbers[:1].expand_as(numbers)).any()):
-        return None
+def _one_number(numbers: Tensor) -> float | Keep:
+    """Return the number that all entries hold, bit for bit, in as few digits as say it; else that they keep theirs."""
     number: Any = numbers[0].item()
-    if isinstance(number, complex):
-        number = number.real
-    if not math.isfinite(number):
-        return None
+    number = number.real if isinstance(number, complex) else number
+    if not math.isfinite(number) or not all_alike(numbers):
+        return keep
+    largest = torch.finfo(numbers.dtype).max  # rounding up to fewer digits may leave the dtype's range
     tries = (float(f"{number:.{digits}g}") for digits in range(1, 18))
-    return next((short for short in tries if _is_exactly(numbers[:1], short)), None)
+    entry = numbers[:1]
+    exact = (n for n in tries if abs(n) <= largest and not bool(differ(entry, torch.full_like(entry, n)).any()))
+    return next(exact, keep)
 
 
-def _is_exactly(entry: Tensor, number: float) -> bool:
-    limit = torch.finfo(entry.dtype).max  # rounding up to fewer digits may leave the dtype's range
-    return abs(number) <= limit and not bool(differ(torch.full_like(entry, number), entry).any())
+def region_of(wanted: Tensor) -> Region | None:
+    """Return all of a tensor, a box of it or all but a box: what is exactly True there; None where none is short.
+
+    Args:
+        wanted: A bool tensor with something True in it.
+
+    Example:
+        >>> str(region_of(torch.tensor([[False, True, True], [False, True, True]])))
+        ':, 1:'
+    """
+    if bool(wanted.all()):
+        return WHOLE
+    inside, outside = _box(wanted), _box(~wanted)
+    found = (inside, None if outside is None else Not(outside))
+    short = [region for region in found if region is not None and len(str(region)) <= _LONGEST]
+    return min(short, key=lambda region: len(str(region)), default=None)
 
 
-def _no_rule(name: str, same: Tensor) -> str:
-    return f'# {shown(name)}: {_counted(same)}, no short rule: freeze them by a mask, {{"{shown(name)}": a == b}}'
+def _box(wanted: Tensor) -> Index | None:
+    """Return the index of what is True: every combination of some positions along each dimension, one list at most."""
+    every = range(wanted.ndim)
+    hits = [wanted.any(dim=[d for d in every if d != along]) if wanted.ndim > 1 else wanted for along in every]
+    positions = [hit.nonzero().flatten().tolist() for hit in hits]
+    if math.prod(map(len, positions)) != int(wanted.sum()):
+        return None
+    items = [_item(taken, size) for taken, size in zip(positions, wanted.shape, strict=True)]
+    if sum(isinstance(item, tuple) for item in items) > 1:  # two lists in one index would be read side by side
+        return None
+    while items[-1] == _ALL:
+        items.pop()
+    full = next(n for n, item in enumerate(items) if item != _ALL)
+    return Index((..., *items[full:]) if full > 2 and len(items) == wanted.ndim else tuple(items))
 
 
-def _counted(same: Tensor) -> str:
-    return f"{int(same.sum()):,} of {same.numel():,} entries unchanged"
+_ALL: Final = Slice(None, None, None)
 
 
-def _lines(group: Mapping[str, _Unchanged], others: list[str], absent: list[str]) -> Iterator[str]:
-    targets, unsayable = targets_for(list(group), others, absent)
-    for target, names in targets.items():
-        numbers = {repr(group[name].number) for name in names}
-        number = group[names[0]].number
-        value = keep if len(numbers) > 1 or number is None else number
-        yield str(Rule(target, group[names[0]].region, value)).removesuffix(" = keep")
-    for name in unsayable:
-        yield f"# {shown(name)}: no rule can name it alone: freeze it through a mapping"
+def _item(taken: list[int], size: int) -> IndexItem:
+    """Return the positions along a dimension as an integer, a slice or a list."""
+    first, end = taken[0], taken[-1] + 1
+    if len(taken) == 1 and size > 1:
+        return first
+    if end - first > len(taken):
+        return tuple(taken)
+    return Slice(first or None, end if end < size else None, None)
