@@ -20,7 +20,7 @@ from ._errors import (
 from ._handle import FrozenEntries, freeze_entries
 from ._held.parameter import FrozenParameter
 from ._held.violation import Violation
-from ._optim.step import Guard
+from ._optim.guard import Guard
 from ._optimizer import MaskedOptimizer
 from ._report.status import Mechanisms
 from ._report.table import PartReport, Report

@@ -22,8 +22,9 @@ from ._hooks.forward import install_outer, remove_outer
 from ._hooks.gradient import unwatch_gradient, watch_gradient, watching
 from ._hooks.hook_set import HookSet, hook_sets_on, uncalled_owners
 from ._optim.compact import check_elementwise, check_whole
+from ._optim.guard import Guard, check_optimizer
 from ._optim.state import stepped_by
-from ._optim.step import Guard, StepHooks, check_optimizer, step_hooks_on
+from ._optim.step import StepHooks, step_hooks_on
 from ._report.status import check_complete, find_mechanisms
 from ._report.table import Report, aligned, report_parameter
 from ._report.trainable import Trainable, count_trainable
@@ -428,6 +429,8 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
         self._held.frozen.release(self)
         for guard in self._guards:
             guard.suspend()
+        for hooks in self._held.frozen.living_guards():  # of another handle for the same parameters
+            hooks.leave_released()
         for name, site in self._held.sites:
             self._release(name, site)
         remove_outer(self._held.model, self._held.frozen)

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from ._errors import SpecError
 from ._handle import FrozenEntries
 from ._held.held import HeldParameters
-from ._optim.step import StepHooks, check_optimizer, compact_state_dict, step_hooks_on
+from ._optim.guard import check_optimizer
+from ._optim.step import StepHooks, compact_state_dict, step_hooks_on
 
 
 class MaskedOptimizer(Optimizer):

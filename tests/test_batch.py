@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -391,3 +392,31 @@ def test_a_submodule_that_outlives_its_model_keeps_nothing_else_of_it_alive() ->
     assert first() is None
     last(torch.ones(2, 8))
     assert last.weight[0].tolist() == [1] * 8
+
+
+def test_gradients_are_clean_behind_the_reducer_of_a_single_process(tmp_path: Path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model, frozen, optimizer = _chain(3)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            optimizer.zero_grad()
+            wrapped(torch.ones(2, 8)).sum().backward()
+            assert not any(bool(layer.weight.grad[0].any()) for layer in model)
+            optimizer.step()
+            frozen.assert_frozen()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_another_handle_of_a_model_releases_the_optimizers_too() -> None:
+    model, frozen, optimizer = _chain(2)
+    (again,) = FrozenEntries.of(model)
+    again.remove()
+    assert not optimizer.inner._optimizer_step_post_hooks  # type: ignore[attr-defined]  # undeclared
+    _train(model, optimizer)
+    assert bool((model[0].weight[0] != 1).all())
+    frozen.attach()
+    _train(model, optimizer)
+    frozen.assert_frozen()

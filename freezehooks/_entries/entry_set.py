@@ -290,11 +290,11 @@ class Masked(EntrySet):
     def _mask_for(self, tensor: Tensor) -> Tensor:
         """Return the mask in the form that a tensor needs, and keep it in that form alone."""
         is_wide = tensor.device.type == "cpu" or tensor.numel() < _MOST_IN_ONE_KERNEL
-        dtype = bits(tensor).dtype if is_wide else torch.bool
-        if self._mask.dtype != dtype or self._mask.device != tensor.device:
+        dtype, kept = bits(tensor).dtype if is_wide else torch.bool, self._mask
+        if kept.dtype != dtype or kept.device != tensor.device:
             mask = self.mask(tensor.device)
-            self._mask = (~mask).to(dtype) if is_wide else mask
-        return self._mask.unsqueeze(-1) if is_wide and tensor.is_complex() else self._mask  # one for both parts
+            self._mask = kept = (~mask).to(dtype) if is_wide else mask
+        return kept.unsqueeze(-1) if is_wide and tensor.is_complex() else kept  # one for both parts
 
     @property
     def values_shape(self) -> torch.Size:
@@ -352,11 +352,13 @@ class Masked(EntrySet):
             writes.multiply(bits(tensor), mask)
 
     def mask(self, device: torch.device | None = None) -> Tensor:
-        mask = self._mask if self._mask.dtype == torch.bool else self._mask == 0
-        return mask.to(device or mask.device, copy=mask is self._mask)
+        kept = self._mask  # another thread may change its form meanwhile
+        mask = kept if kept.dtype == torch.bool else kept == 0
+        return mask.to(device or mask.device, copy=mask is kept)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self._mask,) if self._filled is None else (self._mask, self._filled[1])
+        filled = self._filled
+        return (self._mask,) if filled is None else (self._mask, filled[1])
 
     def state(self) -> dict[str, Any]:
         return {"packed": packed(self.mask())}

@@ -13,7 +13,7 @@ from .._entries.writes import Writes
 from .._held.parameter import FrozenParameter
 from .._held.parameters import FrozenParameters
 from .._held.tied import TiedEntries
-from .._ranks.agreement import is_distributed
+from .._ranks.agreement import has_process_group
 from .._ranks.sharding import is_sharded
 from .._torch import (
     TensorIdentity,
@@ -61,8 +61,8 @@ def _running_pass() -> _BackwardPass | None:
     number, found = graph_task_id(), _latest()
     if found is not None and found.number == number:
         return found
-    # several ranks reduce gradients before the pass ends, and some ways to do it mix entries
-    if number < 0 or torch.compiler.is_compiling() or is_distributed():
+    # DistributedDataParallel copies gradients away as they come, and back after our call, also where it is one process
+    if number < 0 or torch.compiler.is_compiling() or has_process_group():
         return None
     found = _BackwardPass(number)
     _latest = weakref.ref(found)
@@ -93,7 +93,7 @@ class ZeroFrozenGradient:
             running.parameters.append(parameter)
             return
         self.clean(parameter)
-        if is_distributed() and not is_sharded(parameter):
+        if has_process_group() and not is_sharded(parameter):
             _clean_after_reducer(self, parameter)
 
     def clean(self, parameter: Tensor) -> None:

@@ -133,6 +133,7 @@ class HookSet:
             with outside_transforms():
                 if self._batch is None or self._batch[0] != id(module):
                     self._batch = id(module), Batch()
+                self._batch[1].forget_gradients()
                 self._batch[1].impose(lambda: self.places(module))
 
     def _impose_compiled(self, module: nn.Module) -> None:

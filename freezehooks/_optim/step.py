@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .._errors import SpecError
 from .._held.held import HeldParameters
 from .._held.parameter import FrozenParameter
 from .._hooks import covering
 from .._hooks.batch import Batch, Place, Plan
+from .._ranks.agreement import has_process_group
 from .compact import Compact, check_whole
 from .elementwise import is_elementwise
 from .state import impose_on_weights, may_keep_weights, reset_frozen_state, reset_history
@@ -125,6 +125,12 @@ class StepHooks:
                 handle.remove()
             self._handles = []
 
+    def leave_released(self) -> None:
+        """Let go of every handle of which nothing is held at present."""
+        for member in list(self.members):
+            if not any(map(member.frozen.is_held, member.frozen)):
+                self.leave(member)
+
     def _install(self, optimizer: Optimizer) -> None:
         if not self._handles:
             self._handles = [moment.register(optimizer, getattr(self, moment.hook)) for moment in MOMENTS]
@@ -210,7 +216,7 @@ class StepHooks:
             return
         # Where every entry is stepped by its own numbers, a write to a gradient that autograd did not count can do no
         # more than dirty the moments of frozen entries: these are imposed after the step in any case.
-        trusting = is_elementwise(optimizer) and not _is_distributed()
+        trusting = is_elementwise(optimizer) and not has_process_group()
         if self.compact is None:
             self._batch.clean_gradients(self._places, trusting=trusting)
         else:
@@ -315,57 +321,6 @@ def _are_same(first: list[Tensor], second: list[Tensor]) -> bool:
     return len(first) == len(second) and all(map(operator.is_, first, second))
 
 
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-class Guard:
-    """What one handle does to one optimizer. Made by `FrozenEntries.guard`.
-
-    Attributes:
-        hooks: The hooks on the optimizer, shared by all handles that guard it.
-    """
-
-    def __init__(self, hooks: StepHooks, held: HeldParameters, *, compact: bool) -> None:
-        self.hooks = hooks
-        self._held = held
-        self._compact = compact
-        self._is_removed = False
-
-    @property
-    def optimizer(self) -> Optimizer | None:
-        """The guarded optimizer, or None where it or the guard is gone."""
-        return None if self._is_removed else self.hooks.optimizer
-
-    @property
-    def nbytes(self) -> int:
-        """The memory that compact mode takes between steps, in bytes, beside the optimizer's state."""
-        return self.hooks.nbytes
-
-    @property
-    def is_over(self) -> bool:
-        """Whether there is nothing left to guard: the guard was removed, or the optimizer is gone with its hooks."""
-        return self._is_removed or self.hooks.is_over
-
-    def install(self, *, compact: bool = False) -> None:
-        """Hold the entries through the optimizer's steps; once compact, a guard stays so."""
-        self._compact = self._compact or compact
-        optimizer = self.hooks.optimizer
-        if optimizer is not None:
-            self.hooks = step_hooks_on(optimizer) or self.hooks
-            self.hooks.join(self._held, compact=self._compact)
-
-    def suspend(self) -> None:
-        """Take this handle's part off the optimizer, until `install` puts it on again."""
-        self._compact = self._compact or self.hooks.compact is not None
-        self.hooks.leave(self._held)
-
-    def remove(self) -> None:
-        """Stop guarding the optimizer for good; the frozen entries are then held by the model's own hooks alone."""
-        self.suspend()
-        self._is_removed = True
-
-
 class Moment(NamedTuple):
     """One of the moments at which an optimizer calls a hook.
 
@@ -419,21 +374,3 @@ def compact_state_dict(optimizer: Optimizer) -> dict[str, Any]:
     """Return an optimizer's state dict, with flat tensors of the free entries where it holds those alone."""
     hooks = step_hooks_on(optimizer)
     return optimizer.state_dict() if hooks is None or hooks.compact is None else hooks.compact.state_dict(optimizer)
-
-
-def check_optimizer(optimizer: Any) -> None:
-    """Refuse what has no step hooks to guard it by.
-
-    Raises:
-        SpecError: It is no optimizer, or one that was made without `Optimizer.__init__`.
-    """
-    if not isinstance(optimizer, Optimizer):
-        raise SpecError(
-            f"`optimizer` must be a torch.optim.Optimizer, found {type(optimizer).__name__}",
-            "pass the optimizer first, then the handle: MaskedOptimizer(optimizer, frozen)",
-        )
-    if not all(hasattr(optimizer, moment.kept) for moment in MOMENTS):
-        raise SpecError(
-            f"`{type(optimizer).__name__}` has no step hooks: its class skips `Optimizer.__init__`",
-            "call super().__init__ in it, or guard the optimizer that it wraps",
-        )

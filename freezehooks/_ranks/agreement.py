@@ -23,9 +23,14 @@ _asked: Counter[str] = Counter()
 """How often each question was put: the ranks put the same ones in the same order."""
 
 
+def has_process_group() -> bool:
+    """Return whether torch.distributed was initialized, be it for this process alone."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def is_distributed() -> bool:
     """Return whether this process is one of several that torch.distributed has joined."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return has_process_group() and dist.get_world_size() > 1
 
 
 def check_same_on_ranks(model: Any, asked: Mapping[str, tuple[Tensor, Sequence[Rule]]]) -> None:

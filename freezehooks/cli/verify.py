@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .._counted import counted, share_of
+from .._entries.bits import differ
 from .._errors import CheckpointError, RegionError, SpecError
 from .._held.parameter import FrozenParameter
 from .._rules.rule import Rule
 from .base import Base
 from .checkpoints import open_checkpoint
-from .comparison import Comparison, compare, differ
+from .comparison import Comparison, compare
 from .output import say, shown
 from .rules_file import asked_rules
 from .selection import chosen_by_numbers, frozen_by, rules_by_name

@@ -1,0 +1,76 @@
+"""What one handle does to one optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from .._errors import SpecError
+from .._held.held import HeldParameters
+from .step import MOMENTS, StepHooks, step_hooks_on
+
+
+class Guard:
+    """What one handle does to one optimizer. Made by `FrozenEntries.guard`.
+
+    Attributes:
+        hooks: The hooks on the optimizer, shared by all handles that guard it.
+    """
+
+    def __init__(self, hooks: StepHooks, held: HeldParameters, *, compact: bool) -> None:
+        self.hooks = hooks
+        self._held = held
+        self._compact = compact
+        self._is_removed = False
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The guarded optimizer, or None where it or the guard is gone."""
+        return None if self._is_removed else self.hooks.optimizer
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that compact mode takes between steps, in bytes, beside the optimizer's state."""
+        return self.hooks.nbytes
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing left to guard: the guard was removed, or the optimizer is gone with its hooks."""
+        return self._is_removed or self.hooks.is_over
+
+    def install(self, *, compact: bool = False) -> None:
+        """Hold the entries through the optimizer's steps; once compact, a guard stays so."""
+        self._compact = self._compact or compact
+        optimizer = self.hooks.optimizer
+        if optimizer is not None:
+            self.hooks = step_hooks_on(optimizer) or self.hooks
+            self.hooks.join(self._held, compact=self._compact)
+
+    def suspend(self) -> None:
+        """Take this handle's part off the optimizer, until `install` puts it on again."""
+        self._compact = self._compact or self.hooks.compact is not None
+        self.hooks.leave(self._held)
+
+    def remove(self) -> None:
+        """Stop guarding the optimizer for good; the frozen entries are then held by the model's own hooks alone."""
+        self.suspend()
+        self._is_removed = True
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse what has no step hooks to guard it by.
+
+    Raises:
+        SpecError: It is no optimizer, or one that was made without `Optimizer.__init__`.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise SpecError(
+            f"`optimizer` must be a torch.optim.Optimizer, found {type(optimizer).__name__}",
+            "pass the optimizer first, then the handle: MaskedOptimizer(optimizer, frozen)",
+        )
+    if not all(hasattr(optimizer, moment.kept) for moment in MOMENTS):
+        raise SpecError(
+            f"`{type(optimizer).__name__}` has no step hooks: its class skips `Optimizer.__init__`",
+            "call super().__init__ in it, or guard the optimizer that it wraps",
+        )
