@@ -278,6 +278,28 @@ def test_resuming_under_other_rules_is_refused(package: str, tmp_path: Path) -> 
 
 
 @packages
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        ({"format": 99}, "the state of `FreezeEntries` has format 99, expected 2; load it with the version of"),
+        ({"released": True}, r"`FreezeEntries` cannot be read \(KeyError: 'format'\); resume from a checkpoint that"),
+    ],
+    ids=["another_format", "no_format"],
+)
+def test_a_checkpoint_of_another_format_is_refused(
+    package: str, spoilt: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    fit, path = _SaveLast(package, tmp_path), tmp_path / "last.ckpt"
+    fit(FreezeEntries(SPEC), epochs=1)
+    checkpoint = torch.load(path, weights_only=True)
+    assert set(checkpoint["callbacks"][FreezeEntries(SPEC).state_key]) == {"format", "released", "frozen"}
+    checkpoint["callbacks"][FreezeEntries(SPEC).state_key] = spoilt
+    torch.save(checkpoint, path)
+    with pytest.raises(StateMismatchError, match=message):
+        fit(FreezeEntries(SPEC), epochs=2, resume=True)
+
+
+@packages
 def test_a_checkpoint_of_an_unfrozen_run_resumes_frozen(package: str, tmp_path: Path) -> None:
     fit = _SaveLast(package, tmp_path)
     plain = fit(epochs=1, module=_module(package, watched=False))

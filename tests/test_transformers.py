@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import shutil
 import subprocess
@@ -322,6 +323,32 @@ def test_the_file_of_another_run_is_not_taken_for_the_checkpoints_own(tmp_path: 
     _trainer(_gpt2(), tmp_path, FreezeEntriesCallback(SMALLEST), **SAVING).train()
     with pytest.raises(StateMismatchError, match=r"`freezehooks\.pt` of the checkpoint is not in"):
         _resume(tmp_path, checkpoint)
+
+
+OTHER_FORMAT = "the state of `FreezeEntriesCallback` has format 99, expected 2; load it with the version of freezehooks"
+
+
+def test_a_checkpoint_whose_file_has_another_format_is_refused(tmp_path: Path) -> None:
+    _trainer(_gpt2(), tmp_path, FreezeEntriesCallback(SMALLEST), **SAVING).train()
+    path = tmp_path / "checkpoint-3" / "freezehooks.pt"
+    saved = torch.load(path, weights_only=True)
+    (item,) = saved.values()
+    assert set(item) == {"format", "released", "frozen", "run"}
+    item["format"] = 99
+    torch.save(saved, path)
+    with pytest.raises(StateMismatchError, match=OTHER_FORMAT):
+        _resume(tmp_path, tmp_path / "checkpoint-3")
+
+
+def test_a_checkpoint_whose_entry_has_another_format_is_refused(tmp_path: Path) -> None:
+    callback = FreezeEntriesCallback(SMALLEST)
+    _trainer(_gpt2(), tmp_path, callback, **SAVING).train()
+    path = tmp_path / "checkpoint-3" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["stateful_callbacks"][callback.state_key]["format"] = 99
+    path.write_text(json.dumps(state))
+    with pytest.raises(StateMismatchError, match=OTHER_FORMAT):
+        _resume(tmp_path, tmp_path / "checkpoint-3")
 
 
 def test_resuming_under_other_rules_is_refused_and_leaves_nothing_behind(tmp_path: Path) -> None:

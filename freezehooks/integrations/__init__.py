@@ -1,1 +1,1 @@
-"""Callbacks for training frameworks, a file each; importing freezehooks imports none of them."""
+"""Callbacks for training frameworks, a file each over a base that they share; importing freezehooks imports none."""

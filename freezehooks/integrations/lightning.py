@@ -5,19 +5,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-import warnings
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from torch import Tensor
 
-from .._counted import share_of
-from .._errors import OptimizerMismatchError, SpecError, StateMismatchError
+from .._errors import OptimizerMismatchError, SpecError
 from .._handle import FrozenEntries, freeze_entries
 from .._held.parameter import FrozenParameter
 from .._optim.state import stepped_by
 from .._report.monitor import drift, gradient_norms
-from .._rules.spec import rules_of
+from ._base import FreezingCallback, check_whole_number
 
 _PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
 
@@ -35,7 +33,7 @@ def _callback_bases() -> tuple[type, ...]:
 _Callback: Any = type("_Callback", _callback_bases(), {})
 
 
-class FreezeEntries(_Callback):
+class FreezeEntries(FreezingCallback, _Callback):
     """Hold some entries of the module's parameters through `Trainer.fit`.
 
     At the start of every fit the rules are read, the gradient hooks and forward hooks go onto the named layers, and
@@ -59,7 +57,7 @@ class FreezeEntries(_Callback):
         FreezeError: Text that is no rule, when the callback is made; anything else, at the start of fit.
         DriftError: After the last step of an epoch, where a frozen entry does not hold its value.
         UnguardedError: After the last step of an epoch, where all do, but a hook that holds them was stripped.
-        StateMismatchError: On resuming from a checkpoint that was saved under other rules.
+        StateMismatchError: On resuming from a checkpoint that was saved under other rules, or in another format.
 
     Example:
         >>> from freezehooks.integrations.lightning import FreezeEntries
@@ -68,36 +66,23 @@ class FreezeEntries(_Callback):
         conv.weight[center] = 0
     """
 
-    def __init__(
+    _word_for_training: ClassVar[str] = "fit"
+
+    def __init__(  # its annotations are what Lightning's command line reads
         self, spec: str | list[Any] | dict[str, Any] | Any, *, until_epoch: int | None = None, compact: bool = False
     ) -> None:
-        if until_epoch is not None and (type(until_epoch) is not int or until_epoch < 0):
-            raise SpecError(
-                f"`until_epoch` must be an epoch counted from 0, or None, found {until_epoch!r}",
-                "give a whole number, 0 or more",
-            )
-        self.rules = rules_of(spec)
-        self.until_epoch = until_epoch
-        self.compact = compact
-        self.frozen: FrozenEntries | None = None
-        self._released = False
+        super().__init__(spec, until_epoch=until_epoch, compact=compact)
         self._saved: dict[str, Any] | None = None
-
-    @property
-    def state_key(self) -> str:
-        """The name of this callback's state in a checkpoint: it says the rules."""
-        return f"{type(self).__qualname__}{[str(rule) for rule in self.rules]}"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forget an earlier fit: what a checkpoint says of this one is loaded after this."""
         if stage == "fit":
-            self.frozen, self._released, self._saved = None, False, None
+            self._forget()
+            self._saved = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Freeze the entries and guard the optimizers that step them."""
-        if self._released:
-            self._warn_of_release()
-        elif not self._is_due(trainer):
+        if self._shall_freeze(trainer):
             self.frozen = freeze_entries(pl_module, self.rules, state=self._saved)
             self._freeze_averages(trainer, self.frozen)
             self._guard(trainer.optimizers, compact=self.compact)
@@ -110,57 +95,46 @@ class FreezeEntries(_Callback):
             if average is not None:
                 freeze_entries(average.module, self.rules, state=frozen.state_dict())
 
+    def _guard(self, optimizers: list[Any], compact: bool = False) -> None:
+        frozen = self._holding()
+        if frozen is None:
+            return
+        for optimizer in optimizers:
+            with suppress(OptimizerMismatchError):  # the optimizer of another part of the module
+                frozen.guard(optimizer, compact=compact)
+
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Guard an optimizer that was made, or given frozen parameters, since the start of fit."""
         self._guard([optimizer])  # in the middle of its step: too late to be compact
 
-    def _guard(self, optimizers: list[Any], compact: bool = False) -> None:
-        if self.frozen is not None and self.frozen.attached:
-            for optimizer in optimizers:
-                with suppress(OptimizerMismatchError):  # the optimizer of another part of the module
-                    self.frozen.guard(optimizer, compact=compact)
-
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Let the entries go, where the epoch for it has come."""
-        if self._is_due(trainer) and not self._released:
-            self._released = True
-            self._remove()
-            _log(trainer, f"FreezeEntries: all entries train from epoch {trainer.current_epoch} on")
+        self._release_if_due(trainer)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Let the entries go in an epoch that a resumed run began without the hook for its start."""
-        self.on_train_epoch_start(trainer, pl_module)
-
-    def _is_due(self, trainer: Any) -> bool:
-        return self.until_epoch is not None and trainer.current_epoch >= self.until_epoch
+        self._release_if_due(trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Check after the last step of an epoch that every frozen entry holds its value, and its hooks are in place."""
-        if trainer.is_last_batch and self.frozen is not None and self.frozen.attached:
-            self.frozen.assert_frozen(guarded=False)
+        if trainer.is_last_batch:
+            self._check()
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Take the hooks off, after imposing once more: other callbacks may have written averages into the module."""
-        if self.frozen is not None and self.frozen.attached:
-            self.frozen.impose()
-            self._remove()
+        """Impose once more and take the hooks off."""
+        self._finish()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Take the hooks off."""
         self._remove()
 
-    def _remove(self) -> None:
-        if self.frozen is not None:
-            self.frozen.remove()
-
     def state_dict(self) -> dict[str, Any]:
         """Return rules, regions and values, and whether the entries were let go already."""
-        frozen = self._saved if self.frozen is None else self.frozen.state_dict()
-        return {"released": self._released, "frozen": frozen}
+        return self._write_state(self._saved if self.frozen is None else self.frozen.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take regions and values from a checkpoint, at once or at the start of fit."""
-        self._released, self._saved = state_dict["released"], state_dict["frozen"]
+        self._released, self._saved = self._read_state(state_dict)
         if self.frozen is not None and self._saved is not None:  # strategies that load after the start of fit
             if self._released:
                 self._remove()
@@ -169,28 +143,19 @@ class FreezeEntries(_Callback):
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume training from a checkpoint that was saved under other rules."""
-        present = {callback.state_key for callback in trainer.callbacks}
-        saved = [key for key in checkpoint.get("callbacks", {}) if str(key).startswith(type(self).__qualname__)]
-        others = [key for key in saved if key not in present]
-        if trainer.state.fn == "fit" and self.state_key not in saved and others:
-            raise StateMismatchError(
-                f"the checkpoint was saved under other rules: {', '.join(others)}; this run has {self.state_key}",
-                "give the callback the rules of the checkpoint, or start a new fit from its weights alone",
-            )
+        if trainer.state.fn == "fit":
+            present = {callback.state_key for callback in trainer.callbacks}
+            self._check_saved_rules(checkpoint.get("callbacks", {}), present)
 
-    def _warn_of_release(self) -> None:
-        if self.until_epoch is None:
-            warnings.warn(
-                "FreezeEntries: the checkpoint was saved after `until_epoch` had let all entries go; nothing is frozen "
-                "in this run either. To freeze again start a new fit from its weights alone.",
-                stacklevel=2,
-            )
+    def _epoch(self, training: Any) -> int:
+        return int(training.current_epoch)
 
-    @staticmethod
-    def _report(trainer: Any, pl_module: Any, frozen: FrozenEntries) -> None:
-        total = sum(parameter.numel() for parameter in pl_module.parameters())
-        told = share_of(frozen.frozen_count, total, "is frozen", "are frozen")
-        _log(trainer, f"FreezeEntries: {told}\n{frozen}")
+    def _log(self, training: Any, message: str) -> None:
+        """Log a message once, under the package that the trainer comes from."""
+        if training.is_global_zero:
+            modules = [cls.__module__ for cls in type(training).__mro__]
+            package = next(name for name in _PACKAGES if any(module.startswith(name) for module in modules))
+            logging.getLogger(package).info(message)
 
 
 class FrozenEntriesMonitor(_Callback):
@@ -223,11 +188,7 @@ class FrozenEntriesMonitor(_Callback):
     """
 
     def __init__(self, *, every_n_steps: int | None = None) -> None:
-        if every_n_steps is not None and (type(every_n_steps) is not int or every_n_steps < 1):
-            raise SpecError(
-                f"`every_n_steps` must be a number of steps, or None, found {every_n_steps!r}",
-                "give a whole number, 1 or more",
-            )
+        check_whole_number("every_n_steps", every_n_steps, "a number of steps", least=1)
         self.every_n_steps = every_n_steps
         self._has_stepped = False
         self._metrics: dict[str, float] = {}
@@ -283,11 +244,3 @@ def _steps_so_far(trainer: Any) -> int:
     """Return what Lightning's own metrics and monitors are logged at: it has no public name."""
     steps: int = trainer.fit_loop.epoch_loop._batches_that_stepped
     return steps
-
-
-def _log(trainer: Any, message: str) -> None:
-    """Say something once, in the log of the package that the trainer comes from."""
-    if trainer.is_global_zero:
-        modules = [cls.__module__ for cls in type(trainer).__mro__]
-        package = next(name for name in _PACKAGES if any(module.startswith(name) for module in modules))
-        logging.getLogger(package).info(message)

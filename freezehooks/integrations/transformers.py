@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import uuid
-import warnings
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 
-from .._counted import share_of
-from .._errors import FreezeError, SpecError, StateMismatchError
+from .._errors import FreezeError, StateMismatchError
 from .._handle import FrozenEntries, freeze_entries
-from .._rules.spec import Spec, rules_of
+from .._rules.spec import Spec
+from ._base import FreezingCallback
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -29,7 +28,7 @@ _FILE: Final = "freezehooks.pt"
 """What a checkpoint folder has beside the Trainer's own files: regions and values, which its JSON cannot hold."""
 
 
-class FreezeEntriesCallback(TrainerCallback):
+class FreezeEntriesCallback(FreezingCallback, TrainerCallback):
     """Hold some entries of the model's parameters through `Trainer.train`.
 
     At the start of every training the rules are read, the gradient hooks and forward hooks go onto the named layers,
@@ -54,8 +53,8 @@ class FreezeEntriesCallback(TrainerCallback):
         FreezeError: Text that is no rule, when the callback is made; anything else, at the start of training.
         DriftError: At the end of an epoch, where a frozen entry does not hold its value.
         UnguardedError: At the end of an epoch, where all do, but a hook that holds them was stripped.
-        StateMismatchError: On resuming from a checkpoint that was saved under other rules, or whose `freezehooks.pt`
-            is nowhere to be found.
+        StateMismatchError: On resuming from a checkpoint that was saved under other rules or in another format, or
+            whose `freezehooks.pt` is nowhere to be found.
 
     Example:
         >>> from freezehooks.integrations.transformers import FreezeEntriesCallback
@@ -64,53 +63,27 @@ class FreezeEntriesCallback(TrainerCallback):
         transformer.wte[~50257:] = keep
     """
 
-    def __init__(self, spec: Spec, *, until_epoch: int | None = None, compact: bool = False) -> None:
-        if until_epoch is not None and (type(until_epoch) is not int or until_epoch < 0):
-            raise SpecError(
-                f"`until_epoch` must be an epoch counted from 0, or None, found {until_epoch!r}",
-                "give a whole number, 0 or more",
-            )
-        self.rules = rules_of(spec)
-        self.until_epoch = until_epoch
-        self.compact = compact
-        self.frozen: FrozenEntries | None = None
-        self._released = False
-        self._run = ""
+    _word_for_training: ClassVar[str] = "training"
 
-    @property
-    def state_key(self) -> str:
-        """The name of this callback's entry in a checkpoint: it says the rules."""
-        return f"{type(self).__qualname__}{[str(rule) for rule in self.rules]}"
+    def __init__(self, spec: Spec, *, until_epoch: int | None = None, compact: bool = False) -> None:
+        super().__init__(spec, until_epoch=until_epoch, compact=compact)
+        self._run = ""
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Freeze the entries and guard the optimizer, after the Trainer has loaded what it resumes from."""
-        self._remove()  # an earlier training may have broken off
-        self.frozen, self._released, self._run = None, False, uuid.uuid4().hex
-        entry = self._entry(state)
-        if entry is not None and entry["released"]:
-            self._released = True
-            self._warn_of_release()
-        elif not self._is_due(state):
+        self._forget()
+        self._run = uuid.uuid4().hex
+        self._check_saved_rules(state.stateful_callbacks)
+        entry = state.stateful_callbacks.get(self.state_key)  # None in a fresh run, or after one that froze nothing
+        if entry is not None:
+            self._released, _ = self._read_state(entry)
+        if self._shall_freeze(state):
             self.frozen = self._freeze(model, optimizer, entry and self._saved(args, state, entry))
             self._report(state, model, self.frozen)
 
-    def _entry(self, state: Any) -> dict[str, Any] | None:
-        """Return what a checkpoint says of this callback; None in a fresh run, or after one without frozen entries.
-
-        Raises:
-            StateMismatchError: It speaks of other rules alone.
-        """
-        saved = [key for key in state.stateful_callbacks if key.startswith(f"{type(self).__qualname__}[")]
-        if saved and self.state_key not in saved:
-            raise StateMismatchError(
-                f"the checkpoint was saved under other rules: {', '.join(saved)}; this run has {self.state_key}",
-                "give the callback the rules of the checkpoint, or start a new training from its weights alone",
-            )
-        return state.stateful_callbacks.get(self.state_key)  # type: ignore[no-any-return]  # it came from JSON
-
-    def _saved(self, args: Any, state: Any, entry: dict[str, Any]) -> dict[str, Any]:
+    def _saved(self, args: Any, state: Any, entry: dict[str, Any]) -> dict[str, Any] | None:
         """Return regions and values from the checkpoint that the run resumes from.
 
         The Trainer does not say which folder that is: it is looked for where it may be and known by the run's mark.
@@ -124,7 +97,8 @@ class FreezeEntriesCallback(TrainerCallback):
         for folder in folders:
             saved = _read(folder).get(self.state_key, {})
             if saved.get("run") == entry["run"]:
-                return saved["frozen"]  # type: ignore[no-any-return]  # a file says what it says
+                _, frozen = self._read_state(saved)  # whether it was let go the entry says: the file may be a later one
+                return frozen
         raise StateMismatchError(
             f"the `{_FILE}` of the checkpoint is not in {', '.join(dict.fromkeys(map(str, folders)))}",
             "say where it is, as in TrainingArguments(resume_from_checkpoint=folder), or copy the file from another "
@@ -143,58 +117,39 @@ class FreezeEntriesCallback(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let the entries go, where the epoch for it has come."""
-        if self._is_due(state) and not self._released:
-            self._released = True
-            self._remove()
-            _log(state, f"{type(self).__name__}: all entries train from epoch {int(state.epoch)} on")
+        self._release_if_due(state)
         # not before: at the start of training other callbacks still read what the checkpoint says
         state.stateful_callbacks[self.state_key] = {
-            "released": self._released,
+            **self._write_state(None),  # it becomes JSON: what is frozen is in the file
             "run": self._run,
             "output_dir": str(Path(args.output_dir).resolve()),
         }
 
-    def _is_due(self, state: Any) -> bool:
-        return self.until_epoch is not None and int(state.epoch or 0) >= self.until_epoch
-
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check that every frozen entry holds its value, and that the hooks that hold it are in place."""
-        if self.frozen is not None and self.frozen.attached:
-            try:
-                self.frozen.assert_frozen(guarded=False)
-            except FreezeError:
-                self._remove()
-                raise
+        try:
+            self._check()
+        except FreezeError:
+            self._remove()
+            raise
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write regions and values beside the weights, in the processes that write weights."""
         folder = _checkpoint(args.output_dir, state)
         if args.should_save and folder.is_dir() and self.frozen is not None:
-            saved = {"run": self._run, "frozen": self.frozen.state_dict()}
+            saved = {**self._write_state(self.frozen.state_dict()), "run": self._run}
             _write(folder, {**_read(folder), self.state_key: saved})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the hooks off, after imposing once more: other callbacks may have written averages into the model."""
-        if self.frozen is not None and self.frozen.attached:
-            self.frozen.impose()
-            self._remove()
+        """Impose once more and take the hooks off."""
+        self._finish()
 
-    def _remove(self) -> None:
-        if self.frozen is not None:
-            self.frozen.remove()
+    def _epoch(self, training: Any) -> int:
+        return int(training.epoch or 0)
 
-    def _warn_of_release(self) -> None:
-        if self.until_epoch is None:
-            warnings.warn(
-                f"{type(self).__name__}: the checkpoint was saved after `until_epoch` had let all entries go; nothing "
-                "is frozen in this run either. To freeze again start a new training from its weights alone.",
-                stacklevel=2,
-            )
-
-    def _report(self, state: Any, model: Any, frozen: FrozenEntries) -> None:
-        total = sum(parameter.numel() for parameter in model.parameters())
-        told = share_of(frozen.frozen_count, total, "is frozen", "are frozen")
-        _log(state, f"{type(self).__name__}: {told}\n{frozen}")
+    def _log(self, training: Any, message: str) -> None:
+        if training.is_world_process_zero:
+            logging.getLogger("transformers").info(message)
 
 
 def _unwrapped(optimizer: Any) -> Any:
@@ -220,9 +175,3 @@ def _write(folder: Path, items: dict[str, Any]) -> None:
     unfinished = folder / f"{_FILE}.tmp"
     torch.save(items, unfinished)
     unfinished.replace(folder / _FILE)
-
-
-def _log(state: Any, message: str) -> None:
-    """Say something once, in the log of transformers."""
-    if state.is_world_process_zero:
-        logging.getLogger("transformers").info(message)

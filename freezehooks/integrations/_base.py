@@ -1,0 +1,182 @@
+"""What every callback that freezes entries does, whichever framework calls it; no framework is imported here."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable
+from typing import Any, ClassVar
+
+from torch import nn
+
+from .._counted import share_of
+from .._errors import SpecError, StateMismatchError
+from .._handle import FrozenEntries
+from .._held.saved import FORMAT, check_format, readable
+from .._rules.spec import Spec, rules_of
+
+
+class FreezingCallback(ABC):
+    """The part of a callback that no framework has a say in: settings, release, removal, report and refusals.
+
+    A framework's callback inherits from this class first and from the framework's own second. Its event methods freeze
+    the entries, keep the handle in `frozen`, and call the methods below. Several of these take `training`: the object
+    in which the framework keeps epoch and rank, such as Lightning's `Trainer`.
+
+    Args:
+        spec: The rules, as for `freeze_entries`.
+        until_epoch: The epoch, counted from 0, at whose start all entries are let go. None: never.
+        compact: Whether the optimizers shall hold and step the free entries alone.
+
+    Attributes:
+        frozen: The handle of the latest training; None before any, and where all entries were let go.
+
+    Raises:
+        RuleSyntaxError: Text that is no rule.
+        SpecError: Anything else that cannot be read as rules, or an `until_epoch` that is no epoch.
+    """
+
+    _word_for_training: ClassVar[str]
+    """What the framework's users call a training, in messages."""
+
+    def __init__(self, spec: Spec, *, until_epoch: int | None, compact: bool) -> None:
+        check_whole_number("until_epoch", until_epoch, "an epoch counted from 0", least=0)
+        self.rules = rules_of(spec)
+        self.until_epoch = until_epoch
+        self.compact = compact
+        self.frozen: FrozenEntries | None = None
+        self._released = False
+
+    @property
+    def state_key(self) -> str:
+        """The name of this callback's state in a checkpoint: it says the rules."""
+        return f"{type(self).__qualname__}{[str(rule) for rule in self.rules]}"
+
+    # What the framework knows
+
+    @abstractmethod
+    def _epoch(self, training: Any) -> int:
+        """Return the present epoch, counted from 0."""
+
+    @abstractmethod
+    def _log(self, training: Any, message: str) -> None:
+        """Log a message at level INFO, in one process, under the framework's own logger."""
+
+    # From the start of a training to its end
+
+    def _forget(self) -> None:
+        """Forget an earlier training, and let go what it still holds if it broke off."""
+        self._remove()
+        self.frozen, self._released = None, False
+
+    def _shall_freeze(self, training: Any) -> bool:
+        """Return whether this training starts with frozen entries, and warn where only the checkpoint says no."""
+        if self._released and self.until_epoch is None:
+            warnings.warn(
+                f"{type(self).__name__}: the checkpoint was saved after `until_epoch` had let all entries go; nothing "
+                f"is frozen in this run either. To freeze again start a new {self._word_for_training} from its weights "
+                "alone.",
+                stacklevel=3,
+            )
+        return not self._released and not self._is_due(training)
+
+    def _report(self, training: Any, model: nn.Module, frozen: FrozenEntries) -> None:
+        """Log how many entries are frozen, and which."""
+        total = sum(parameter.numel() for parameter in model.parameters())
+        told = share_of(frozen.frozen_count, total, "is frozen", "are frozen")
+        self._log(training, f"{type(self).__name__}: {told}\n{frozen}")
+
+    def _is_due(self, training: Any) -> bool:
+        return self.until_epoch is not None and self._epoch(training) >= self.until_epoch
+
+    def _release_if_due(self, training: Any) -> None:
+        """Let the entries go for good, where the epoch for it has come."""
+        if self._is_due(training) and not self._released:
+            self._released = True
+            self._remove()
+            self._log(training, f"{type(self).__name__}: all entries train from epoch {self._epoch(training)} on")
+
+    def _holding(self) -> FrozenEntries | None:
+        """Return the handle while it holds the entries."""
+        return self.frozen if self.frozen is not None and self.frozen.attached else None
+
+    def _check(self) -> None:
+        """Check that every frozen entry holds its value, and that the model's hooks are in place.
+
+        Raises:
+            DriftError: An entry does not.
+            UnguardedError: All do, but a hook is gone.
+        """
+        frozen = self._holding()
+        if frozen is not None:
+            frozen.assert_frozen(guarded=False)
+
+    def _finish(self) -> None:
+        """Take the hooks off, after imposing once more: other callbacks may have written averages into the model."""
+        frozen = self._holding()
+        if frozen is not None:
+            frozen.impose()
+            frozen.remove()
+
+    def _remove(self) -> None:
+        """Take the hooks off."""
+        if self.frozen is not None:
+            self.frozen.remove()
+
+    # Checkpoints
+
+    def _check_saved_rules(self, saved: Iterable[Any], present: Collection[str] = ()) -> None:
+        """Refuse a checkpoint that knows other rules and not those of this callback.
+
+        Args:
+            saved: The keys of all callbacks' states in the checkpoint.
+            present: The keys of callbacks that run beside this one; what was saved under them is theirs.
+
+        Raises:
+            StateMismatchError: It does.
+        """
+        ours = [key for key in map(str, saved) if key.startswith(f"{type(self).__qualname__}[")]
+        others = [key for key in ours if key not in present]
+        if self.state_key not in ours and others:
+            raise StateMismatchError(
+                f"the checkpoint was saved under other rules: {', '.join(others)}; this run has {self.state_key}",
+                f"give the callback the rules of the checkpoint, or start a new {self._word_for_training} from its "
+                "weights alone",
+            )
+
+    def _write_state(self, frozen: dict[str, Any] | None) -> dict[str, Any]:
+        """Return the callback's state as every checkpoint holds it.
+
+        Args:
+            frozen: What `FrozenEntries.state_dict` returned; None where nothing is frozen or it is kept elsewhere.
+        """
+        return {"format": FORMAT, "released": self._released, "frozen": frozen}
+
+    def _read_state(self, state: Any) -> tuple[bool, dict[str, Any] | None]:
+        """Return whether the entries were let go already, and what `FrozenEntries.state_dict` had returned.
+
+        Raises:
+            StateMismatchError: The state has another format, or cannot be read.
+        """
+        what = f"the state of `{type(self).__name__}`"
+        with readable(what, "resume from a checkpoint that this callback has saved"):
+            check_format(what, state)
+            return state["released"], state["frozen"]
+
+
+def check_whole_number(name: str, value: Any, meaning: str, *, least: int) -> None:
+    """Refuse an argument that is neither None nor a whole number of at least `least`.
+
+    Args:
+        name: What the argument is called.
+        value: What was given for it.
+        meaning: What it counts, in the words of the message.
+        least: The smallest number that is allowed.
+
+    Raises:
+        SpecError: It is neither.
+    """
+    if value is not None and (type(value) is not int or value < least):
+        raise SpecError(
+            f"`{name}` must be {meaning}, or None, found {value!r}", f"give a whole number, {least} or more"
+        )
