@@ -94,4 +94,4 @@ class DriftError(FreezeError, RuntimeError):
 
 
 class UnguardedError(FreezeError, RuntimeError):
-    """Frozen entries that hold their values now, while something that shall hold them is missing."""
+    """Frozen entries that hold their values now, while something that is to hold them is missing."""

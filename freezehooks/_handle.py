@@ -46,7 +46,7 @@ def freeze_entries(model: Model, spec: Spec, *, state: dict[str, Any] | None = N
     gradient is zero: guard the optimizer too, with `MaskedOptimizer` or `FrozenEntries.guard`.
 
     Args:
-        model: A module; or, for those who optimise bare tensors, a mapping from name to leaf tensor (there is no
+        model: A module; or, for those who optimize bare tensors, a mapping from name to leaf tensor (there is no
             forward to hook then, so gradients and steps alone are guarded).
         spec: A rule as text (several lines are several rules), a `Rule`, a mapping ``{target: region}`` or
             ``{target: (region, value)}``, or an iterable of those. An empty spec is legal and freezes nothing.
@@ -197,7 +197,7 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
         return self._held.violations()
 
     def assert_frozen(self, *, guarded: bool = True) -> None:
-        """Check that every frozen entry equals its value bit for bit, and that all that shall hold it is in place.
+        """Check that every frozen entry equals its value bit for bit, and that everything that holds it is in place.
 
         Args:
             guarded: Whether some guarded optimizer must step each parameter that requires a gradient. Give False
@@ -220,7 +220,7 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
     def report(self) -> Report:
         """Look at what is frozen and by what means: values, drift, hooks, guarded optimizers, bytes.
 
-        Of a parameter that is spread over ranks, values and drift are of this rank's part.
+        Of a parameter that is spread over ranks, values and drift are of this rank's shard.
 
         Raises:
             ParameterChangedError: A parameter is gone, has another shape or no numbers (on the meta device), or lies in
@@ -278,10 +278,10 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
     def plot(self, name: str, path: str | Path | None = None) -> Figure:
         """Draw a parameter, kernel by kernel or as a matrix, with a mark on every frozen entry.
 
-        A convolution's kernels stand with output channels across and input channels down, on one colour scale that is
+        A convolution's kernels stand with output channels across and input channels down, on one color scale that is
         symmetric around 0; of many channels some are drawn, evenly spaced. A large matrix is drawn in cells, each the
-        entry of largest magnitude of a block, beside a panel that says in grey how much of the block is frozen.
-        Sharded parameters show this rank's part. The picture says all of that itself.
+        entry of largest magnitude of a block, beside a panel that says in gray how much of the block is frozen.
+        Sharded parameters show this rank's shard. The picture says all of that itself.
 
         It needs matplotlib (``pip install 'freezehooks[plot]'``) and leaves pyplot's state alone. Notebooks show it.
 
@@ -323,7 +323,7 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
 
         Args:
             optimizer: Any optimizer that steps at least one of the frozen parameters.
-            compact: Whether the optimizer shall hold and step the free entries alone, as `MaskedOptimizer` says; once
+            compact: Whether the optimizer holds and steps the free entries alone, as `MaskedOptimizer` says; once
                 for all handles that guard it.
 
         Returns:
@@ -358,7 +358,7 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
 
         Raises:
             OptimizerMismatchError: It steps none.
-            UnsupportedOptimizerError: It shall be compact, and does not work entry by entry.
+            UnsupportedOptimizerError: It is to be compact, and does not work entry by entry.
             SpecError: It is no optimizer, or has no step hooks.
         """
         check_optimizer(optimizer)

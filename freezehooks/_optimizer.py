@@ -25,7 +25,7 @@ class MaskedOptimizer(Optimizer):
     Args:
         optimizer: The optimizer to wrap, reachable as `inner`. It is guarded too: stepping it directly holds as well.
         frozen: What `freeze_entries` returned, or a sequence of such handles; an empty one makes a transparent wrapper.
-        compact: Whether the optimizer shall hold and step the free entries alone: each parameter that has frozen ones
+        compact: Whether the optimizer holds and steps the free entries alone: each parameter that has frozen ones
             is stepped by a flat tensor of its free entries, and its state is of their size. The trajectory is the
             same; time and memory of the step shrink with what is frozen. For optimizers that work entry by entry, and
             LBFGS. Groups still hold the model's own parameters.
@@ -129,7 +129,7 @@ class MaskedOptimizer(Optimizer):
 
         Args:
             args: What the inner optimizer takes.
-            compact: Whether the state of a compact optimizer shall stay as small as it is in memory. Such a state
+            compact: Whether the state of a compact optimizer is to stay as small as it is in memory. Such a state
                 dict says which entries it is of; every optimizer that is guarded loads it, compact or not, under these
                 rules or others. A plain optimizer does not.
             kwargs: What the inner optimizer takes.

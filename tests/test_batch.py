@@ -30,7 +30,7 @@ SPECS: dict[str, Any] = {
 }
 
 
-def _chain(length: int, spec: Any = "*.weight[0] = 1") -> tuple[nn.Sequential, FrozenEntries, MaskedOptimizer]:
+def _chain(length: int, spec: Any = "*.weight[0] = 1") -> tuple[Any, FrozenEntries, MaskedOptimizer]:
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(length)))
     frozen = freeze_entries(model, spec)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1, foreach=True)
@@ -88,8 +88,13 @@ def test_nothing_is_planned_from_step_to_step(monkeypatch: pytest.MonkeyPatch) -
     model, frozen, optimizer = _chain(5)
     _train(model, optimizer, 2)
     made: list[Plan] = []
-    init = Plan.__init__
-    monkeypatch.setattr(Plan, "__init__", lambda plan, *args: made.append(plan) or init(plan, *args))
+    init: Any = Plan.__init__
+
+    def counted(plan: Plan) -> None:
+        made.append(plan)
+        init(plan)
+
+    monkeypatch.setattr(Plan, "__init__", counted)
     _train(model, optimizer, 3)
     assert made == []
     model[2].weight = nn.Parameter(torch.ones(8, 8))
@@ -210,7 +215,7 @@ def test_a_forward_that_was_broken_off_by_a_key_ends_with_the_next_forward_or_st
 
 
 def test_another_thread_is_not_covered_by_a_forward_that_runs_in_this_one() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     frozen = freeze_entries(model, "1.weight[0] = 1")
 
     def meanwhile(module: nn.Module, args: Any) -> None:
@@ -247,7 +252,7 @@ def test_a_module_that_calls_itself_holds_its_entries() -> None:
 
 
 def test_a_child_that_is_called_by_itself_writes_for_all_below_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.ModuleDict({"body": nn.Sequential(*(nn.Linear(8, 8) for _ in range(5))), "head": nn.Linear(8, 8)})
+    model: Any = nn.ModuleDict({"body": nn.Sequential(*(nn.Linear(8, 8) for _ in range(5))), "head": nn.Linear(8, 8)})
     frozen = freeze_entries(model, "*.weight[0] = 1")
     model["body"](torch.ones(2, 8))
     for parameter in model.parameters():
@@ -258,6 +263,16 @@ def test_a_child_that_is_called_by_itself_writes_for_all_below_it_at_once(monkey
     assert all((layer.weight[0] == 1).all() for layer in model["body"])
     model["head"](torch.ones(2, 8))
     frozen.assert_frozen(guarded=False)
+
+
+def test_a_child_inside_the_call_of_the_model_writes_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 8))
+    freeze_entries(model, "*.weight[0] = 1")
+    model(torch.ones(2, 8))
+    with _counted_runs(monkeypatch) as runs:
+        model(torch.ones(2, 8))
+        model.state_dict()
+    assert len(runs) == 2
 
 
 def test_saving_writes_for_all_modules_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,7 +385,7 @@ def test_a_guarded_model_is_freed_at_once_when_it_is_dropped(compact: bool) -> N
     gc.collect()
     gc.disable()
     try:
-        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
         frozen = freeze_entries(model, "*.weight[0] = 1\n1.bias[:2]")
         optimizer = MaskedOptimizer(torch.optim.AdamW(model.parameters()), frozen, compact=compact)
         _train(model, optimizer, 2)
@@ -395,7 +410,7 @@ def test_a_submodule_that_outlives_its_model_keeps_nothing_else_of_it_alive() ->
 
 
 def test_gradients_are_clean_behind_the_reducer_of_a_single_process(tmp_path: Path) -> None:
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)  # type: ignore[attr-defined]  # undeclared
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         model, frozen, optimizer = _chain(3)

@@ -1165,7 +1165,7 @@ _REFUSED: dict[str, tuple[Maker, str]] = {
 if hasattr(torch.optim, "Muon"):  # torch 2.9
     _REFUSED["muon"] = (
         torch.optim.Muon,
-        "`Muon` cannot hold the free entries alone: it orthogonalises the update of a whole",
+        "`Muon` cannot hold the free entries alone: it orthogonalizes the update of a whole",
     )
 
 

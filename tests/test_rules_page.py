@@ -144,7 +144,20 @@ def test_every_message_is_preceded_by_what_to_do() -> None:
 SOURCES: Final = [
     *("_rules/region", "_rules/rule", "_rules/reader", "_rules/parser", "_rules/spec", "_entries/select"),
     *(f"_rules/patterns/{name}" for name in ("__init__", "pattern", "kernels", "matrices", "magnitudes")),
-    *("_held/fixed", "_held/tied", "_held/parameter", "_held/names", "_held/resolve", "_ranks/agreement"),
+    *(
+        "_held/fixed",
+        "_held/tied",
+        "_held/parameter",
+        "_held/violation",
+        "_held/value",
+        "_held/supported",
+        "_held/saved",
+        "_held/site",
+        "_held/held",
+        "_held/names",
+        "_held/resolve",
+        "_ranks/agreement",
+    ),
 ]
 RAISE: Final = {
     "error",

@@ -381,7 +381,7 @@ def test_fsdp2_from_the_meta_device(spec: Any, first: bool) -> None:
 def test_fsdp2_freezes_nothing_on_the_meta_device() -> None:
     with torch.device("meta"):
         model: Any = build()
-    with pytest.raises(FreezeError, match=r"meta device.*materialise it"):
+    with pytest.raises(FreezeError, match=r"meta device.*materialize it"):
         freeze_entries(shard(model), "up.weight[0] = 1")
 
 

@@ -459,7 +459,8 @@ class Lives(RuleBasedStateMachine):
     # Freezing
 
     def _pieces(self, rules: list[Drawn]) -> tuple[list[Rule], dict[str, list[Piece]]]:
-        spec, pieces = [], {}
+        spec: list[Rule] = []
+        pieces: dict[str, list[Piece]] = {}
         for drawn in rules:
             name = self._name(drawn.target)
             parameter = self.parameters[name].detach().clone()
@@ -475,7 +476,7 @@ class Lives(RuleBasedStateMachine):
 
     def _conflicts(self, pieces: dict[str, list[Piece]]) -> bool:
         """Return whether some rules disagree, among themselves or with what is held; never of what rounding decides."""
-        found = []
+        found: list[bool] = []
         for name, own in pieces.items():
             others = [piece for hold in self.reference.attached for piece in hold.pieces.get(name, ())]
             pairs = [(own[i], own[j]) for i in range(len(own)) for j in range(i)]
@@ -833,7 +834,7 @@ class Lives(RuleBasedStateMachine):
         for name, parameter in self.parameters.items():
             ours, theirs = parameter.grad, reference[name].grad
             assert (ours is None) == (theirs is None), f"gradient of {name}"
-            if ours is None:
+            if ours is None or theirs is None:
                 continue
             free = ~self.reference.frozen(name)
             assert not bool(differ(ours, theirs)[free].any()), f"gradient at free entries of {name}"

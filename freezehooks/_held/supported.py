@@ -40,9 +40,9 @@ _REFUSALS: Final[tuple[tuple[Callable[[Tensor], bool], str, str], ...]] = (
     (
         is_tensor_subclass,
         "the parameter is a tensor subclass ({parameter.__class__.__name__}) whose memory is not one plain tensor",
-        "freeze before the model is quantised or sharded",
+        "freeze before the model is quantized or sharded",
     ),
-    (lambda p: p.is_meta, "the parameter is on the meta device and has no numbers yet", "materialise it, then freeze"),
+    (lambda p: p.is_meta, "the parameter is on the meta device and has no numbers yet", "materialize it, then freeze"),
     (
         lambda p: p.is_quantized or not (p.is_floating_point() or p.is_complex()) or p.element_size() == 1,
         "the parameter holds {parameter.dtype}, which no optimizer trains",

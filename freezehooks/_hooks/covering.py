@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -80,6 +80,11 @@ def end(by: object) -> None:
 def end_all() -> None:
     """Say that no call is running in this thread."""
     _calls.running.clear()
+
+
+def is_around(hooks: Iterable[Hashable]) -> bool:
+    """Return whether a running call has written what every one of some hook sets holds."""
+    return any(all(each in call.covered for each in hooks) for call in _calls.running)
 
 
 def is_covered(hooks: Hashable) -> bool:

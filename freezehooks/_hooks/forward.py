@@ -29,9 +29,10 @@ class OuterHooks:
         is_root: Whether the module is the whole model, where ranks are compared and FSDP2 is met.
     """
 
-    def __init__(self, frozen: FrozenParameters, *, is_root: bool) -> None:
+    def __init__(self, frozen: FrozenParameters, below: list[HookSet], *, is_root: bool) -> None:
         self.frozen = frozen
         self.is_root = is_root
+        self._below = below
         self._handles: list[RemovableHandle] = []
         self._batch: tuple[int, Batch] | None = None
         self._covered: tuple[Plan, covering.Covered] | None = None
@@ -58,6 +59,8 @@ class OuterHooks:
         """Write all values below the module."""
         if torch.compiler.is_compiling() or is_replica(module):
             return  # there each owner's own hook does it
+        if not self.is_root and covering.is_around(self._below):
+            return  # the model's call has written all
         if is_distributed() and self.is_root:
             self._meet_ranks(module)
         self._begin(module)
@@ -69,7 +72,8 @@ class OuterHooks:
 
     def impose_before_saving(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         """Write all values below the module before its `state_dict()`."""
-        self._begin(module)
+        if self.is_root or not covering.is_around(self._below):
+            self._begin(module)
 
     def _begin(self, module: nn.Module) -> None:
         with outside_transforms():
@@ -144,9 +148,9 @@ def install_outer(model: Model, frozen: FrozenParameters) -> None:
     """Put outer hooks on a model, and on those of its children that hold several owners of frozen parameters."""
     if isinstance(model, nn.Module):
         for module in (model, *model.children()):
-            below = [each for each in module.modules() if any(h.frozen is frozen for h in hook_sets_on(each))]
-            if module is model or (len(below) > 1 and below != [module]):
-                OuterHooks(frozen, is_root=module is model).install(module)
+            below = [hooks for each in module.modules() for hooks in hook_sets_on(each) if hooks.frozen is frozen]
+            if module is model or len(below) > 1:
+                OuterHooks(frozen, below, is_root=module is model).install(module)
 
 
 def remove_outer(model: Model, frozen: FrozenParameters) -> None:

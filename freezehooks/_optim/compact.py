@@ -29,7 +29,7 @@ from .state_dict import (
 )
 
 _REFUSED: Final = {
-    "Muon": "it orthogonalises the update of a whole matrix",
+    "Muon": "it orthogonalizes the update of a whole matrix",
     "Adafactor": "it keeps one number for each row and column, and scales by the size of the whole update",
     "SparseAdam": "it takes sparse gradients, and moves only what they name",
 }

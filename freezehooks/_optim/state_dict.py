@@ -41,7 +41,7 @@ def convert_state(
         groups: The optimizer's groups.
         state: Its state, by parameter or by index.
         before: Which parameters' state is flat now.
-        after: Which parameters' state shall be.
+        after: Which parameters' state is to be flat.
         key_of: Returns a parameter's key in the state.
 
     Returns:

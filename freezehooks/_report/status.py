@@ -1,4 +1,4 @@
-"""Whether all that shall hold frozen entries is in place: hooks on parameters and modules, guards on optimizers."""
+"""Whether everything that is to hold frozen entries is in place: hooks on gradients and modules, and guards."""
 
 from __future__ import annotations
 

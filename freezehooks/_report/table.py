@@ -16,7 +16,7 @@ from .status import Mechanisms, said
 
 @dataclass(frozen=True, slots=True)
 class PartReport:
-    """What is frozen of one parameter, and whether all that shall hold it is in place.
+    """What is frozen of one parameter, and whether everything that is to hold it is in place.
 
     Attributes:
         name: The parameter's qualified name.

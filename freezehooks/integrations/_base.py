@@ -26,7 +26,7 @@ class FreezingCallback(ABC):
     Args:
         spec: The rules, as for `freeze_entries`.
         until_epoch: The epoch, counted from 0, at whose start all entries are let go. None: never.
-        compact: Whether the optimizers shall hold and step the free entries alone.
+        compact: Whether the optimizers hold and step the free entries alone.
 
     Attributes:
         frozen: The handle of the latest training; None before any, and where all entries were let go.

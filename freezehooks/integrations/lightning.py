@@ -47,7 +47,7 @@ class FreezeEntries(FreezingCallback, _Callback):
     Args:
         spec: The rules, as for `freeze_entries`; names are those of the LightningModule's parameters.
         until_epoch: The epoch, counted from 0, at whose start all entries are let go. Left out: never.
-        compact: Whether the optimizers shall hold and step the free entries alone, as `MaskedOptimizer` says.
+        compact: Whether the optimizers hold and step the free entries alone, as `MaskedOptimizer` says.
             Checkpoints hold their state in the plain shapes.
 
     Attributes:

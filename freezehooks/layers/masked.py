@@ -77,7 +77,7 @@ class _MaskedConv(nn.modules.conv._ConvNd):
         bias = self.bias.to(output.dtype).view(-1, *[1] * len(self.kernel_size))
         if isinstance(self.bias_at, Tensor):
             return output + torch.where(self._positions(self.bias_at, output), bias, bias.new_zeros(()))
-        # An empty neighbourhood gives exactly 0, however the convolution rounds; its gradient stays the convolution's.
+        # An empty neighborhood gives exactly 0, however the convolution rounds; its gradient stays the convolution's.
         return torch.where(self._responds(input), output + bias, output - output.detach())
 
     def _positions(self, bias_at: Tensor, output: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ _DOCUMENTATION = """Convolve with a kernel of which only some taps exist.
         mask: Which taps exist: a tensor of zeros and ones (1 = tap present) of the kernel's shape or of the weight's, a
             region (`cross`, `~center`, `entries[...]`), or a region's text.
         bias_at: Where the bias is added: "everywhere"; "response", at output positions where a tap that exists sees
-            some input that is not 0, so that an empty neighbourhood gives exactly 0; or a bool tensor of output
+            some input that is not 0, so that an empty neighborhood gives exactly 0; or a bool tensor of output
             positions.
 
     Shape:

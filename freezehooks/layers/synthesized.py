@@ -34,7 +34,7 @@ class _SynthesizedConv(nn.Module):
         frozen: tuple[Any, Any] | None = None,
     ) -> None:
         super().__init__()
-        # A plain convolution without numbers checks and normalises the arguments, and shows them; in a tuple it is no
+        # A plain convolution without numbers checks and normalizes the arguments, and shows them; in a tuple it is no
         # submodule, so that it has no part in `state_dict()` or `parameters()`.
         as_plain = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         self._shape_of = (self._plain(*as_plain, device="meta"),)
