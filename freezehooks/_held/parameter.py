@@ -165,10 +165,12 @@ class FrozenParameter:
             UnsupportedParameterError: Copies are tied in a parameter that is spread over ranks now.
         """
         here, layout = local(parameter), layout_of(parameter)
-        if layout != self.layout and layout is not None:
+        if here.is_meta:
+            return self  # on its way to somewhere else, and without numbers
+        if layout is not None and layout != self.layout:
             whole = self._whole_constraints()
             constraints = [constraint.for_shard(here.data, lambda full: cut(full, layout)) for constraint in whole]
-        elif (here.dtype, here.device) != (self._dtype, self._device) and not here.is_meta:
+        elif (here.dtype, here.device) != (self._dtype, self._device):
             constraints = list(self.constraints)
         else:
             return self
