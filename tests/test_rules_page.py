@@ -153,7 +153,7 @@ SOURCES: Final = [
         "_held/supported",
         "_held/saved",
         "_held/site",
-        "_held/held",
+        
         "_held/names",
         "_held/resolve",
         "_ranks/agreement",
