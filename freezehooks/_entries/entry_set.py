@@ -175,7 +175,11 @@ class Empty(EntrySet):
 
 
 class Strided(EntrySet):
-    """Entries that form a strided box: reached through a view, at no memory."""
+    """Entries that form a strided box: reached through a view, at no memory.
+
+    Attributes:
+        key: What a tensor is indexed by to get the view.
+    """
 
     def __init__(self, mask: Tensor, spans: tuple[slice, ...]) -> None:
         super().__init__(mask)
@@ -185,7 +189,7 @@ class Strided(EntrySet):
         full = [span == slice(0, size, 1) for span, size in zip(spans, self.shape, strict=True)]
         first, last = (full.index(False), len(full) - full[::-1].index(False)) if not all(full) else (0, 0)
         terse = tuple(span.start if span.stop == span.start + 1 else span for span in spans)
-        self._key: tuple[Any, ...] = (..., *terse[first:]) if last == len(full) and first else terse[:last]
+        self.key: tuple[Any, ...] = (..., *terse[first:]) if last == len(full) and first else terse[:last]
 
     @staticmethod
     def around(mask: Tensor) -> Strided | None:
@@ -205,26 +209,26 @@ class Strided(EntrySet):
 
     @property
     def values_shape(self) -> torch.Size:
-        return torch.empty((), device="meta").expand(self.shape)[self._key].shape
+        return torch.empty((), device="meta").expand(self.shape)[self.key].shape
 
     def fill_(self, tensor: Tensor, number: float) -> None:
-        tensor[self._key].fill_(number)
+        tensor[self.key].fill_(number)
 
     def write_(self, tensor: Tensor, values: Tensor) -> None:
-        tensor[self._key].copy_(values)
+        tensor[self.key].copy_(values)
 
     def read(self, tensor: Tensor) -> Tensor:
-        return tensor[self._key].clone(memory_format=torch.contiguous_format)
+        return tensor[self.key].clone(memory_format=torch.contiguous_format)
 
     def add_fill(self, writes: Writes, tensor: Tensor, number: float) -> None:
-        view = tensor[self._key]
+        view = tensor[self.key]
         writes.copy(view, torch.full((), number, dtype=tensor.dtype, device=tensor.device).expand(view.shape))
 
     def add_write(self, writes: Writes, tensor: Tensor, values: Tensor) -> None:
-        writes.copy(tensor[self._key], values)
+        writes.copy(tensor[self.key], values)
 
     def add_zero(self, writes: Writes, tensor: Tensor) -> None:
-        writes.zero(tensor[self._key])
+        writes.zero(tensor[self.key])
 
     def state(self) -> dict[str, Any]:
         return {"box": [[span.start, span.stop, span.step] for span in self._spans]}

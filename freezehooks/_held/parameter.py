@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._entries.bits import differ
+from .._entries.entry_set import Strided
 from .._entries.writes import Writes
 from .._errors import ParameterChangedError, error_context
 from .._ranks.sharding import Layout, cut, index_in_whole, joined, layout_of, local, local_gradient
@@ -53,8 +54,10 @@ class FrozenParameter:
         here = local(parameter) if self.layout is not None else parameter
         self._extent, self._dtype, self._device = here.shape, here.dtype, here.device
         self.ties = tuple(constraint for constraint in constraints if isinstance(constraint, TiedEntries))
-        self._is_plain = self.layout is None and not self._dtype.is_complex
         self._add_zero = [constraint.entries.add_zero for constraint in constraints if constraint.entries.count]
+        is_plain = self.layout is None and not self._dtype.is_complex and len(constraints) == 1
+        only = constraints[0].entries if is_plain else None
+        self._only_box = only.key if isinstance(only, Strided) else None
         self._ties_first = sorted(constraints, key=lambda constraint: not constraint.is_tie)
         self.frozen_count: int = self._count_frozen() if whole is None else whole.frozen_count
 
@@ -295,23 +298,24 @@ class FrozenParameter:
         for add_zero in self._add_zero:
             add_zero(writes, gradient)
 
-    def add_zero_accumulated(self, writes: Writes, parameter: Tensor) -> None:
+    def add_zero_accumulated(self, writes: Writes, parameter: Tensor) -> Tensor | None:
         """Do what `add_zero_gradient` does, for a gradient that autograd has just accumulated: more quickly.
 
         Such a gradient is neither expanded nor made under torch.inference_mode.
+
+        Returns:
+            The gradient, as it is now.
         """
         gradient = parameter.grad
-        if (
-            gradient is None
-            or not self._is_plain
-            or gradient.layout is not torch.strided
-            or gradient.requires_grad
-            or gradient.is_neg()
-        ):
+        key = self._only_box
+        if key is None or gradient is None or gradient.layout is not torch.strided:
             self.add_zero_gradient(writes, parameter)
-        else:
-            for add_zero in self._add_zero:
-                add_zero(writes, gradient)
+            return parameter.grad
+        if gradient.requires_grad or gradient.is_neg():
+            self.add_zero_gradient(writes, parameter)
+            return parameter.grad
+        writes.zero(gradient[key])
+        return gradient
 
     def zero_gradient(self, parameter: Tensor) -> None:
         """Make the parameter's gradient exactly +0.0 at the frozen entries, now."""

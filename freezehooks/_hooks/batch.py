@@ -209,7 +209,7 @@ class Batch:
         """Let go of the gradients that are known to be clean."""
         for planned in self._plan.planned if self._plan is not None else ():
             if planned.hook is not None:
-                planned.hook.forget()
+                planned.hook.cleaned = None
 
     def pairs(self, places: Places) -> Iterator[tuple[FrozenParameter, Tensor]]:
         """Pair each frozen parameter with the tensor to write to."""

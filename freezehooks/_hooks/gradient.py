@@ -40,11 +40,11 @@ class _BackwardPass:
         writes = Writes()
         for hook, parameter in zip(self.hooks, self.parameters, strict=True):
             frozen = hook.frozen.get(hook.name)  # None where it was thawed meanwhile
-            if frozen is not None:
-                frozen.add_zero_accumulated(writes, parameter)
+            hook.cleaned = None if frozen is None else frozen.add_zero_accumulated(writes, parameter)
         writes.run()
-        for hook, parameter in zip(self.hooks, self.parameters, strict=True):
-            hook.remember(parameter.grad)
+        for hook in self.hooks:
+            if hook.cleaned is not None:
+                hook.version = hook.cleaned._version
 
 
 def _no_pass() -> None:
@@ -76,14 +76,17 @@ class ZeroFrozenGradient:
     Attributes:
         frozen: What the handle froze.
         name: The parameter's name there.
+        cleaned: The gradient that was made clean at the end of the latest backward pass. The next step and the next
+            forward forget it: a gradient that was dropped before leaves no memory behind.
+        version: How often autograd had counted a write to it by then.
     """
 
     def __init__(self, frozen: FrozenParameters, name: str) -> None:
         self.frozen = frozen
         self.name = name
         self._connected: TensorIdentity | None = None
-        self._cleaned: Tensor | None = None
-        self._version = 0
+        self.cleaned: Tensor | None = None
+        self.version = 0
 
     def __call__(self, parameter: Tensor) -> None:
         # a hook behind this one looks at the gradient, or steps and drops it, before the pass ends
@@ -102,24 +105,12 @@ class ZeroFrozenGradient:
         if frozen is not None:
             frozen.zero_gradient(parameter)
 
-    def remember(self, gradient: Tensor | None) -> None:
-        """Note a gradient that was just made clean, until `forget`.
-
-        The next step and the next forward make it forget: a gradient that was dropped before leaves no memory behind.
-        """
-        if gradient is not None:
-            self._cleaned, self._version = gradient, gradient._version
-
-    def forget(self) -> None:
-        """Let go of the gradient that was noted."""
-        self._cleaned = None
-
     def is_clean(self, gradient: Tensor | None) -> bool:
         """Return whether a gradient is the one that was made clean, and nobody wrote to it since.
 
         As far as autograd counts: writes through `.data` and those of a reducer are not counted.
         """
-        return self._cleaned is not None and gradient is self._cleaned and gradient._version == self._version
+        return gradient is not None and gradient is self.cleaned and gradient._version == self.version
 
     def connect(self, parameter: Tensor) -> None:
         """Make sure that autograd calls the parameter's hooks, also where the tensor was swapped.
