@@ -262,7 +262,7 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
             trainable entries: 5 of 8 (62.5 %)
         """
         held = [
-            (self._held.frozen[name], site.tensor())
+            (self._held.frozen.by_name[name], site.tensor())
             for name, site in self._held.held_sites()
             if self._attached and self._is_hooked(name, site)
         ]

@@ -44,7 +44,7 @@ class HeldParameters:
     @property
     def names(self) -> list[str]:
         """The names of `frozen` that stand in this model."""
-        return [name for name in dict.fromkeys(name for name, _ in self.sites) if name in self.frozen]
+        return [name for name in dict.fromkeys(name for name, _ in self.sites) if name in self.frozen.by_name]
 
     def held_sites(self) -> Iterator[tuple[str, Site]]:
         """Yield the places whose entries are held at present."""
@@ -53,7 +53,7 @@ class HeldParameters:
     def __iter__(self) -> Iterator[tuple[FrozenParameter, Tensor]]:
         seen: set[tuple[str, int]] = set()
         for name, site in self.sites:
-            if name not in self.frozen:
+            if name not in self.frozen.by_name:
                 continue  # another handle has thawed it
             pair = self.frozen.adopt(name, site.tensor())
             if pair is not None and (name, id(pair[1])) not in seen:
@@ -68,9 +68,9 @@ class HeldParameters:
         """
         modules = set(self.model.modules()) if isinstance(self.model, nn.Module) else set()
         for name, site in self.sites:
-            if name not in self.frozen:
+            if name not in self.frozen.by_name:
                 continue
-            self.frozen[name].check_shape(site.tensor())
+            self.frozen.by_name[name].check_shape(site.tensor())
             if isinstance(site.owner, nn.Module) and site.owner not in modules:
                 raise ParameterChangedError(
                     f"the {type(site.owner).__name__} that owned `{name}` is no longer in the model",
@@ -86,7 +86,7 @@ class HeldParameters:
         self.check_in_place()
         found: dict[tuple[str, int], Violation | None] = {}
         for name, site in self.sites:
-            if name not in self.frozen:
+            if name not in self.frozen.by_name:
                 continue
             place = name, id(site.find())
             pair = self.frozen.adopt(name, site.computed())

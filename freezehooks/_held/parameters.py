@@ -14,14 +14,15 @@ from .names import unwrapped
 from .parameter import FrozenParameter
 
 
-class FrozenParameters(dict[str, FrozenParameter]):
+class FrozenParameters:
     """Frozen parameters by name.
 
-    Hooks on modules, on gradients and on optimizers all refer to one such dict and to a name in it, so that a parameter
-    that is moved, sharded, loaded or thawed is replaced in one place. It refers to no parameter and to no module:
-    whatever holds it keeps nothing of the model alive.
+    Hooks on modules, on gradients and on optimizers all refer to one such object and to a name in it, so that what is
+    frozen of a parameter that is moved, sharded, loaded or thawed is replaced in one place. It refers to no parameter
+    and to no module: whatever holds it keeps nothing of the model alive.
 
     Attributes:
+        by_name: The frozen parameters: a plain dict, since compiled frames look into it.
         released: The names of those that are not held at present.
         changes: How often something of it has changed, or a parameter was found elsewhere than before: whoever has
             planned a write looks again then.
@@ -29,7 +30,7 @@ class FrozenParameters(dict[str, FrozenParameter]):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        self.by_name: dict[str, FrozenParameter] = {}
         self.released: set[str] = set()
         self.changes = 0
         self.guards: list[weakref.ref[Any]] = []
@@ -37,7 +38,7 @@ class FrozenParameters(dict[str, FrozenParameter]):
 
     def is_held(self, name: str) -> bool:
         """Return whether entries of a parameter are held at present."""
-        return name in self and name not in self.released
+        return name in self.by_name and name not in self.released
 
     def release(self, names: Iterable[str]) -> None:
         """Hold some parameters no longer, until `hold`."""
@@ -52,7 +53,7 @@ class FrozenParameters(dict[str, FrozenParameter]):
     def thaw(self, names: Iterable[str]) -> None:
         """Forget some parameters."""
         for name in names:
-            self.pop(name, None)
+            self.by_name.pop(name, None)
         self.changes += 1
 
     def find(self, name: str, among: Iterable[str]) -> FrozenParameter:
@@ -61,7 +62,7 @@ class FrozenParameters(dict[str, FrozenParameter]):
         Raises:
             TargetError: None of those it is sought among does.
         """
-        parameters = [self[each] for each in among]
+        parameters = [self.by_name[each] for each in among]
         for parameter in parameters:
             if name in parameter.names:
                 return parameter
@@ -78,14 +79,14 @@ class FrozenParameters(dict[str, FrozenParameter]):
         """Pair what is frozen under a name with the tensor to write to; renew it where the tensor is not as it was.
 
         Args:
-            name: A name in this dict.
+            name: A name in `by_name`.
             parameter: The tensor that stands in the parameter's place now.
 
         Returns:
             For a parameter that FSDP2 has gathered for a while, the sharded one, since writes to the other are lost;
             None where that is not known.
         """
-        frozen = self[name]
+        frozen = self.by_name[name]
         if is_gathered(layout_of(parameter), frozen.layout):
             original = self.sharded_original(name)
             return None if original is None else (frozen, original)
@@ -93,7 +94,7 @@ class FrozenParameters(dict[str, FrozenParameter]):
             self._sharded[name] = parameter
         found = frozen.for_tensor(parameter)
         if found is not frozen:
-            self[name] = found
+            self.by_name[name] = found
         return found, parameter
 
     def sharded_original(self, name: str) -> Tensor | None:
@@ -105,6 +106,9 @@ class FrozenParameters(dict[str, FrozenParameter]):
         found = [reference() for reference in tuple(self.guards)]  # another thread may add one meanwhile
         return [guard for guard in found if guard is not None]
 
-    def __reduce__(self) -> Any:
-        # a copied model has optimizers and shards of its own
-        return type(self), (), {"released": set(self.released)}, None, iter(self.items())
+    def __getstate__(self) -> dict[str, Any]:
+        return {"by_name": self.by_name, "released": self.released}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]  # a copied model has optimizers and shards of its own
+        vars(self).update(state)

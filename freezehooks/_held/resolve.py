@@ -40,9 +40,9 @@ def resolve(model: Model, rules: Iterable[Rule], state: Any = None) -> HeldParam
     check_same_on_ranks(model, asked)
     frozen = FrozenParameters()
     for name, constraints in _chosen(asked) if state is None else saved.load(asked, state):
-        frozen[name] = FrozenParameter(targets.names_of(name), asked[name][0], constraints)
+        frozen.by_name[name] = FrozenParameter(targets.names_of(name), asked[name][0], constraints)
         frozen.adopt(name, asked[name][0])
-    places = [(name, targets.sites[alias]) for name in frozen for alias in frozen[name].names]
+    places = [(name, targets.sites[alias]) for name, each in frozen.by_name.items() for alias in each.names]
     return HeldParameters(model, frozen, places)
 
 
@@ -73,10 +73,10 @@ def load(held: HeldParameters, state: Any) -> None:
     """
     asked = {frozen.name: (parameter, frozen.rules) for frozen, parameter in held}
     loaded = {
-        name: FrozenParameter(held.frozen[name].names, asked[name][0], constraints)
+        name: FrozenParameter(held.frozen.by_name[name].names, asked[name][0], constraints)
         for name, constraints in list(saved.load(asked, state))
     }
-    held.frozen.update(loaded)  # all of them were read before the first change
+    held.frozen.by_name.update(loaded)  # all of them were read before the first change
     held.frozen.changes += 1
     for name, (parameter, _) in asked.items():
         held.frozen.adopt(name, parameter)

@@ -109,7 +109,7 @@ class OuterHooks:
         is_sharded = has_fsdp2(model)
         if not self._is_compared and (is_sharded or is_inside_ddp_forward()):
             self._is_compared = True
-            check_same_parameters(self.frozen.values())
+            check_same_parameters(self.frozen.by_name.values())
         if is_sharded:
             self._come_first(model)
             self._meet_shards(model)
@@ -123,7 +123,7 @@ class OuterHooks:
 
     def _meet_shards(self, model: nn.Module) -> None:
         """Adopt the shards where FSDP2 has put gathered parameters in their place already."""
-        if all(parameter.is_sharded for parameter in self.frozen.values()):
+        if all(parameter.is_sharded for parameter in self.frozen.by_name.values()):
             return
         for owner, key, shard in fsdp2_parameters(model):
             for hooks in self._own(owner):

@@ -39,7 +39,7 @@ class _BackwardPass:
     def __call__(self) -> None:
         writes = Writes()
         for hook, parameter in zip(self.hooks, self.parameters, strict=True):
-            frozen = hook.frozen.get(hook.name)  # None where it was thawed meanwhile
+            frozen = hook.frozen.by_name.get(hook.name)  # None where it was thawed meanwhile
             hook.cleaned = None if frozen is None else frozen.add_zero_accumulated(writes, parameter)
         writes.run()
         for hook in self.hooks:
@@ -101,7 +101,7 @@ class ZeroFrozenGradient:
 
     def clean(self, parameter: Tensor) -> None:
         """Make the gradient clean now."""
-        frozen = self.frozen.get(self.name)
+        frozen = self.frozen.by_name.get(self.name)
         if frozen is not None:
             frozen.zero_gradient(parameter)
 
@@ -168,7 +168,7 @@ def watch_gradient(parameter: Tensor, frozen: FrozenParameters, name: str) -> No
         for hook_id in others:
             del gradient_hooks(parameter)[hook_id]
         gradient_hooks(parameter).update(others)
-    for tie in frozen[name].ties:
+    for tie in frozen.by_name[name].ties:
         if not _is_summed(parameter, tie):
             parameter.register_hook(SumTiedGradient(frozen, name, tie))
     hook.connect(parameter)
@@ -187,7 +187,7 @@ def is_watched(parameter: Tensor, frozen: FrozenParameters, name: str) -> bool:
     It changes nothing: another thread may look while a backward pass calls the hooks.
     """
     is_zeroed = gradient_hook(parameter, frozen, name) is not None
-    return is_zeroed and all(_is_summed(parameter, tie) for tie in frozen[name].ties)
+    return is_zeroed and all(_is_summed(parameter, tie) for tie in frozen.by_name[name].ties)
 
 
 def gradient_hook(parameter: Tensor, frozen: FrozenParameters, name: str) -> ZeroFrozenGradient | None:
@@ -201,7 +201,7 @@ def gradient_hook(parameter: Tensor, frozen: FrozenParameters, name: str) -> Zer
 def watching(parameter: Tensor) -> list[FrozenParameter]:
     """Return what every handle freezes of a parameter that requires a gradient."""
     hooks = [hook for hook in gradient_hooks(parameter).values() if isinstance(hook, ZeroFrozenGradient)]
-    return [hook.frozen[hook.name] for hook in hooks if hook.name in hook.frozen]
+    return [hook.frozen.by_name[hook.name] for hook in hooks if hook.name in hook.frozen.by_name]
 
 
 def _is_summed(parameter: Tensor, tie: TiedEntries) -> bool:

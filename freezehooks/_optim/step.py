@@ -128,7 +128,7 @@ class StepHooks:
     def leave_released(self) -> None:
         """Let go of every handle of which nothing is held at present."""
         for member in list(self.members):
-            if not any(map(member.frozen.is_held, member.frozen)):
+            if not any(map(member.frozen.is_held, member.frozen.by_name)):
                 self.leave(member)
 
     def _install(self, optimizer: Optimizer) -> None:

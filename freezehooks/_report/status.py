@@ -107,7 +107,7 @@ class _OnModules:
         """Return the moments at which nothing imposes the values on one place."""
         if owner not in self._hooks or self._hooks[owner].names.get(key) != name:
             return {"forward", "saving", "loading"}
-        before_model = {"forward"} if self._held.frozen[name].is_sharded and not self._has_root else set()
+        before_model = {"forward"} if self._held.frozen.by_name[name].is_sharded and not self._has_root else set()
         return before_model | self._hooks[owner].lost(owner, self._callers.get(owner, []))
 
 
