@@ -340,11 +340,11 @@ def _measured(scenario: str) -> list[str]:
 
 def test_the_figures_are_those_of_the_page_on_performance() -> None:
     (section,) = re.findall(r"## What it costs\n(.*?)\n## ", PAGE, re.DOTALL)
-    centre = _measured("centre of every 3x3 kernel, residual net, AdamW")
+    center = _measured("center of every 3x3 kernel, residual net, AdamW")
     half = _measured("half at 0, six 1024x1024, AdamW")
     rows = _measured("all but 16 rows of a 50,273x768 embedding, AdamW")
     (of_peft,) = re.findall(r"trainable tokens take (\d\.\d+)", (TESTS.parent / "docs" / "performance.md").read_text())
-    assert re.findall(r"\d+\.\d+", section) == [centre[0], *centre[2:], *half, *rows[:2], of_peft]
+    assert re.findall(r"\d+\.\d+", section) == [center[0], *center[2:], *half, *rows[:2], of_peft]
 
 
 # --------------------------------------------------------------------------------------------------------------------
