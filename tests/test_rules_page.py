@@ -153,7 +153,6 @@ SOURCES: Final = [
         "_held/supported",
         "_held/saved",
         "_held/site",
-        
         "_held/names",
         "_held/resolve",
         "_ranks/agreement",

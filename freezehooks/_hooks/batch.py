@@ -1,10 +1,14 @@
-"""One write a moment: what many parameters hold, planned once and kept until one of them is found elsewhere."""
+"""One write a moment: what many parameters hold, planned once and kept until one of them is found elsewhere.
+
+A module around others has written for all of them, for as long as its own call lasts: they ask before they write again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,50 +16,8 @@ from torch import Tensor, nn
 from .._entries.writes import Writes
 from .._held.parameter import FrozenParameter
 from .._held.parameters import FrozenParameters
-from .._held.site import Site, gone
-from .._torch import is_replica
+from .._held.place import Place
 from .gradient import ZeroFrozenGradient, gradient_hook, watch_gradient
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a frozen parameter stands.
-
-    Attributes:
-        frozen: What the handle froze.
-        name: The parameter's name there.
-        site: The module, or the mapping, and the name in it.
-    """
-
-    frozen: FrozenParameters
-    name: str
-    site: Site
-
-    def own(self) -> Tensor | None:
-        """Return the parameter that stands here; None for a tensor that somebody put in its place for one call.
-
-        `torch.func.functional_call` does, and nn.DataParallel; those belong to the caller.
-
-        Raises:
-            ParameterChangedError: Nothing stands here.
-        """
-        owner = self.site.owner
-        if isinstance(owner, nn.Module) and is_replica(owner):
-            return None
-        found = self.site.find()
-        if found is None:
-            raise gone(self.name, owner)
-        return found if isinstance(found, nn.Parameter) or not isinstance(owner, nn.Module) else None
-
-    def pair(self) -> tuple[FrozenParameter, Tensor] | None:
-        """Pair what is frozen with the tensor to write to; None where that does not stand here now.
-
-        Raises:
-            ParameterChangedError: Nothing stands here.
-        """
-        found = self.own()
-        return None if found is None else self.frozen.adopt(self.name, found)
-
 
 Places: TypeAlias = "Callable[[], Iterable[Place]]"
 
@@ -234,3 +196,98 @@ def _planned(place: Place, held: FrozenParameter, found: Tensor, is_again: bool)
     key = key if holder.get(key) is found else f"{key}_orig"  # where it was pruned
     hook = gradient_hook(found, place.frozen, place.name)
     return Planned(place.frozen, place.name, held, holder, key, found, hook, is_again)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Running calls
+
+
+class _Covered(NamedTuple):
+    """A parameter that was written: where it was found, and its number in the plan."""
+
+    holder: Mapping[str, Any]
+    key: str
+    found: Tensor
+    number: int
+
+
+Covered: TypeAlias = "dict[Hashable, list[_Covered]]"
+"""What of a plan each hook set holds."""
+
+
+class _Call(NamedTuple):
+    """A call of a module that has written the values for everything below it."""
+
+    by: object
+    covered: Covered
+    versions: list[int]
+
+
+class _Calls(threading.local):
+    """The calls that this thread is in, the outermost first."""
+
+    def __init__(self) -> None:
+        self.running: list[_Call] = []
+
+
+_calls = _Calls()
+
+
+def covered_by(plan: Plan, holders: Mapping[Hashable, Mapping[str, Any]]) -> Covered:
+    """Return what of a plan each hook set holds.
+
+    Args:
+        plan: The plan.
+        holders: Of each hook set, where it finds its parameters.
+    """
+    by_holder: dict[int, list[_Covered]] = {}
+    for number, each in enumerate(plan.planned):
+        covered = _Covered(each.holder, each.key, each.found, number)
+        by_holder.setdefault(id(each.holder), []).append(covered)
+    return {hooks: by_holder[id(holder)] for hooks, holder in holders.items() if id(holder) in by_holder}
+
+
+def begin_call(by: object, covered: Covered, plan: Plan) -> None:
+    """Say that all that was planned is written, until `end_call`.
+
+    Args:
+        by: Whose call it is.
+        covered: What `covered_by` returned.
+        plan: What was written.
+    """
+    end_call(by)  # of a call that was broken off from outside, as by a key
+    _calls.running.append(_Call(by, covered, [each.found._version for each in plan.planned]))
+
+
+def end_call(by: object) -> None:
+    """Say that the call is over, and all that began inside it."""
+    running = _calls.running
+    for n, call in enumerate(running):
+        if call.by is by:
+            del running[n:]
+            return
+
+
+def end_calls() -> None:
+    """Say that no call is running in this thread."""
+    _calls.running.clear()
+
+
+def is_around(hooks: Iterable[Hashable]) -> bool:
+    """Return whether a running call has written what every one of some hook sets holds."""
+    return any(all(each in call.covered for each in hooks) for call in _calls.running)
+
+
+def is_covered(hooks: Hashable) -> bool:
+    """Return whether a running call has written what a hook set holds, and nobody has written to it since.
+
+    As far as autograd counts: a write through `.data` inside a running forward waits for the next outermost one.
+    """
+    for _, covered, versions in _calls.running:
+        places = covered.get(hooks)
+        if places is not None:
+            for holder, key, found, number in places:
+                if holder.get(key) is not found or found._version != versions[number]:
+                    return False
+            return True
+    return False

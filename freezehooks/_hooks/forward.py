@@ -11,10 +11,11 @@ from torch.utils.hooks import RemovableHandle
 
 from .._held.held import Model
 from .._held.parameters import FrozenParameters
+from .._held.place import Place
 from .._ranks.agreement import check_same_parameters, is_distributed
 from .._torch import fsdp2_parameters, has_fsdp2, is_inside_ddp_forward, is_replica, outside_transforms
-from . import covering
-from .batch import Batch, Place, Plan
+from . import batch
+from .batch import Batch, Plan
 from .hook_set import HookSet, hook_sets_on
 
 
@@ -35,7 +36,7 @@ class OuterHooks:
         self._below = below
         self._handles: list[RemovableHandle] = []
         self._batch: tuple[int, Batch] | None = None
-        self._covered: tuple[Plan, covering.Covered] | None = None
+        self._covered: tuple[Plan, batch.Covered] | None = None
         self._is_compared = False
 
     def install(self, module: nn.Module) -> None:
@@ -59,7 +60,7 @@ class OuterHooks:
         """Write all values below the module."""
         if torch.compiler.is_compiling() or is_replica(module):
             return  # there each owner's own hook does it
-        if not self.is_root and covering.is_around(self._below):
+        if not self.is_root and batch.is_around(self._below):
             return  # the model's call has written all
         if is_distributed() and self.is_root:
             self._meet_ranks(module)
@@ -68,11 +69,11 @@ class OuterHooks:
     def end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """Leave the owners' hooks to themselves again; also after an error."""
         if not torch.compiler.is_compiling():
-            covering.end(self)
+            batch.end_call(self)
 
     def impose_before_saving(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         """Write all values below the module before its `state_dict()`."""
-        if self.is_root or not covering.is_around(self._below):
+        if self.is_root or not batch.is_around(self._below):
             self._begin(module)
 
     def _begin(self, module: nn.Module) -> None:
@@ -82,8 +83,8 @@ class OuterHooks:
             self._batch[1].forget_gradients()
             plan = self._batch[1].impose(lambda: self._places_below(module))
         if self._covered is None or self._covered[0] is not plan:
-            self._covered = plan, covering.covered_by(plan, self._holders_below(module, plan))
-        covering.begin(self, self._covered[1], plan)
+            self._covered = plan, batch.covered_by(plan, self._holders_below(module, plan))
+        batch.begin_call(self, self._covered[1], plan)
 
     def _holders_below(self, module: nn.Module, plan: Plan) -> dict[Hashable, Mapping[str, Any]]:
         """Return the hook sets below, each with where it finds its parameters; not where some are sharded."""
@@ -141,7 +142,7 @@ class EndSaving:
         self.outer = outer
 
     def __call__(self, module: nn.Module, state_dict: Any, prefix: str, local_metadata: Any) -> None:
-        covering.end(self.outer)
+        batch.end_call(self.outer)
 
 
 def install_outer(model: Model, frozen: FrozenParameters) -> None:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .._held.parameters import FrozenParameters
+from .._held.place import Place
 from .._held.site import Site, gone, parameter_of
 from .._ranks.sharding import local
 from .._torch import is_exporting, is_replica, outside_transforms
-from .batch import Batch, Place
-from .covering import is_covered
+from .batch import Batch, is_covered
 from .gradient import watch_gradient
 
 

@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from .._held.held import HeldParameters
 from .._held.parameter import FrozenParameter
-from .._hooks import covering
-from .._hooks.batch import Batch, Place, Plan
+from .._held.place import Place
+from .._hooks.batch import Batch, Plan, end_calls
 from .._ranks.agreement import has_process_group
 from .compact import Compact, check_whole
 from .elementwise import is_elementwise
@@ -45,6 +45,8 @@ class StepHooks:
         self._stepped: set[int] = set()
         self._is_behind = False
         self._has_stepped = False
+        self._is_elementwise = is_elementwise(optimizer)
+        self._keeps_weights = may_keep_weights(optimizer)
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -185,7 +187,7 @@ class StepHooks:
         In compact mode a proxy steps in the optimizer's place, and reads the gradients of free entries alone.
         """
         if not torch.compiler.is_compiling():
-            covering.end_all()
+            end_calls()
         self._look_at_groups(optimizer)
         if self.compact is not None and args[0] is optimizer:
             self._convert(optimizer)
@@ -216,7 +218,7 @@ class StepHooks:
             return
         # Where every entry is stepped by its own numbers, a write to a gradient that autograd did not count can do no
         # more than dirty the moments of frozen entries: these are imposed after the step in any case.
-        trusting = is_elementwise(optimizer) and not has_process_group()
+        trusting = self._is_elementwise and not has_process_group()
         if self.compact is None:
             self._batch.clean_gradients(self._places, trusting=trusting)
         else:
@@ -250,7 +252,7 @@ class StepHooks:
         self._look_at_groups(optimizer)
         self._impose(optimizer)
         self._batch.forget_gradients()
-        if may_keep_weights(optimizer):
+        if self._keeps_weights:
             for frozen, parameter, group in self._with_groups(optimizer):
                 impose_on_weights(optimizer.state.get(parameter) or {}, frozen, group)
 

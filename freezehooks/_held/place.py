@@ -1,0 +1,52 @@
+"""Where a frozen parameter stands, and what stands there now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .._torch import is_replica
+from .parameter import FrozenParameter
+from .parameters import FrozenParameters
+from .site import Site, gone
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a frozen parameter stands.
+
+    Attributes:
+        frozen: What the handle froze.
+        name: The parameter's name there.
+        site: The module, or the mapping, and the name in it.
+    """
+
+    frozen: FrozenParameters
+    name: str
+    site: Site
+
+    def own(self) -> Tensor | None:
+        """Return the parameter that stands here; None for a tensor that somebody put in its place for one call.
+
+        `torch.func.functional_call` does, and nn.DataParallel; those belong to the caller.
+
+        Raises:
+            ParameterChangedError: Nothing stands here.
+        """
+        owner = self.site.owner
+        if isinstance(owner, nn.Module) and is_replica(owner):
+            return None
+        found = self.site.find()
+        if found is None:
+            raise gone(self.name, owner)
+        return found if isinstance(found, nn.Parameter) or not isinstance(owner, nn.Module) else None
+
+    def pair(self) -> tuple[FrozenParameter, Tensor] | None:
+        """Pair what is frozen with the tensor to write to; None where that does not stand here now.
+
+        Raises:
+            ParameterChangedError: Nothing stands here.
+        """
+        found = self.own()
+        return None if found is None else self.frozen.adopt(self.name, found)
