@@ -22,6 +22,8 @@ from torch.optim import (
     Rprop,
 )
 
+from freezehooks import Rule, center, entries, keep, smallest, triu
+
 DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16)
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -127,6 +129,9 @@ class Kind:
     decays_through_gradient: bool = False
     """Whether its weight decay leaves moments at entries whose gradient is 0."""
 
+    is_counted: bool = True
+    """Whether autograd's version counters see its steps; those of fused kernels they do not."""
+
     can_be_compact: bool = True
     can_grow: bool = True
     """Whether it takes another group once it has begun."""
@@ -139,11 +144,15 @@ KINDS: Final = {
         lambda p: Adam(p, lr=0.02, amsgrad=True, weight_decay=0.1, foreach=False), decays_through_gradient=True
     ),
     "adamw": Kind(lambda p: AdamW(p, lr=0.02, weight_decay=0.1, foreach=True)),
-    "adamw_fused": Kind(lambda p: AdamW(p, lr=0.02, weight_decay=0.1, fused=True), can_be_compact=False),
-    "nadam": Kind(lambda p: NAdam(p, lr=0.02)),
+    "adamw_fused": Kind(
+        lambda p: AdamW(p, lr=0.02, weight_decay=0.1, fused=True), is_counted=False, can_be_compact=False
+    ),
+    "nadam": Kind(lambda p: NAdam(p, lr=0.02, weight_decay=0.1), decays_through_gradient=True),
     "radam": Kind(lambda p: RAdam(p, lr=0.02, foreach=True)),
-    "rmsprop": Kind(lambda p: RMSprop(p, lr=0.01, centered=True, momentum=0.5)),
-    "adadelta": Kind(lambda p: Adadelta(p, lr=0.5, foreach=True)),
+    "rmsprop": Kind(
+        lambda p: RMSprop(p, lr=0.01, centered=True, momentum=0.5, weight_decay=0.1), decays_through_gradient=True
+    ),
+    "adadelta": Kind(lambda p: Adadelta(p, lr=0.5, weight_decay=0.1, foreach=True), decays_through_gradient=True),
     "adagrad": Kind(
         lambda p: Adagrad(p, lr=0.05, initial_accumulator_value=0.25), starts={"sum": 0.25}, can_grow=False
     ),
@@ -297,3 +306,71 @@ class Reference:
         for name, gradient in hidden.items():
             self.parameters[name].grad = gradient
         self.impose()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What to freeze: regions as the library takes them, beside masks made by plain indexing
+
+
+def _scattered(shape: torch.Size, fraction: float) -> Tensor:
+    frozen = torch.rand(shape, generator=torch.Generator().manual_seed(shape.numel())) < fraction
+    frozen.view(-1)[0] = True
+    return frozen
+
+
+def large_half(parameter: Tensor) -> Tensor:
+    """A region as a function, which a pickled handle finds by its name."""
+    return parameter >= parameter.median()
+
+
+def _indexed(shape: torch.Size, index: Any) -> Tensor:
+    frozen = torch.zeros(shape, dtype=torch.bool)
+    frozen[index] = True
+    return frozen
+
+
+def _smallest_half(parameter: Tensor) -> Tensor:
+    order = parameter.abs().flatten().sort(stable=True).indices
+    return _indexed(torch.Size([order.numel()]), order[: round(order.numel() / 2)]).view(parameter.shape)
+
+
+def _center(parameter: Tensor) -> Any:
+    return (..., 1, 1) if parameter.ndim == 4 else 0
+
+
+REGIONS: Final[dict[str, Callable[[Tensor], tuple[Any, Tensor]]]] = {
+    "whole": lambda p: (entries[...], _indexed(p.shape, ...)),
+    "first": lambda p: (entries[0], _indexed(p.shape, 0)),
+    "every_other": lambda p: (entries[::2], _indexed(p.shape, slice(None, None, 2))),
+    "last_column": lambda p: (entries[..., -1], _indexed(p.shape, (..., -1))),
+    "all_but_one": lambda p: (~entries[1], ~_indexed(p.shape, 1)),
+    "few": lambda p: (_scattered(p.shape, 0.1), _scattered(p.shape, 0.1)),
+    "half": lambda p: (_scattered(p.shape, 0.5), _scattered(p.shape, 0.5)),
+    "center": lambda p: (center if p.ndim == 4 else entries[0], _indexed(p.shape, _center(p))),
+    "triangle": lambda p: (
+        (triu(0), torch.ones(p.shape, dtype=torch.bool).triu()) if p.ndim == 2 else REGIONS["half"](p)
+    ),
+    "smallest": lambda p: (smallest(0.5), _smallest_half(p)),
+    "function": lambda p: (large_half, large_half(p)),
+}
+
+VALUES: Final = (keep, keep, keep, 0.0, -0.0, 0.5, 0.1, "tensor")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One rule: of which parameter, where, at what."""
+
+    target: int
+    region: str
+    value: Any
+
+    def resolve(self, name: str, parameter: Tensor) -> tuple[Rule, Piece]:
+        """Return the rule for a parameter as it is now, and what it means."""
+        region, frozen = REGIONS[self.region](parameter)
+        if self.value is keep:
+            return Rule(name, region), Piece(frozen, parameter.detach().clone(), keeps=True)
+        if self.value == "tensor":
+            values = torch.linspace(-0.75, 0.75, parameter.numel()).view(parameter.shape)
+            return Rule(name, frozen, values), Piece(frozen, values, keeps=False)
+        return Rule(name, region, self.value), Piece(frozen, self.value, keeps=False)
