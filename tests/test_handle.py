@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import threading
 import weakref
 from typing import Any
 
@@ -344,6 +345,55 @@ def test_a_damaged_state_is_refused_and_changes_nothing(damage: Any) -> None:
         frozen.load_state_dict(state)
     assert same_bits(frozen["2.weight"].values, values)
     frozen.assert_frozen(guarded=False)
+
+
+def test_memory_that_runs_out_is_not_called_a_state_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = freeze_entries(_model(), SPEC)
+    state = frozen.state_dict()
+
+    def fail(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("on purpose")
+
+    monkeypatch.setattr("freezehooks._held.fixed.EntrySet.from_state", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="on purpose"):
+        frozen.load_state_dict(state)
+
+
+def test_optimizers_may_be_guarded_while_another_thread_checks() -> None:
+    model = _model()
+    frozen = freeze_entries(model, SPEC)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1)]
+    frozen.guard(optimizers[0])
+    wrong: list[Exception] = []
+
+    def guard() -> None:
+        for _ in range(200):
+            optimizers.append(torch.optim.SGD(model.parameters(), lr=0.1))
+            frozen.guard(optimizers[-1])
+
+    thread = threading.Thread(target=guard)
+    thread.start()
+    while thread.is_alive():
+        try:
+            frozen.assert_frozen()
+        except Exception as error:
+            wrong.append(error)
+    thread.join()
+    assert wrong == []
+
+
+def test_a_copied_optimizer_is_guarded_for_every_handle_that_guarded_it() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    first, second = freeze_entries(model, "0.weight[0] = 0"), freeze_entries(model, "1.weight[0]")
+    optimizer = MaskedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5), first)
+    second.guard(optimizer.inner)
+    twin, copied = copy.deepcopy((model, optimizer))
+    for _ in range(2):
+        twin(torch.ones(1, 3)).square().sum().backward()
+        copied.step()
+        for handle in FrozenEntries.of(twin):
+            handle.assert_frozen()
+    assert len(FrozenEntries.of(twin)) == 2
 
 
 def test_a_model_of_another_kind_is_refused() -> None:

@@ -82,3 +82,13 @@ def test_importing_the_package_imports_nothing_optional() -> None:
 def test_the_public_names_are_all_there() -> None:
     assert sorted(freezehooks.__all__) == freezehooks.__all__
     assert all(hasattr(freezehooks, name) for name in freezehooks.__all__)
+
+
+def test_the_package_imports_where_a_private_helper_of_torch_is_missing() -> None:
+    helpers = ["torch._functorch.pyfunctorch", "torch.multiprocessing.reductions", "torch.utils._python_dispatch"]
+    script = (
+        f"import sys, torch\nfor name in {helpers}: sys.modules[name] = None\n"
+        "import freezehooks\nlayer = torch.nn.Linear(2, 2)\nprint(len(freezehooks.parse_rule('a = 1').target))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "1", done.stderr
