@@ -6,6 +6,7 @@ needs it, and not the import of the package.
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,9 +31,13 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
 
 
+kept_gradient_hooks: Callable[[Tensor], Any] = operator.attrgetter("_post_accumulate_grad_hooks")
+"""Returns the post-accumulate hooks of a tensor as torch keeps them, or None (torch 2.1 to 2.14)."""
+
+
 def gradient_hooks(parameter: Tensor) -> MutableMapping[int, Any]:
     """Return the post-accumulate hooks of a tensor, in the order in which they are called (torch 2.1 to 2.14)."""
-    return parameter._post_accumulate_grad_hooks or {}  # type: ignore[attr-defined,no-any-return]
+    return kept_gradient_hooks(parameter) or {}
 
 
 def tensor_hooks(tensor: Tensor) -> MutableMapping[int, Any]:

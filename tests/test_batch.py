@@ -435,3 +435,33 @@ def test_another_handle_of_a_model_releases_the_optimizers_too() -> None:
     frozen.attach()
     _train(model, optimizer)
     frozen.assert_frozen()
+
+
+def test_what_another_handle_released_and_holds_again_is_held_by_an_optimizer_of_its_own() -> None:
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "head": nn.Linear(8, 8)})
+    frozen = freeze_entries(model, "*.weight[0] = 1")
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1, weight_decay=0.5) for each in model.values()]
+    for optimizer in optimizers:
+        frozen.guard(optimizer)
+        optimizer.step()
+    (head,) = FrozenEntries.of(model["head"])
+    head.remove()
+    for optimizer in optimizers:
+        optimizer.step()
+    head.attach()
+    for optimizer in optimizers:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert frozen.violations() == ()
+    head.assert_frozen()
+
+
+def test_gradient_hooks_that_somebody_cleared_are_back_with_the_next_forward() -> None:
+    model, frozen, optimizer = _chain(2)
+    _train(model, optimizer)
+    model[0].weight._post_accumulate_grad_hooks.clear()
+    optimizer.zero_grad()
+    model(torch.ones(2, 8)).square().sum().backward()
+    assert not model[0].weight.grad[0].any()
+    frozen.assert_frozen()

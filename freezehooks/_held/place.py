@@ -20,11 +20,13 @@ class Place:
         frozen: What the handle froze.
         name: The parameter's name there.
         site: The module, or the mapping, and the name in it.
+        is_wanted: Whether whoever lists it writes to it at present; others are listed since that may change.
     """
 
     frozen: FrozenParameters
     name: str
     site: Site
+    is_wanted: bool = True
 
     def own(self) -> Tensor | None:
         """Return the parameter that stands here; None for a tensor that somebody put in its place for one call.

@@ -17,6 +17,7 @@ from .._entries.writes import Writes
 from .._held.parameter import FrozenParameter
 from .._held.parameters import FrozenParameters
 from .._held.place import Place
+from .._torch import kept_gradient_hooks
 from .gradient import ZeroFrozenGradient, gradient_hook, watch_gradient
 
 Places: TypeAlias = "Callable[[], Iterable[Place]]"
@@ -76,6 +77,8 @@ class Plan:
             for holder, key, found, memory, trained in self.seen:
                 if holder.get(key) is not found or found.requires_grad is not trained or not found.is_set_to(memory):
                     return False
+                if trained and not kept_gradient_hooks(found):  # somebody cleared them
+                    return False
         except NotImplementedError:  # on the meta device now
             return False
         return True
@@ -117,7 +120,8 @@ class Batch:
     def _planned_anew(self, places: list[Place]) -> Plan:
         plan = Plan()
         for place in places:
-            self._add(plan, place)
+            if place.is_wanted:
+                self._add(plan, place)
         plan.changes = [
             (frozen, frozen.changes) for frozen in {id(place.frozen): place.frozen for place in places}.values()
         ]
@@ -181,7 +185,7 @@ class Batch:
 
     def _sharded(self, plan: Plan, places: Places) -> Iterator[tuple[FrozenParameter, Tensor]]:
         for place in places() if plan.sharded else ():
-            pair = place.pair() if place.name in plan.sharded else None
+            pair = place.pair() if place.is_wanted and place.name in plan.sharded else None
             if pair is not None:
                 watch_gradient(pair[1], place.frozen, place.name)
                 yield pair

@@ -145,20 +145,19 @@ class StepHooks:
     # What is held
 
     def _places(self) -> Iterator[Place]:
-        """Yield where the parameters stand that the optimizer steps."""
-        for member in self.members:
-            for name, site in member.held_sites():
-                place = Place(member.frozen, name, site)
-                pair = place.pair()
-                if pair is None or self._is_stepped(pair[1]):
-                    yield place
+        """Yield where the handles hold parameters; those are wanted that the optimizer steps."""
+        return self._places_of(self._is_stepped)
 
     def _whole_places(self) -> Iterator[Place]:
-        """Yield those of them that it steps whole."""
-        for place in self._places():
-            pair = place.pair()
-            if pair is None or self._is_stepped_whole(pair[1]):
-                yield place
+        """Yield the same; those are wanted that it steps whole."""
+        return self._places_of(self._is_stepped_whole)
+
+    def _places_of(self, is_wanted: Callable[[Tensor], bool]) -> Iterator[Place]:
+        for member in self.members:
+            for name, site in member.sites:
+                if name in member.frozen.by_name:
+                    pair = Place(member.frozen, name, site).pair() if member.frozen.is_held(name) else None
+                    yield Place(member.frozen, name, site, is_wanted=pair is not None and is_wanted(pair[1]))
 
     def _is_stepped(self, parameter: Tensor) -> bool:
         return id(parameter) in self._stepped
