@@ -399,6 +399,7 @@ def test_an_output_projection_shared_by_two_attentions_is_held_under_both() -> N
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, inside jacfwd
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # the same since torch 2.14
 @pytest.mark.parametrize("transform", ["grad", "jacrev", "jacfwd", "hessian", "vmap"])
 def test_function_transforms_run_over_a_frozen_module(transform: str) -> None:
     model = nn.Linear(3, 1)
@@ -559,6 +560,7 @@ def test_a_model_with_gradients_is_converted_by_swapping() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:FutureWarning")  # since torch 2.14
 def test_a_traced_program_has_no_trace_of_what_holds_the_entries() -> None:
     model = nn.Sequential(nn.Linear(64, 4))
     frozen = freeze_entries(model, "0.weight[nm(1, 2)] = 0")
