@@ -348,6 +348,8 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
         self._guards = [guard for guard in self._guards if not guard.is_over]
         for guard in self._guards:
             if guard.optimizer is optimizer:
+                if compact:
+                    guard.ask_compact()
                 return guard
         hooks = step_hooks_on(optimizer) or StepHooks(optimizer)
         self._guards.append(Guard(hooks, self._held, compact=compact))

@@ -1382,3 +1382,30 @@ def test_a_lightning_fit_that_is_resumed_equals_one_that_was_not_interrupted(tmp
     resumed, _ = _fit(tmp_path, 4, tmp_path / "half.ckpt")
     assert _same(whole, resumed)
     assert _same(whole, masked)
+
+
+def test_a_parameter_that_was_replaced_is_stepped_whole_after_a_load() -> None:
+    model: Any = nn.Linear(3, 2)
+    frozen = freeze_entries(model, "weight[:, -1] = 0")
+    optimizer = AdamW(model.parameters())
+    frozen.guard(optimizer, compact=True)
+    before = model.weight
+    for _ in range(2):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        model.weight = nn.Parameter(torch.randn(2, 3))
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state[before]["exp_avg"].shape == (2, 3)
+
+
+def test_a_guard_that_is_asked_for_while_nothing_is_held_is_compact_afterwards() -> None:
+    model = nn.Linear(3, 2)
+    frozen = freeze_entries(model, "weight[:, -1] = 0")
+    frozen.remove()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    MaskedOptimizer(optimizer, frozen)
+    frozen.guard(optimizer, compact=True)
+    frozen.attach()
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert optimizer.state[model.weight]["momentum_buffer"].shape == (4,)

@@ -113,6 +113,8 @@ class Compact:
         """
         if not isinstance(optimizer.state, FlatState):
             self._parameters = {}  # it was replaced, by a load or by hand: it is whole
+            if self._step is not None:
+                self._step.parameters = self._parameters
         wanted = self._wanted(optimizer, held)
         if any(wanted.get(each) is not self._parameters.get(each) for each in {**wanted, **self._parameters}):
             before, after = _orders(self._parameters), _orders(wanted)

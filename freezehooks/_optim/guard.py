@@ -39,6 +39,10 @@ class Guard:
         """Whether there is nothing left to guard: the guard was removed, or the optimizer is gone with its hooks."""
         return self._is_removed or self.hooks.is_over
 
+    def ask_compact(self) -> None:
+        """Have the optimizer hold the free entries alone, from the next `install` on."""
+        self._compact = True
+
     def install(self, *, compact: bool = False) -> None:
         """Hold the entries through the optimizer's steps; once compact, a guard stays so."""
         self._compact = self._compact or compact
