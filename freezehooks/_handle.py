@@ -123,8 +123,7 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
         self._attached = True
         for place in hooks.places(module):
             self._held.sites.append((place.name, place.site))
-            parameter = place.own()
-            pair = None if parameter is None else hooks.frozen.adopt(place.name, parameter)
+            pair = place.pair()
             if pair is not None:
                 watch_gradient(pair[1], hooks.frozen, place.name)
 
@@ -335,24 +334,23 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
             SpecError: `optimizer` is no optimizer.
         """
         self.check_optimizer(optimizer, compact=compact)
-        guard = self._guard_of(optimizer, compact)
+        guard = self._guard_of(optimizer)
+        guard.ask(compact=compact)
         if self.attached:
-            guard.install(compact=compact)
+            guard.install()
         for inside in vars(optimizer).values():
             if isinstance(inside, Optimizer):
                 with suppress(OptimizerMismatchError):  # it steps other parameters
                     self.guard(inside, compact=compact)
         return guard
 
-    def _guard_of(self, optimizer: Optimizer, compact: bool) -> Guard:
+    def _guard_of(self, optimizer: Optimizer) -> Guard:
         self._guards = [guard for guard in self._guards if not guard.is_over]
         for guard in self._guards:
             if guard.optimizer is optimizer:
-                if compact:
-                    guard.ask_compact()
                 return guard
         hooks = step_hooks_on(optimizer) or StepHooks(optimizer)
-        self._guards.append(Guard(hooks, self._held, compact=compact))
+        self._guards.append(Guard(hooks, self._held))
         return self._guards[-1]
 
     def check_optimizer(self, optimizer: Optimizer, *, compact: bool = False) -> None:

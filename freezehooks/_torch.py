@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 # Autograd
 
@@ -106,18 +105,12 @@ def _untraced() -> Iterator[None]:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
-# Modules and optimizers
+# Modules
 
 
 def is_replica(module: nn.Module) -> bool:
     """Return whether a module is a copy that nn.DataParallel computes with once (torch 1.5 to 2.14)."""
     return "_is_replica" in vars(module)
-
-
-def step_pre_hooks(optimizer: Optimizer) -> MutableMapping[int, Any]:
-    """Return the hooks before an optimizer's steps (torch 2.0 to 2.14)."""
-    hooks: MutableMapping[int, Any] = optimizer._optimizer_step_pre_hooks  # type: ignore[attr-defined]
-    return hooks
 
 
 # Tensors that are more than one plain tensor

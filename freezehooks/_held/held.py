@@ -44,7 +44,11 @@ class HeldParameters:
     @property
     def names(self) -> list[str]:
         """The names of `frozen` that stand in this model."""
-        return [name for name in dict.fromkeys(name for name, _ in self.sites) if name in self.frozen.by_name]
+        return list(dict.fromkeys(name for name, _ in self.known_sites()))
+
+    def known_sites(self) -> Iterator[tuple[str, Site]]:
+        """Yield the places of what is frozen still: another handle may have thawed some."""
+        return ((name, site) for name, site in self.sites if name in self.frozen.by_name)
 
     def held_sites(self) -> Iterator[tuple[str, Site]]:
         """Yield the places whose entries are held at present."""
@@ -52,9 +56,7 @@ class HeldParameters:
 
     def __iter__(self) -> Iterator[tuple[FrozenParameter, Tensor]]:
         seen: set[tuple[str, int]] = set()
-        for name, site in self.sites:
-            if name not in self.frozen.by_name:
-                continue  # another handle has thawed it
+        for name, site in self.known_sites():
             pair = self.frozen.adopt(name, site.tensor())
             if pair is not None and (name, id(pair[1])) not in seen:
                 seen.add((name, id(pair[1])))
@@ -67,9 +69,7 @@ class HeldParameters:
             ParameterChangedError: A parameter is gone or has another shape, or its module was replaced.
         """
         modules = set(self.model.modules()) if isinstance(self.model, nn.Module) else set()
-        for name, site in self.sites:
-            if name not in self.frozen.by_name:
-                continue
+        for name, site in self.known_sites():
             self.frozen.by_name[name].check_shape(site.tensor())
             if isinstance(site.owner, nn.Module) and site.owner not in modules:
                 raise ParameterChangedError(
@@ -85,9 +85,7 @@ class HeldParameters:
         """
         self.check_in_place()
         found: dict[tuple[str, int], Violation | None] = {}
-        for name, site in self.sites:
-            if name not in self.frozen.by_name:
-                continue
+        for name, site in self.known_sites():
             place = name, id(site.find())
             pair = self.frozen.adopt(name, site.computed())
             if pair is not None and found.get(place) is None:  # of names of one tensor, one may be pruned

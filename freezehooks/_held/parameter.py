@@ -54,11 +54,12 @@ class FrozenParameter:
         here = local(parameter) if self.layout is not None else parameter
         self._extent, self._dtype, self._device = here.shape, here.dtype, here.device
         self.ties = tuple(constraint for constraint in constraints if isinstance(constraint, TiedEntries))
+        self._fixed = [constraint for constraint in constraints if not constraint.is_tie]
+        self._ties_first: list[Constraint] = [*self.ties, *self._fixed]
         self._add_zero = [constraint.entries.add_zero for constraint in constraints if constraint.entries.count]
         is_plain = self.layout is None and not self._dtype.is_complex and len(constraints) == 1
         only = constraints[0].entries if is_plain else None
         self._only_box = only.key if isinstance(only, Strided) else None
-        self._ties_first = sorted(constraints, key=lambda constraint: not constraint.is_tie)
         self.frozen_count: int = self._count_frozen() if whole is None else whole.frozen_count
 
     def _count_frozen(self) -> int:
@@ -67,16 +68,16 @@ class FrozenParameter:
         Raises:
             RuleConflictError: They do; the message names both.
         """
-        for tie in (constraint for constraint in self.constraints if constraint.is_tie):
+        for tie in self.ties:
             for other in self.constraints:
                 if other is not tie:
                     tie.check_beside(other, self._blank(), self.name)
         frozen, held = self._blank().bool(), self._blank()
-        for n, constraint in enumerate(c for c in self.constraints if not c.is_tie):
+        for n, constraint in enumerate(self._fixed):
             own, changed = constraint.entries.mask(self._device), held.clone()
             constraint.impose_(changed)
             if bool((differ(held, changed) & frozen & own).any()):
-                for earlier in [c for c in self.constraints if not c.is_tie][:n]:
+                for earlier in self._fixed[:n]:
                     earlier.check_beside(constraint, self._blank(), self.name)
             held, frozen = changed, frozen | own
         return int(frozen.sum())
@@ -267,8 +268,8 @@ class FrozenParameter:
                 tie.check_start(parameter)
             tie.begin_(parameter.data)
         tensor = local(parameter).data
-        for constraint in self.constraints:
-            if not constraint.keeps and not constraint.is_tie:
+        for constraint in self._fixed:
+            if not constraint.keeps:
                 constraint.impose_(tensor)
         for constraint in self.constraints:
             constraint.capture_kept(tensor)
@@ -306,12 +307,9 @@ class FrozenParameter:
         Returns:
             The gradient, as it is now.
         """
-        gradient = parameter.grad
-        key = self._only_box
-        if key is None or gradient is None or gradient.layout is not torch.strided:
-            self.add_zero_gradient(writes, parameter)
-            return parameter.grad
-        if gradient.requires_grad or gradient.is_neg():
+        gradient, key = parameter.grad, self._only_box
+        is_plain = key is not None and gradient is not None and gradient.layout is torch.strided
+        if gradient is None or not is_plain or gradient.requires_grad or gradient.is_neg():
             self.add_zero_gradient(writes, parameter)
             return parameter.grad
         writes.zero(gradient[key])

@@ -96,6 +96,7 @@ class Batch:
 
     def __init__(self) -> None:
         self._plan: Plan | None = None
+        self._module: int | None = None
 
     def plan(self, places: Places) -> Plan:
         """Return the plan; a new one where something has changed.
@@ -153,6 +154,13 @@ class Batch:
         for held, parameter in self._sharded(plan, places):
             held.impose(parameter)
         return plan
+
+    def impose_before(self, module: nn.Module, places: Places) -> Plan:
+        """Write all values before a module's forward, or before it is saved."""
+        if self._module != id(module):  # the hooks may be shared with another module
+            self._plan, self._module = None, id(module)
+        self.forget_gradients()
+        return self.impose(places)
 
     def clean_gradients(self, places: Places, *, trusting: bool = False) -> None:
         """Make every gradient +0.0 at the frozen entries.

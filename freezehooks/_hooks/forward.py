@@ -35,7 +35,7 @@ class OuterHooks:
         self.is_root = is_root
         self._below = below
         self._handles: list[RemovableHandle] = []
-        self._batch: tuple[int, Batch] | None = None
+        self._batch = Batch()
         self._covered: tuple[Plan, batch.Covered] | None = None
         self._is_compared = False
 
@@ -78,10 +78,7 @@ class OuterHooks:
 
     def _begin(self, module: nn.Module) -> None:
         with outside_transforms():
-            if self._batch is None or self._batch[0] != id(module):
-                self._batch = id(module), Batch()
-            self._batch[1].forget_gradients()
-            plan = self._batch[1].impose(lambda: self._places_below(module))
+            plan = self._batch.impose_before(module, lambda: self._places_below(module))
         if self._covered is None or self._covered[0] is not plan:
             self._covered = plan, batch.covered_by(plan, self._holders_below(module, plan))
         batch.begin_call(self, self._covered[1], plan)
@@ -132,7 +129,7 @@ class OuterHooks:
                     self.frozen.adopt(hooks.names[key], shard)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_batch": None, "_covered": None}
+        return {**vars(self), "_covered": None}
 
 
 class EndSaving:

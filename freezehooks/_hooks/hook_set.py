@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from .._ranks.sharding import local
 from .._torch import is_exporting, is_replica, outside_transforms
 from .batch import Batch, is_covered
 from .gradient import watch_gradient
+from .moment import Moment
 
 
 class HookSet:
@@ -33,7 +34,7 @@ class HookSet:
         self.frozen = frozen
         self.names: dict[str, str] = {}
         self._handles: list[RemovableHandle] = []
-        self._batch: tuple[int, Batch] | None = None
+        self._batch = Batch()
 
     @property
     def is_installed(self) -> bool:
@@ -48,7 +49,7 @@ class HookSet:
             callers: Modules that compute with these parameters without calling the owner, each with the owner's name
                 below it: their forward is hooked too.
         """
-        self._handles = [moment.register(module, getattr(self, moment.hook)) for moment in MOMENTS]
+        self._handles = [moment.put_on(module, self) for moment in MOMENTS]
         for caller, path in callers:
             hook = ImposeBeforeCaller(self, path)
             self._handles.append(caller.register_forward_pre_hook(hook, prepend=True))
@@ -60,16 +61,12 @@ class HookSet:
             module: The module that owns the parameters.
             callers: What `install` took, as it is now.
         """
-        lost = {moment.name for moment in MOMENTS if not self._is_called(moment, module)}
+        lost = {moment.name for moment in MOMENTS if not moment.is_called(module, self)}
         for caller, path in callers:
             hooks = caller._forward_pre_hooks.values()
             if not any(isinstance(hook, ImposeBeforeCaller) and hook.is_for(self, path) for hook in hooks):
                 lost.add("forward")
         return lost
-
-    def _is_called(self, moment: Moment, module: nn.Module) -> bool:
-        hooks = [getattr(hook, "hook", hook) for hook in getattr(module, moment.kept).values()]
-        return getattr(self, moment.hook) in hooks  # torch wraps the hooks before loading
 
     def remove(self) -> None:
         """Take every hook off again."""
@@ -80,7 +77,7 @@ class HookSet:
     def drop(self, key: str) -> None:
         """Let one parameter go; with the last one the hooks come off."""
         self.names.pop(key, None)
-        self._batch = None
+        self._batch.forget()
         if not self.names:
             self.remove()
 
@@ -123,7 +120,7 @@ class HookSet:
                 watch_gradient(pair[1], self.frozen, name)
                 pair[0].capture_kept(pair[1])
         self.frozen.changes += 1
-        self._batch = None
+        self._batch.forget()
 
     def impose(self, module: nn.Module) -> None:
         """Impose the module's frozen entries."""
@@ -131,10 +128,7 @@ class HookSet:
             self._impose_compiled(module)
         elif not is_replica(module):
             with outside_transforms():
-                if self._batch is None or self._batch[0] != id(module):
-                    self._batch = id(module), Batch()
-                self._batch[1].forget_gradients()
-                self._batch[1].impose(lambda: self.places(module))
+                self._batch.impose_before(module, lambda: self.places(module))
 
     def _impose_compiled(self, module: nn.Module) -> None:
         """Impose alone: a compiled frame cannot register hooks; the next eager forward or step does."""
@@ -152,9 +146,6 @@ class HookSet:
                 raise gone(name, module)
             if isinstance(parameter, nn.Parameter):
                 yield name, parameter
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_batch": None}
 
 
 class ImposeBeforeCaller:
@@ -176,37 +167,21 @@ def _shares_memory(loaded: Any, parameter: Tensor) -> bool:
     return isinstance(loaded, Tensor) and local(loaded).data_ptr() == local(parameter).data_ptr() != 0
 
 
-class Moment(NamedTuple):
-    """One of the moments at which a module calls a hook.
-
-    Attributes:
-        name: What a report calls it.
-        hook: The method of `HookSet` that is called.
-        register: What registers it.
-        kept: Where torch keeps it on the module.
-    """
-
-    name: str
-    hook: str
-    register: Callable[[nn.Module, Any], RemovableHandle]
-    kept: str
-
-
 def _first_before_forward(module: nn.Module, hook: Any) -> RemovableHandle:
     # first of all: pruning and weight norm compute from the parameter in theirs
     return module.register_forward_pre_hook(hook, prepend=True)
 
 
 MOMENTS: Final = (
-    Moment("forward", "impose_before_forward", _first_before_forward, "_forward_pre_hooks"),
-    Moment("saving", "impose_before_saving", nn.Module.register_state_dict_pre_hook, "_state_dict_pre_hooks"),
+    Moment("impose_before_forward", _first_before_forward, "_forward_pre_hooks", "forward"),
+    Moment("impose_before_saving", nn.Module.register_state_dict_pre_hook, "_state_dict_pre_hooks", "saving"),
     Moment(
-        "loading",
         "impose_before_loading",
         nn.Module.register_load_state_dict_pre_hook,
         "_load_state_dict_pre_hooks",
+        "loading",
     ),
-    Moment("loading", "follow_loading", nn.Module.register_load_state_dict_post_hook, "_load_state_dict_post_hooks"),
+    Moment("follow_loading", nn.Module.register_load_state_dict_post_hook, "_load_state_dict_post_hooks", "loading"),
 )
 
 

@@ -18,10 +18,10 @@ class Guard:
         hooks: The hooks on the optimizer, shared by all handles that guard it.
     """
 
-    def __init__(self, hooks: StepHooks, held: HeldParameters, *, compact: bool) -> None:
+    def __init__(self, hooks: StepHooks, held: HeldParameters) -> None:
         self.hooks = hooks
         self._held = held
-        self._compact = compact
+        self._compact = False
         self._is_removed = False
 
     @property
@@ -39,13 +39,12 @@ class Guard:
         """Whether there is nothing left to guard: the guard was removed, or the optimizer is gone with its hooks."""
         return self._is_removed or self.hooks.is_over
 
-    def ask_compact(self) -> None:
-        """Have the optimizer hold the free entries alone, from the next `install` on."""
-        self._compact = True
-
-    def install(self, *, compact: bool = False) -> None:
-        """Hold the entries through the optimizer's steps; once compact, a guard stays so."""
+    def ask(self, *, compact: bool) -> None:
+        """Have the optimizer hold the free entries alone from the next `install` on; once asked for, that stays."""
         self._compact = self._compact or compact
+
+    def install(self) -> None:
+        """Hold the entries through the optimizer's steps."""
         optimizer = self.hooks.optimizer
         if optimizer is not None:
             self.hooks = step_hooks_on(optimizer) or self.hooks
@@ -53,7 +52,7 @@ class Guard:
 
     def suspend(self) -> None:
         """Take this handle's part off the optimizer, until `install` puts it on again."""
-        self._compact = self._compact or self.hooks.compact is not None
+        self.ask(compact=self.hooks.compact is not None)
         self.hooks.leave(self._held)
 
     def remove(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from .._held.held import HeldParameters
 from .._held.parameter import FrozenParameter
 from .._held.place import Place
-from .._hooks.batch import Batch, Plan, end_calls
+from .._hooks.batch import Batch, Places, Plan, end_calls
+from .._hooks.moment import Moment
 from .._ranks.agreement import has_process_group
 from .compact import Compact, check_whole
 from .elementwise import is_elementwise
@@ -74,9 +75,7 @@ class StepHooks:
             return False
         # `Optimizer.__init__` marks the step of its class as hooked; a class that skips it may call a marked one
         is_called = self._has_stepped or getattr(type(optimizer).step, "hooked", False)
-        return is_called and all(
-            getattr(self, moment.hook) in getattr(optimizer, moment.kept).values() for moment in MOMENTS
-        )
+        return is_called and all(moment.is_called(optimizer, self) for moment in MOMENTS)
 
     # Who guards
 
@@ -135,7 +134,7 @@ class StepHooks:
 
     def _install(self, optimizer: Optimizer) -> None:
         if not self._handles:
-            self._handles = [moment.register(optimizer, getattr(self, moment.hook)) for moment in MOMENTS]
+            self._handles = [moment.put_on(optimizer, self) for moment in MOMENTS]
 
     def _forget(self) -> None:
         self._batch.forget()
@@ -154,10 +153,9 @@ class StepHooks:
 
     def _places_of(self, is_wanted: Callable[[Tensor], bool]) -> Iterator[Place]:
         for member in self.members:
-            for name, site in member.sites:
-                if name in member.frozen.by_name:
-                    pair = Place(member.frozen, name, site).pair() if member.frozen.is_held(name) else None
-                    yield Place(member.frozen, name, site, is_wanted=pair is not None and is_wanted(pair[1]))
+            for name, site in member.known_sites():
+                pair = Place(member.frozen, name, site).pair() if member.frozen.is_held(name) else None
+                yield Place(member.frozen, name, site, is_wanted=pair is not None and is_wanted(pair[1]))
 
     def _is_stepped(self, parameter: Tensor) -> bool:
         return id(parameter) in self._stepped
@@ -218,10 +216,12 @@ class StepHooks:
         # Where every entry is stepped by its own numbers, a write to a gradient that autograd did not count can do no
         # more than dirty the moments of frozen entries: these are imposed after the step in any case.
         trusting = self._is_elementwise and not has_process_group()
-        if self.compact is None:
-            self._batch.clean_gradients(self._places, trusting=trusting)
-        else:
-            self._whole.clean_gradients(self._whole_places, trusting=trusting)
+        written, places = self._written()
+        written.clean_gradients(places, trusting=trusting)
+
+    def _written(self) -> tuple[Batch, Places]:
+        """Return what is written around a step: in compact mode, only what is stepped whole all the same."""
+        return (self._batch, self._places) if self.compact is None else (self._whole, self._whole_places)
 
     def _guarded(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
         """Return the closure, evaluated at imposed weights (LBFGS moves them in between), leaving clean gradients."""
@@ -259,10 +259,9 @@ class StepHooks:
         if torch.compiler.is_compiling():
             for frozen, parameter in self._compiled_pairs():
                 frozen.impose(parameter)
-        elif self.compact is None:
-            self._batch.impose(self._places)
         else:
-            self._whole.impose(self._whole_places)
+            written, places = self._written()
+            written.impose(places)
 
     def _compiled_pairs(self) -> Iterator[tuple[FrozenParameter, Tensor]]:
         """Yield what a batch would write; a compiled frame writes one after the other."""
@@ -320,20 +319,6 @@ class StepHooks:
 
 def _are_same(first: list[Tensor], second: list[Tensor]) -> bool:
     return len(first) == len(second) and all(map(operator.is_, first, second))
-
-
-class Moment(NamedTuple):
-    """One of the moments at which an optimizer calls a hook.
-
-    Attributes:
-        hook: The method of `StepHooks` that is called.
-        register: What registers it.
-        kept: Where torch keeps it on the optimizer.
-    """
-
-    hook: str
-    register: Callable[[Optimizer, Any], RemovableHandle]
-    kept: str
 
 
 def _first_after_step(optimizer: Optimizer, hook: Any) -> RemovableHandle:
