@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from freezehooks import FrozenEntries, MaskedOptimizer, freeze_entries
 from freezehooks._entries.writes import Writes
 from freezehooks._hooks.batch import Plan
+
+from .operations import Ops
 
 _MASK = torch.rand(8, 8, generator=torch.Generator().manual_seed(1)) < 0.5
 
@@ -44,16 +44,6 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) -
         optimizer.step()
 
 
-class _Ops(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **kwargs or {})
-
-
 @contextmanager
 def _counted_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Writes]]:
     runs: list[Writes] = []
@@ -76,7 +66,7 @@ def test_the_writes_of_a_step_do_not_grow_with_the_number_of_parameters(
     for length in (2, 12):
         model, _, optimizer = _chain(length, spec)
         _train(model, optimizer, 2)
-        with _counted_runs(monkeypatch) as counted, _Ops() as ops:
+        with _counted_runs(monkeypatch) as counted, Ops() as ops:
             _train(model, optimizer)
         runs.append(len(counted))
         kernels.append({name: count for name, count in ops.counts.items() if name.startswith("_foreach")})

@@ -33,7 +33,6 @@ from torch.optim import (
     SparseAdam,
     lr_scheduler,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from freezehooks import (
     FrozenEntries,
@@ -45,6 +44,7 @@ from freezehooks import (
 )
 
 from .claims import FreeEntriesAlone, assert_training_holds, largest_difference, same_bits
+from .operations import Ops
 from .test_optimizer_matrix import ELEMENTWISE, Case
 from .zoo import IDS, ZOO, Animal
 
@@ -287,34 +287,13 @@ def _step_embedding(embedding: nn.Embedding, optimizer: Optimizer) -> None:
     optimizer.step()
 
 
-class _Ops(TorchDispatchMode):
-    """Counts operations, and notes the size of the largest tensor that any of them made or wrote to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **kwargs or {})
-        name = func.overloadpacket.__name__
-        self.counts[name] += 1
-        if name not in _VIEWS and isinstance(result, Tensor):
-            self.largest = max(self.largest, result.numel())
-        return result
-
-
-_VIEWS: Final = {"detach", "alias", "view", "select", "slice", "as_strided", "permute", "transpose", "t", "expand",
-                 "unsqueeze", "squeeze", "view_as_real", "split", "split_with_sizes"}  # fmt: skip
-
-
 @makers
 def test_last_rows_are_stepped_in_place_and_nothing_of_the_size_of_the_table_is_touched(make: Maker) -> None:
     embedding, optimizer = _embedding(make)
     _step_embedding(embedding, optimizer)
     address = embedding.weight.data_ptr()
     embedding(torch.tensor([3, 995, 999])).square().sum().backward()
-    with _Ops() as ops:
+    with Ops() as ops:
         optimizer.step()
     assert ops.largest in (0, 160)  # fused and foreach kernels return nothing
     assert not ops.counts["index_select"] + ops.counts["scatter_"] + ops.counts["cat"]
@@ -420,7 +399,7 @@ _SPECS: Final[dict[str, Any]] = {
 def _ops_of_a_step(model: nn.Module, optimizer: Optimizer) -> Counter[str]:
     _train(model, optimizer, 2)
     optimizer.zero_grad()
-    ops = _Ops()
+    ops = Ops()
     with ops:
         _backward(model, 2)
         optimizer.step()

@@ -1,0 +1,29 @@
+"""Counts what torch computes inside a block."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Final
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_VIEWS: Final = {"detach", "alias", "view", "select", "slice", "as_strided", "permute", "transpose", "t", "expand",
+                 "unsqueeze", "squeeze", "view_as_real", "split", "split_with_sizes"}  # fmt: skip
+
+
+class Ops(TorchDispatchMode):
+    """Counts operations, and notes the size of the largest tensor that any of them made or wrote to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        name = func.overloadpacket.__name__
+        self.counts[name] += 1
+        if name not in _VIEWS and isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
