@@ -59,7 +59,7 @@ class FrozenParameter:
         self._add_zero = [constraint.entries.add_zero for constraint in constraints if constraint.entries.count]
         is_plain = self.layout is None and not self._dtype.is_complex and len(constraints) == 1
         only = constraints[0].entries if is_plain else None
-        self._only_box = only.key if isinstance(only, Strided) else None
+        self._only_box = only if isinstance(only, Strided) else None
         self.frozen_count: int = self._count_frozen() if whole is None else whole.frozen_count
 
     def _count_frozen(self) -> int:
@@ -307,12 +307,11 @@ class FrozenParameter:
         Returns:
             The gradient, as it is now.
         """
-        gradient, key = parameter.grad, self._only_box
-        is_plain = key is not None and gradient is not None and gradient.layout is torch.strided
-        if gradient is None or not is_plain or gradient.requires_grad or gradient.is_neg():
+        gradient, box = parameter.grad, self._only_box
+        if gradient is None or box is None or not _is_plain(gradient):
             self.add_zero_gradient(writes, parameter)
             return parameter.grad
-        writes.zero(gradient[key])
+        writes.zero(box.view(gradient))
         return gradient
 
     def zero_gradient(self, parameter: Tensor) -> None:
@@ -356,6 +355,10 @@ class FrozenParameter:
         place = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
         index = place if self.layout is None else index_in_whole(place, self.shape, self.layout)
         return Violation(self.name, int(drifted.sum()), index, found[place].item(), held[place].item())
+
+
+def _is_plain(accumulated: Tensor) -> bool:
+    return accumulated.layout is torch.strided and not (accumulated.requires_grad or accumulated.is_neg())
 
 
 def _owns_its_entries(tensor: Tensor) -> bool:
