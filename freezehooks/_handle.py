@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,8 @@ from ._hooks.forward import install_outer, remove_outer
 from ._hooks.gradient import unwatch_gradient, watch_gradient, watching
 from ._hooks.hook_set import HookSet, hook_sets_on, uncalled_owners
 from ._optim.compact import check_elementwise, check_whole
-from ._optim.guard import Guard, check_optimizer
+from ._optim.guard import Guard
+from ._optim.guardable import guardable
 from ._optim.state import stepped_by
 from ._optim.step import StepHooks, step_hooks_on
 from ._report.status import check_complete, find_mechanisms
@@ -318,7 +319,9 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
         """Hold the entries through every step of an optimizer, by the optimizer's own step hooks.
 
         Guarding an optimizer twice is guarding it once; one that holds another optimizer, as SAM and Lookahead do, is
-        guarded together with it. Moments at frozen entries become 0.
+        guarded together with it. A wrapper without step hooks of its own is guarded by those of what it wraps: what it
+        writes after the step inside is put right by the next forward, or by a `MaskedOptimizer` around it at once.
+        Moments at frozen entries become 0.
 
         Args:
             optimizer: Any optimizer that steps at least one of the frozen parameters.
@@ -331,47 +334,55 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
         Raises:
             OptimizerMismatchError: The optimizer steps none of the frozen parameters.
             UnsupportedOptimizerError: It does not work entry by entry, so that it cannot be compact.
-            SpecError: `optimizer` is no optimizer.
+            SpecError: `optimizer` is no optimizer, or has no step hooks.
+            UnguardedError: Its step was replaced by one that calls no hooks.
         """
-        self.check_optimizer(optimizer, compact=compact)
-        guard = self._guard_of(optimizer)
-        guard.ask(compact=compact)
-        if self.attached:
-            guard.install()
-        for inside in vars(optimizer).values():
-            if isinstance(inside, Optimizer):
-                with suppress(OptimizerMismatchError):  # it steps other parameters
-                    self.guard(inside, compact=compact)
-        return guard
+        return self.guard_unchecked(self.check_optimizer(optimizer, compact=compact), compact=compact)
+
+    def guard_unchecked(self, optimizers: Sequence[Optimizer], *, compact: bool) -> Guard:
+        """Guard some optimizers, the outermost first, whether or not they step frozen parameters already."""
+        guards = [self._guard_of(each) for each in optimizers]
+        for guard in guards:
+            if self.attached:
+                guard.install(compact=compact)
+            guard.ask(compact=compact)
+            if guard not in self._guards:
+                self._guards.append(guard)
+        guards[0].inside = guards[1:]
+        return guards[0]
 
     def _guard_of(self, optimizer: Optimizer) -> Guard:
         self._guards = [guard for guard in self._guards if not guard.is_over]
         for guard in self._guards:
             if guard.optimizer is optimizer:
                 return guard
-        hooks = step_hooks_on(optimizer) or StepHooks(optimizer)
-        self._guards.append(Guard(hooks, self._held))
-        return self._guards[-1]
+        return Guard(step_hooks_on(optimizer) or StepHooks(optimizer), self._held)
 
-    def check_optimizer(self, optimizer: Optimizer, *, compact: bool = False) -> None:
+    def check_optimizer(self, optimizer: Optimizer, *, compact: bool = False) -> list[Optimizer]:
         """Check that an optimizer can be guarded, and that it steps at least one of the frozen parameters.
+
+        Returns:
+            The optimizers whose hooks are to hold the entries: itself, those inside it, or both.
 
         Raises:
             OptimizerMismatchError: It steps none.
             UnsupportedOptimizerError: It is to be compact, and does not work entry by entry.
             SpecError: It is no optimizer, or has no step hooks.
+            UnguardedError: Its step was replaced by one that calls no hooks.
         """
-        check_optimizer(optimizer)
-        if compact:
-            check_elementwise(optimizer)
-            check_whole(self._held)
+        found = guardable(optimizer)
         self._held.check_in_place()
-        stepped = stepped_by(optimizer)
-        if len(self) and not any(id(parameter) in stepped for _, parameter in self._held):
+        held = {id(parameter) for _, parameter in self._held}
+        stepping = [each for each in found if held & stepped_by(each)] if len(self) else found[:1]
+        if not stepping:
             raise OptimizerMismatchError(
                 f"`{type(optimizer).__name__}` steps none of the frozen parameters ({', '.join(self)})",
                 "build it from the parameters of the model that was frozen, after moving or copying that model",
             )
+        for each in stepping if compact else ():
+            check_elementwise(each)
+            check_whole(self._held)
+        return stepping
 
     # Coming and going
 

@@ -2,16 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FunctionType, MethodType
+from typing import Any, TypeVar
 
+import torch
 from torch.optim import Optimizer
 
 from ._errors import SpecError
 from ._handle import FrozenEntries
 from ._held.held import HeldParameters
-from ._optim.guard import check_optimizer
+from ._optim.calls import check_step
+from ._optim.guardable import guardable
 from ._optim.step import StepHooks, compact_state_dict, step_hooks_on
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+class _ShownAsInner:
+    """A method that calls the inner optimizer's of its name, and has that one's signature for who asks.
+
+    `GradScaler` and Accelerate look at a signature before they pass an argument on.
+    """
+
+    def __init__(self, method: Any) -> None:
+        self.method = method
+        self.name = method.__name__
+
+    def __get__(self, masked: Any, kind: Any) -> Any:
+        if masked is None:
+            return self.method
+        shown = FunctionType(self.method.__code__, self.method.__globals__, self.name)
+        shown.__dict__.update(vars(self.method), __wrapped__=self._of_inner(masked.inner))
+        return MethodType(shown, masked)
+
+    def _of_inner(self, inner: Optimizer) -> Any:
+        """Return the inner optimizer's function of the name, which takes `self` like this one."""
+        return getattr(getattr(inner, self.name), "__func__", getattr(type(inner), self.name))
+
+
+def _shown_as_inner(method: _Method) -> _Method:
+    shown: Any = _ShownAsInner(method)
+    return shown  # type: ignore[no-any-return]  # what it gives is a method like the other
+
+
+def _hooked(step: _Method) -> _Method:
+    """Mark a step for torch as one that calls step hooks: it would call them around this one, too."""
+    step.hooked = True  # type: ignore[attr-defined]  # as torch does
+    return step
 
 
 class MaskedOptimizer(Optimizer):
@@ -34,6 +72,8 @@ class MaskedOptimizer(Optimizer):
         SpecError: `optimizer` is no optimizer, or `frozen` no handle (rules, say).
         OptimizerMismatchError: The optimizer steps none of a handle's parameters.
         UnsupportedOptimizerError: `compact`, for an optimizer that does not work entry by entry (Muon, say).
+        UnguardedError: The optimizer's `step` was replaced by one that calls no hooks; also later, where it is
+            replaced then.
 
     Example:
         >>> import torch
@@ -50,17 +90,18 @@ class MaskedOptimizer(Optimizer):
     inner: Optimizer
     frozen: tuple[FrozenEntries, ...]
     compact: bool
+    _guarded: list[Optimizer]
 
     def __init__(
         self, optimizer: Optimizer, frozen: FrozenEntries | Iterable[FrozenEntries], *, compact: bool = False
     ) -> None:
         # Not super().__init__(): it would give this face groups, state and hooks of its own, and the first
         # load_state_dict would part them from the inner optimizer's. Every attribute comes from there instead.
-        check_optimizer(optimizer)
+        guarded = guardable(optimizer)
         handles = _handles(frozen)
         for handle in handles:  # all of them before the first change
             handle.check_optimizer(optimizer, compact=compact)
-        vars(self).update(inner=optimizer, frozen=handles, compact=compact)
+        vars(self).update(inner=optimizer, frozen=handles, compact=compact, _guarded=guarded)
         for handle in handles:
             handle.guard(optimizer, compact=compact)
 
@@ -74,6 +115,8 @@ class MaskedOptimizer(Optimizer):
     def __setattr__(self, name: str, value: Any) -> None:
         # Schedulers replace `step`; the properties below pass their value on; LightningOptimizer takes this class
         # over for an object with attributes of its own.
+        if name == "step" and any(True for _ in self._step_hooks()):
+            check_step(self.inner, value)
         if name in vars(self) or hasattr(type(self), name):
             object.__setattr__(self, name, value)
         else:
@@ -114,12 +157,27 @@ class MaskedOptimizer(Optimizer):
 
     # The base class has methods of these names, which would shadow the inner optimizer's own.
 
+    @_shown_as_inner
+    @_hooked
     def step(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # whatever the inner one takes
         """Step the inner optimizer, then impose; returns what it returns (the closure's loss)."""
-        return self.inner.step(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            for hooks in self._step_hooks():
+                hooks.check()
+        result = self.inner.step(*args, **kwargs)
+        if self.inner not in self._guarded:  # what it wraps has imposed, and it may have written since
+            for hooks in self._step_hooks():
+                hooks.impose()
+        return result
 
-    step.hooked = True  # type: ignore[attr-defined]  # the inner step runs the step hooks; twice would be once too often
+    def _step_hooks(self) -> Iterator[StepHooks]:
+        """Yield the hooks of the inner optimizer, or of those inside it."""
+        for optimizer in self._guarded:
+            hooks = step_hooks_on(optimizer)
+            if hooks is not None:
+                yield hooks
 
+    @_shown_as_inner
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Reset the gradients, as the inner optimizer does."""
         self.inner.zero_grad(*args, **kwargs)
@@ -135,9 +193,11 @@ class MaskedOptimizer(Optimizer):
             kwargs: What the inner optimizer takes.
         """
         if compact:
-            return compact_state_dict(self.inner)
+            inner = self.inner
+            return inner.state_dict(compact=True) if isinstance(inner, MaskedOptimizer) else compact_state_dict(inner)
         return self.inner.state_dict(*args, **kwargs)
 
+    @_shown_as_inner
     def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Load a state dict, plain or compact, into the inner optimizer; moments at frozen entries become 0."""
         self.inner.load_state_dict(*args, **kwargs)
@@ -147,11 +207,17 @@ class MaskedOptimizer(Optimizer):
         self.inner.add_param_group(param_group)
 
     def __repr__(self) -> str:
-        return repr(self.inner)
+        # Lightning's and Fabric's faces put a word before the class name; elsewhere it is the inner one's text
+        word, found, _ = type(self).__name__.partition(MaskedOptimizer.__name__)
+        return f"{word if found else ''}{self.inner!r}"
 
     def __reduce__(self) -> Any:
-        hooks = step_hooks_on(self.inner)
-        return _copied, (type(self), self.inner, self.frozen, self.compact, [] if hooks is None else hooks.members)
+        found = [(each, step_hooks_on(each)) for each in self._guarded]
+        guarded = [
+            (each, [], False) if hooks is None else (each, hooks.members, hooks.compact is not None)
+            for each, hooks in found
+        ]
+        return _copied, (type(self), self.inner, self.frozen, self.compact, guarded)
 
 
 def _copied(
@@ -159,13 +225,20 @@ def _copied(
     inner: Optimizer,
     frozen: tuple[FrozenEntries, ...],
     compact: bool,
-    guarded: list[HeldParameters],
+    guarded: list[tuple[Optimizer, list[HeldParameters], bool]],
 ) -> MaskedOptimizer:
-    """Wrap a copied optimizer, and guard it anew for every handle that guarded the original."""
-    copied = kind(inner, frozen, compact=compact)
-    for held in guarded:
-        hooks = step_hooks_on(inner) or StepHooks(inner)
-        hooks.join(held)  # once for those that the wrapper has guarded already
+    """Wrap a copied optimizer, and guard it anew for every handle that guarded the original.
+
+    Without the checks of a new one: it may step none of a handle's parameters any longer, or not yet.
+    """
+    copied = object.__new__(kind)
+    vars(copied).update(inner=inner, frozen=frozen, compact=compact, _guarded=[each for each, _, _ in guarded])
+    for optimizer, members, is_compact in guarded:
+        for handle in frozen:
+            handle.guard_unchecked([optimizer], compact=compact or is_compact)
+        for held in members:
+            hooks = step_hooks_on(optimizer) or StepHooks(optimizer)
+            hooks.join(held, compact=is_compact)  # once for those that the handles have guarded already
     return copied
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from freezehooks import FreezeError, MaskedOptimizer, freeze_entries
+from freezehooks import FreezeError, MaskedOptimizer, UnguardedError, freeze_entries
 
 from .parallel import SPEC, OneProcess, adamw, batch, build, loss_of, my_part, train, wholes
 from .ranks import on_ranks
@@ -240,3 +240,14 @@ def test_a_rank_may_freeze_a_plain_model_of_its_own() -> None:
     if dist.get_rank() == 0:
         freeze_entries(build(), "up.weight[0] = 0").assert_frozen(guarded=False)
     dist.barrier()
+
+
+@on_ranks(2)
+def test_a_step_that_calls_no_hooks_is_refused_in_the_next_forward() -> None:
+    model = DistributedDataParallel(build())
+    frozen = freeze_entries(model, [_prefixed(rule) for rule in SPEC])
+    optimizer = adamw(model)
+    frozen.guard(optimizer)
+    optimizer.step = [].clear  # type: ignore[assignment, method-assign]  # on purpose
+    with pytest.raises(UnguardedError, match="was replaced by"):
+        model(my_part(batch(0)))

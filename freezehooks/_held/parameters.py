@@ -106,6 +106,15 @@ class FrozenParameters:
         found = [reference() for reference in tuple(self.guards)]  # another thread may add one meanwhile
         return [guard for guard in found if guard is not None]
 
+    def check_guards(self) -> None:
+        """Refuse a guarded optimizer whose step was replaced by one that calls no hooks.
+
+        Raises:
+            UnguardedError: One was.
+        """
+        for guard in self.living_guards():
+            guard.check()
+
     def __getstate__(self) -> dict[str, Any]:
         return {"by_name": self.by_name, "released": self.released}
 

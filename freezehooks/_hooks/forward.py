@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from .._held.held import Model
 from .._held.parameters import FrozenParameters
 from .._held.place import Place
-from .._ranks.agreement import check_same_parameters, is_distributed
+from .._ranks.agreement import check_same_parameters, has_process_group, is_distributed
 from .._torch import fsdp2_parameters, has_fsdp2, is_inside_ddp_forward, is_replica, outside_transforms
 from . import batch
 from .batch import Batch, Plan
@@ -62,8 +62,10 @@ class OuterHooks:
             return  # there each owner's own hook does it
         if not self.is_root and batch.is_around(self._below):
             return  # the model's call has written all
-        if is_distributed() and self.is_root:
-            self._meet_ranks(module)
+        if self.is_root and has_process_group():
+            self.frozen.check_guards()  # elsewhere the backward pass does
+            if is_distributed():
+                self._meet_ranks(module)
         self._begin(module)
 
     def end_forward(self, module: nn.Module, args: Any, output: Any) -> None:

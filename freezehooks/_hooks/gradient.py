@@ -45,6 +45,13 @@ class _BackwardPass:
         for hook in self.hooks:
             if hook.cleaned is not None:
                 hook.version = hook.cleaned._version
+        self._look_around()
+
+    def _look_around(self) -> None:
+        """See to what is to step the parameters: the first and the last stand for the others."""
+        ends = (self.hooks[0], self.hooks[-1])
+        for frozen in {id(hook.frozen): hook.frozen for hook in ends}.values():
+            frozen.check_guards()
 
 
 def _no_pass() -> None:

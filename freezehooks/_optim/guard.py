@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.optim import Optimizer
 
-from .._errors import SpecError
 from .._held.held import HeldParameters
-from .step import MOMENTS, StepHooks, step_hooks_on
+from .step import StepHooks, step_hooks_on
 
 
 class Guard:
@@ -16,10 +13,12 @@ class Guard:
 
     Attributes:
         hooks: The hooks on the optimizer, shared by all handles that guard it.
+        inside: The guards of the optimizers inside it, which go with this one.
     """
 
     def __init__(self, hooks: StepHooks, held: HeldParameters) -> None:
         self.hooks = hooks
+        self.inside: list[Guard] = []
         self._held = held
         self._compact = False
         self._is_removed = False
@@ -43,12 +42,12 @@ class Guard:
         """Have the optimizer hold the free entries alone from the next `install` on; once asked for, that stays."""
         self._compact = self._compact or compact
 
-    def install(self) -> None:
-        """Hold the entries through the optimizer's steps."""
-        optimizer = self.hooks.optimizer
+    def install(self, *, compact: bool = False) -> None:
+        """Hold the entries through the optimizer's steps, by its free entries alone where that is or was asked for."""
+        optimizer = self.optimizer
         if optimizer is not None:
             self.hooks = step_hooks_on(optimizer) or self.hooks
-            self.hooks.join(self._held, compact=self._compact)
+            self.hooks.join(self._held, compact=self._compact or compact)
 
     def suspend(self) -> None:
         """Take this handle's part off the optimizer, until `install` puts it on again."""
@@ -57,23 +56,6 @@ class Guard:
 
     def remove(self) -> None:
         """Stop guarding the optimizer for good; the frozen entries are then held by the model's own hooks alone."""
-        self.suspend()
-        self._is_removed = True
-
-
-def check_optimizer(optimizer: Any) -> None:
-    """Refuse what has no step hooks to guard it by.
-
-    Raises:
-        SpecError: It is no optimizer, or one that was made without `Optimizer.__init__`.
-    """
-    if not isinstance(optimizer, Optimizer):
-        raise SpecError(
-            f"`optimizer` must be a torch.optim.Optimizer, found {type(optimizer).__name__}",
-            "pass the optimizer first, then the handle: MaskedOptimizer(optimizer, frozen)",
-        )
-    if not all(hasattr(optimizer, moment.kept) for moment in MOMENTS):
-        raise SpecError(
-            f"`{type(optimizer).__name__}` has no step hooks: its class skips `Optimizer.__init__`",
-            "call super().__init__ in it, or guard the optimizer that it wraps",
-        )
+        for guard in [self, *self.inside]:
+            guard.suspend()
+            guard._is_removed = True

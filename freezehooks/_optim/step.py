@@ -18,6 +18,7 @@ from .._held.place import Place
 from .._hooks.batch import Batch, Places, Plan, end_calls
 from .._hooks.moment import Moment
 from .._ranks.agreement import has_process_group
+from .calls import calls_hooks, check_step, current_step
 from .compact import Compact, check_whole
 from .elementwise import is_elementwise
 from .state import impose_on_weights, may_keep_weights, reset_frozen_state, reset_history
@@ -45,7 +46,7 @@ class StepHooks:
         self._params: list[list[Tensor]] = []
         self._stepped: set[int] = set()
         self._is_behind = False
-        self._has_stepped = False
+        self._checked_step = 0
         self._is_elementwise = is_elementwise(optimizer)
         self._keeps_weights = may_keep_weights(optimizer)
 
@@ -73,9 +74,20 @@ class StepHooks:
         optimizer = self.optimizer
         if optimizer is None or not self._handles:
             return False
-        # `Optimizer.__init__` marks the step of its class as hooked; a class that skips it may call a marked one
-        is_called = self._has_stepped or getattr(type(optimizer).step, "hooked", False)
-        return is_called and all(moment.is_called(optimizer, self) for moment in MOMENTS)
+        return calls_hooks(current_step(optimizer)) and all(moment.is_called(optimizer, self) for moment in MOMENTS)
+
+    def check(self) -> None:
+        """Refuse a step that was replaced, since the optimizer was guarded, by one that calls no hooks.
+
+        Raises:
+            UnguardedError: It was.
+        """
+        optimizer = self.optimizer
+        if optimizer is not None and self._handles:
+            step = current_step(optimizer)
+            if id(step) != self._checked_step:
+                check_step(optimizer, step)
+                self._checked_step = id(step)  # alone: a bound method would keep the optimizer alive
 
     # Who guards
 
@@ -135,6 +147,7 @@ class StepHooks:
     def _install(self, optimizer: Optimizer) -> None:
         if not self._handles:
             self._handles = [moment.put_on(optimizer, self) for moment in MOMENTS]
+            self._checked_step = id(current_step(optimizer))
 
     def _forget(self) -> None:
         self._batch.forget()
@@ -241,7 +254,6 @@ class StepHooks:
 
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Impose the values on the parameters, and on state that holds weights."""
-        self._has_stepped = True
         if self.compact is not None:
             self.compact.end_step()
             if self._is_behind:  # a closure has frozen more, or less
@@ -262,6 +274,14 @@ class StepHooks:
         else:
             written, places = self._written()
             written.impose(places)
+
+    def impose(self) -> None:
+        """Write the values into all that the optimizer steps, after a wrapper around it has written there."""
+        optimizer = self.optimizer
+        if optimizer is not None and self.members:
+            self._impose(optimizer)
+            if self.compact is not None:
+                self.compact.impose()
 
     def _compiled_pairs(self) -> Iterator[tuple[FrozenParameter, Tensor]]:
         """Yield what a batch would write; a compiled frame writes one after the other."""
@@ -354,6 +374,12 @@ def step_hooks_on(optimizer: Optimizer) -> StepHooks | None:
             if isinstance(owner, StepHooks) and owner.optimizer is optimizer:  # a wrapper may share the lists
                 return owner
     return None
+
+
+def is_compact(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer holds the free entries alone."""
+    hooks = step_hooks_on(optimizer)
+    return hooks is not None and hooks.compact is not None
 
 
 def compact_state_dict(optimizer: Optimizer) -> dict[str, Any]:
