@@ -123,6 +123,12 @@ def is_tensor_subclass(tensor: Tensor) -> bool:
     return bool(is_traceable_wrapper_subclass(tensor))
 
 
+def is_expanded_weight(tensor: Tensor) -> bool:
+    """Return whether a tensor stands for a parameter that wants gradients of single samples (torch 1.13 to 2.14)."""
+    module = sys.modules.get("torch.nn.utils._expanded_weights.expanded_weights_impl")
+    return module is not None and isinstance(tensor, module.ExpandedWeight)
+
+
 def is_dtensor(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor; torch imports their module before it makes one (torch 2.5 to 2.14)."""
     module = sys.modules.get("torch.distributed.tensor")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .._torch import is_replica
+from .._errors import UnsupportedParameterError
+from .._torch import is_expanded_weight, is_replica
 from .parameter import FrozenParameter
 from .parameters import FrozenParameters
 from .site import Site, gone
@@ -35,6 +36,8 @@ class Place:
 
         Raises:
             ParameterChangedError: Nothing stands here.
+            UnsupportedParameterError: It stands for the parameter in torch's own way to gradients of single samples,
+                which pass by every hook.
         """
         owner = self.site.owner
         if isinstance(owner, nn.Module) and is_replica(owner):
@@ -42,6 +45,12 @@ class Place:
         found = self.site.find()
         if found is None:
             raise gone(self.name, owner)
+        if is_expanded_weight(found):
+            raise UnsupportedParameterError(
+                f"`{self.name}` is taken for gradients of single samples by expanded weights of torch, which leave "
+                "them on the parameter past every hook",
+                "take Opacus's own hooks, grad_sample_mode='hooks', or remove the frozen entries first",
+            )
         return found if isinstance(found, nn.Parameter) or not isinstance(owner, nn.Module) else None
 
     def pair(self) -> tuple[FrozenParameter, Tensor] | None:

@@ -23,6 +23,7 @@ from .._torch import (
     reconnect_hooks,
     tensor_hooks,
 )
+from .samples import clean_samples, has_samples
 
 
 class _BackwardPass:
@@ -48,8 +49,15 @@ class _BackwardPass:
         self._look_around()
 
     def _look_around(self) -> None:
-        """See to what is to step the parameters: the first and the last stand for the others."""
+        """See to what is left on parameters beside gradients, and to what is to step them.
+
+        The first and the last stand for the others, which are of the same model or of one of two: looking at each
+        would be felt.
+        """
         ends = (self.hooks[0], self.hooks[-1])
+        if any(map(has_samples, (self.parameters[0], self.parameters[-1]))):
+            for hook, parameter in zip(self.hooks, self.parameters, strict=True):
+                hook.clean_samples(parameter)
         for frozen in {id(hook.frozen): hook.frozen for hook in ends}.values():
             frozen.check_guards()
 
@@ -103,6 +111,8 @@ class ZeroFrozenGradient:
             running.parameters.append(parameter)
             return
         self.clean(parameter)
+        if has_samples(parameter) and graph_task_id() >= 0:  # they are not complete yet
+            at_end_of_backward(lambda: self.clean_samples(parameter))
         if has_process_group() and not is_sharded(parameter):
             _clean_after_reducer(self, parameter)
 
@@ -111,6 +121,16 @@ class ZeroFrozenGradient:
         frozen = self.frozen.by_name.get(self.name)
         if frozen is not None:
             frozen.zero_gradient(parameter)
+
+    def clean_samples(self, parameter: Tensor) -> None:
+        """Make the gradients of single samples clean, where they were left on the parameter.
+
+        Raises:
+            UnsupportedParameterError: Only the norm of each is there.
+        """
+        frozen = self.frozen.by_name.get(self.name)
+        if frozen is not None:
+            clean_samples(parameter, frozen)
 
     def is_clean(self, gradient: Tensor | None) -> bool:
         """Return whether a gradient is the one that was made clean, and nobody wrote to it since.
