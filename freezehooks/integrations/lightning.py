@@ -14,6 +14,7 @@ from .._errors import OptimizerMismatchError, SpecError
 from .._handle import FrozenEntries, freeze_entries
 from .._held.parameter import FrozenParameter
 from .._optim.state import stepped_by
+from .._optim.step import is_compact
 from .._report.monitor import drift, gradient_norms
 from ._base import FreezingCallback, check_whole_number
 
@@ -105,7 +106,12 @@ class FreezeEntries(FreezingCallback, _Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Guard an optimizer that was made, or given frozen parameters, since the start of fit."""
-        self._guard([optimizer])  # in the middle of its step: too late to be compact
+        self._guard([optimizer])  # in the middle of its step: too late to be compact in this one
+
+    def _guard_compactly(self, trainer: Any) -> None:
+        """Have optimizers that were made since the start of fit hold the free entries alone, between two steps."""
+        late = [each for each in trainer.optimizers if not is_compact(each)] if self.compact else []
+        self._guard(late, compact=True)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Let the entries go, where the epoch for it has come."""
@@ -114,9 +120,11 @@ class FreezeEntries(FreezingCallback, _Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Let the entries go in an epoch that a resumed run began without the hook for its start."""
         self._release_if_due(trainer)
+        self._guard_compactly(trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Check after the last step of an epoch that every frozen entry holds its value, and its hooks are in place."""
+        self._guard_compactly(trainer)
         if trainer.is_last_batch:
             self._check()
 
