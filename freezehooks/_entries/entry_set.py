@@ -171,7 +171,7 @@ class Empty(EntrySet):
         pass
 
     def state(self) -> dict[str, Any]:
-        return {"positions": torch.empty(0, dtype=torch.int64)}
+        return {"positions": torch.empty(0, dtype=torch.int64, device="cpu")}
 
 
 _Geometry: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]

@@ -117,7 +117,7 @@ def select_index(index: Index, shape: torch.Size, device: torch.device) -> Tenso
 
 def positions(index: Index, shape: torch.Size) -> Tensor:
     """Return, in the shape and order of ``tensor[index]``, where its entries lie in the flattened tensor."""
-    count = torch.arange(shape.numel()).view(shape)
+    count = torch.arange(shape.numel(), device="cpu").view(shape)
     backward = [d for d, item in _by_dimension(index, shape) if isinstance(item, Slice) and (item.step or 1) < 0]
     return count.flip(backward)[as_key(index, shape, flipped=True)] if backward else count[as_key(index, shape)]
 

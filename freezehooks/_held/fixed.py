@@ -16,6 +16,7 @@ from .._errors import RuleConflictError, StateMismatchError
 from .._rules.region import Index
 from .._rules.rule import Keep, Rule
 from .constraint import Constraint
+from .rounding import numbers_of_16_bits, rounded
 from .value import value_of
 
 _SAME_TENSORS: Final = "use the tensors of the saved run, or start from its weights alone"
@@ -32,6 +33,7 @@ class FixedEntries(Constraint):
         self.entries = entries
         self._source = source
         self._cast: Tensor | None = None
+        self._narrow = {} if isinstance(source, Tensor) else numbers_of_16_bits(source)
 
     @staticmethod
     def resolve(rule: Rule, parameter: Tensor) -> FixedEntries:
@@ -94,22 +96,28 @@ class FixedEntries(Constraint):
 
     def impose_(self, tensor: Tensor) -> None:
         if isinstance(self._source, float):
-            self.entries.fill_(tensor, self._source)
+            self.entries.fill_(tensor, self._number_like(self._source, tensor))
         else:
-            self.entries.write_(tensor, self._values_like(tensor))
+            self.entries.write_(tensor, self._values_like(self._source, tensor))
 
     def add_impose(self, writes: Writes, tensor: Tensor) -> None:
         if not isinstance(self._source, float):
-            self.entries.add_write(writes, tensor, self._values_like(tensor))
-        elif is_plus_zero(self._source):
+            self.entries.add_write(writes, tensor, self._values_like(self._source, tensor))
+            return
+        number = self._number_like(self._source, tensor)
+        if is_plus_zero(number):
             self.entries.add_zero(writes, tensor)
         else:
-            self.entries.add_fill(writes, tensor, self._source)
+            self.entries.add_fill(writes, tensor, number)
 
-    def _values_like(self, tensor: Tensor) -> Tensor:
+    def _number_like(self, number: float, tensor: Tensor) -> float:
+        """Return the number as the tensor's dtype holds it, where torch would round it twice."""
+        return self._narrow.get(tensor.dtype, number)
+
+    def _values_like(self, source: Tensor, tensor: Tensor) -> Tensor:
         """Return the values in the tensor's dtype, rounded once from those first given, and on its device."""
         if self._cast is None or self._cast.dtype != tensor.dtype or self._cast.device != tensor.device:
-            self._cast = torch.as_tensor(self._source).to(tensor.device, tensor.dtype)
+            self._cast = rounded(source, tensor.dtype).to(tensor.device)
         return self._cast
 
     def check_beside(self, other: Constraint, like: Tensor, name: str) -> None:

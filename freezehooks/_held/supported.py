@@ -59,6 +59,11 @@ _REFUSALS: Final[tuple[tuple[Callable[[Tensor], bool], str, str], ...]] = (
         "make it contiguous first",
     ),
     (
+        lambda p: _overlaps_itself(p),
+        "the parameter overlaps itself: several of its entries share one place in memory",
+        "give the model a `clone()` of it first",
+    ),
+    (
         lambda p: p.is_conj() or p.is_neg(),
         "the parameter is a lazy conjugate or negative: its entries are not what is in memory",
         "call `resolve_conj().resolve_neg()` on it first",
@@ -74,6 +79,21 @@ _REFUSALS: Final[tuple[tuple[Callable[[Tensor], bool], str, str], ...]] = (
         "name the leaf tensors it is computed from",
     ),
 )
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Return whether several entries share one place in memory, as in what `unfold` and `as_strided` return."""
+    dimensions = sorted((step, size) for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    reach, is_apart = 0, True
+    for step, size in dimensions:
+        is_apart = is_apart and step > reach
+        reach += step * (size - 1)
+    if is_apart or not tensor.numel():
+        return False
+    places = torch.zeros((), dtype=torch.int64, device="cpu")  # interleaved: apart or not
+    for step, size in dimensions:
+        places = places.unsqueeze(-1) + step * torch.arange(size, device="cpu")
+    return len(places.unique()) < places.numel()
 
 
 def check_wrappers(model: nn.Module | Mapping[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from .._errors import FrozenValueError, SpecError
 from .._rules.patterns.kernels import Center
 from .._rules.region import Index
 from .._rules.rule import Keep, Rule
+from .rounding import rounded
 
 
 def value_of(rule: Rule, entries: EntrySet, frozen: Tensor, parameter: Tensor) -> float | Tensor:
@@ -26,10 +27,10 @@ def value_of(rule: Rule, entries: EntrySet, frozen: Tensor, parameter: Tensor) -
     if value is Keep.KEEP:
         return entries.read(parameter)
     if isinstance(value, float):
-        _check_finite(torch.tensor(value, dtype=torch.float64), parameter)
+        _check_finite(torch.tensor(value, dtype=torch.float64, device="cpu"), parameter)
         return value
     if isinstance(value, complex):
-        value = torch.tensor(value, dtype=torch.complex128)
+        value = torch.tensor(value, dtype=torch.complex128, device="cpu")
     if not isinstance(value, Tensor):
         raise SpecError(
             f"a value is a number, `keep` or a tensor, found {type(value).__name__}",
@@ -49,7 +50,7 @@ def value_of(rule: Rule, entries: EntrySet, frozen: Tensor, parameter: Tensor) -
 
 
 def _check_finite(value: Tensor, parameter: Tensor) -> None:
-    finite = value.to(parameter.dtype).isfinite()
+    finite = rounded(value, parameter.dtype).isfinite()
     if not bool(finite.all()):
         raise FrozenValueError(
             f"the value {value[~finite][0].item():g} is not finite as {parameter.dtype}",

@@ -61,7 +61,7 @@ def joined(shard: Tensor, layout: Layout, shape: torch.Size) -> Tensor:
 
 def index_in_whole(place: tuple[int, ...], shape: torch.Size, layout: Layout) -> tuple[int, ...]:
     """Return where in the whole tensor an entry of this rank's shard lies."""
-    numbers = cut(torch.arange(shape.numel()).view(shape), layout)
+    numbers = cut(torch.arange(shape.numel(), device="cpu").view(shape), layout)
     return tuple(int(i) for i in torch.unravel_index(numbers[place], shape))
 
 
