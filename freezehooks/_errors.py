@@ -78,7 +78,7 @@ class UnsupportedOptimizerError(FreezeError, TypeError):
 
 
 class ParameterChangedError(FreezeError, RuntimeError):
-    """A frozen parameter that has since been removed, or replaced by one of another shape."""
+    """A frozen parameter that has since been removed, or replaced by one that cannot be held in its place."""
 
 
 class StateMismatchError(FreezeError, RuntimeError):

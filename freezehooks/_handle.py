@@ -20,7 +20,7 @@ from ._held.site import Site
 from ._held.violation import Violation
 from ._hooks.forward import install_outer, remove_outer
 from ._hooks.gradient import unwatch_gradient, watch_gradient, watching
-from ._hooks.hook_set import HookSet, hook_sets_on, uncalled_owners
+from ._hooks.hook_set import HookSet, held_on, hook_set_of, hook_sets_on, uncalled_owners
 from ._optim.compact import check_elementwise, check_whole
 from ._optim.guard import Guard
 from ._optim.guardable import guardable
@@ -100,7 +100,6 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
 
     def __init__(self, held: HeldParameters) -> None:
         self._held = held
-        self._modules: dict[nn.Module, HookSet] = {}
         self._guards: list[Guard] = []
         self._attached = False
 
@@ -120,7 +119,6 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
         return tuple(found.values())
 
     def _take_over(self, module: nn.Module, hooks: HookSet) -> None:
-        self._modules[module] = hooks
         self._attached = True
         for place in hooks.places(module):
             self._held.sites.append((place.name, place.site))
@@ -174,7 +172,27 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
     @property
     def attached(self) -> bool:
         """Whether the entries are held now."""
-        return self._attached and all(hooks.is_installed for hooks in self._modules.values())
+        sites = list(self._held.known_sites())
+        return all(self._is_held_at(*each) for each in sites) if sites else self._attached
+
+    def _is_held_at(self, name: str, site: Site) -> bool:
+        """Return whether one place is held: another handle of the same parameters may hold it, or let it go."""
+        if isinstance(site.owner, nn.Module):
+            hooks = hook_set_of(self._held.frozen, site.owner)
+            if hooks is None or hooks.names.get(site.key) != name:
+                return False
+        return self._held.frozen.is_held(name)
+
+    @property
+    def _holds_any(self) -> bool:
+        return any(self._held.held_sites()) if len(self) else self._attached
+
+    @property
+    def _modules(self) -> dict[nn.Module, HookSet]:
+        """The hooks that hold what was frozen, whoever has put them on, by their modules."""
+        owners = dict.fromkeys(site.owner for _, site in self._held.sites if isinstance(site.owner, nn.Module))
+        found = {owner: hook_set_of(self._held.frozen, owner) for owner in owners}
+        return {owner: hooks for owner, hooks in found.items() if hooks is not None}
 
     # Holding
 
@@ -264,16 +282,9 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
         held = [
             (self._held.frozen.by_name[name], site.tensor())
             for name, site in self._held.held_sites()
-            if self._attached and self._is_hooked(name, site)
+            if self._is_held_at(name, site)
         ]
         return count_trainable(self._held.model, held)
-
-    def _is_hooked(self, name: str, site: Site) -> bool:
-        """Return whether one place is held still: another handle of the same parameters may have let it go."""
-        if not isinstance(site.owner, nn.Module):
-            return True
-        hooks = self._modules.get(site.owner)
-        return hooks is not None and hooks.is_installed and hooks.names.get(site.key) == name
 
     def plot(self, name: str, path: str | Path | None = None) -> Figure:
         """Draw a parameter, kernel by kernel or as a matrix, with a mark on every frozen entry.
@@ -413,19 +424,30 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
         self._held.check_in_place()
         for frozen, parameter in self._held:
             frozen.check_start(parameter)
-            for other in watching(parameter):
-                if other is not frozen:
-                    frozen.check_beside(other)
+        self._check_beside_others(self._held.frozen.by_name)
+
+    def _check_beside_others(self, by_name: Mapping[str, FrozenParameter]) -> None:
+        """Refuse what disagrees with what other handles hold of the same parameters."""
+        ours = set(map(id, self._held.frozen.by_name.values()))
+        for name, site in self._held.known_sites():
+            on_module = held_on(site.owner, site.key) if isinstance(site.owner, nn.Module) else []
+            others = {id(other): other for other in (*watching(site.tensor()), *on_module)}
+            for number, other in others.items():
+                if number not in ours:
+                    by_name[name].check_beside(other)
 
     def _install_module_hooks(self) -> None:
         by_module: dict[nn.Module, HookSet] = {}
         for name, site in self._held.held_sites():
             if isinstance(site.owner, nn.Module):
-                by_module.setdefault(site.owner, HookSet(self._held.frozen)).names[site.key] = name
+                by_module.setdefault(site.owner, HookSet(self._held.frozen, site.known)).names[site.key] = name
         callers = uncalled_owners(self._held.model) if isinstance(self._held.model, nn.Module) else {}
         for module, hooks in by_module.items():
+            earlier = hook_set_of(self._held.frozen, module)
+            if earlier is not None:  # another handle of the same parameters holds some of them still
+                earlier.remove()
             hooks.install(module, callers.get(module, []))
-        self._modules = by_module
+        remove_outer(self._held.model, self._held.frozen)
         if by_module:
             install_outer(self._held.model, self._held.frozen)
 
@@ -434,7 +456,7 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
 
         The entries train from here on as if they had never moved (their moments are 0). `attach` holds them again.
         """
-        if not self._attached:
+        if not self._holds_any:
             return
         self._reset_guards()
         self._held.frozen.release(self)
@@ -460,7 +482,7 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
         names = {self[name].name for name in matching(target, known) or matching_unwrapped(target, known)}
         if not names:
             raise self._held.frozen.not_frozen(target, self)
-        if self._attached:
+        if self._holds_any:
             self._reset_guards()
         for name, site in self._held.sites:
             if name in names:
@@ -480,10 +502,10 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
         parameter = site.find()
         if parameter is not None:
             unwatch_gradient(parameter, self._held.frozen, name)
-        if isinstance(site.owner, nn.Module) and site.owner in self._modules:
-            self._modules[site.owner].drop(site.key)
-            if not self._modules[site.owner].is_installed:
-                del self._modules[site.owner]
+        site.known.pop(site.key, None)
+        hooks = hook_set_of(self._held.frozen, site.owner) if isinstance(site.owner, nn.Module) else None
+        if hooks is not None:
+            hooks.drop(site.key)
 
     def __enter__(self) -> Self:
         return self.attach()
@@ -507,8 +529,12 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
 
         Raises:
             StateMismatchError: It was made under other rules or for another model; nothing is changed then.
+            RuleConflictError: Another handle holds some of its entries at other values; nothing is changed then.
         """
-        resolve.load(self._held, state)
+        loaded = resolve.read(self._held, state)
+        if self.attached:
+            self._check_beside_others(loaded)
+        self._held.frozen.replace(loaded)
         if self.attached:
             for frozen, parameter in self._held:
                 frozen.impose(parameter)
@@ -520,7 +546,7 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        for name, site in self._held.held_sites() if self._attached else ():
+        for name, site in self._held.held_sites():
             parameter = site.find() if site.is_whole else None  # else the first forward renews its hooks
             pair = None if parameter is None else self._held.frozen.adopt(name, parameter)
             if pair is not None:

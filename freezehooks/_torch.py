@@ -10,6 +10,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
@@ -83,6 +84,15 @@ def is_exporting() -> bool:
     return bool(getattr(torch.compiler, "is_exporting", bool)())
 
 
+@contextmanager
+def outside_tracing() -> Iterator[None]:
+    """Step outside of torch.export, which traces with tensors that have no numbers, for a while (torch 2.0 to 2.14)."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), outside_transforms():
+        yield
+
+
 def outside_transforms() -> AbstractContextManager[Any]:
     """Step outside of torch.func transforms and of torch.jit.trace for a while.
 
@@ -113,14 +123,26 @@ def is_replica(module: nn.Module) -> bool:
     return "_is_replica" in vars(module)
 
 
+def is_scripted(module: nn.Module) -> bool:
+    """Return whether torch.jit has compiled or traced a module: it has no dicts of its own (torch 1.2 to 2.14)."""
+    return isinstance(module, torch.jit.ScriptModule)
+
+
+def is_inside_functional_call() -> bool:
+    """Return whether `torch.func.functional_call` is running around the caller (torch 1.13 to 2.14)."""
+    code = torch.nn.utils.stateless._functional_call.__code__
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
+
+
 # Tensors that are more than one plain tensor
 
 
 def is_tensor_subclass(tensor: Tensor) -> bool:
     """Return whether a tensor's numbers lie in other tensors, as those of quantized ones do (torch 2.1 to 2.14)."""
-    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-    return bool(is_traceable_wrapper_subclass(tensor))
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def is_expanded_weight(tensor: Tensor) -> bool:

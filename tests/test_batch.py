@@ -161,7 +161,8 @@ def test_a_parameter_that_is_replaced_inside_a_running_forward_is_held() -> None
         model.second.weight = nn.Parameter(torch.zeros(8, 8))
 
     model.first.register_forward_hook(replace)
-    model(torch.ones(2, 8)).sum().backward()
+    with pytest.warns(UserWarning, match=r"`second\.weight` was replaced"):
+        model(torch.ones(2, 8)).sum().backward()
     frozen.assert_frozen(guarded=False)
     assert model.second.weight.grad is not None
     assert not model.second.weight.grad[0].any()

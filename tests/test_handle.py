@@ -489,7 +489,8 @@ def test_parameters_tied_after_freezing_hold_both_parts() -> None:
     model: Any = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     frozen = freeze_entries(model, "a[0] = 0\nb[1] = 1")
     model["b"].weight = model["a"].weight
-    optimizer = MaskedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1), frozen)
+    with pytest.warns(UserWarning, match=r"`b\.weight` was replaced"):
+        optimizer = MaskedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1), frozen)
     model["a"].weight.grad = torch.ones(2, 2)
     optimizer.step()
     assert model["a"].weight.tolist() == [[0, 0], [1, 1]]

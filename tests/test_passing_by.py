@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import struct
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from freezehooks import FrozenValueError, UnsupportedParameterError, freeze_entries
+from freezehooks import (
+    FrozenEntries,
+    FrozenValueError,
+    MaskedOptimizer,
+    ParameterChangedError,
+    RuleConflictError,
+    SpecError,
+    UnsupportedParameterError,
+    freeze_entries,
+)
 
 from .claims import same_bits
 
@@ -144,3 +156,418 @@ def test_a_state_is_saved_and_loaded_under_any_default_device(tmp_path: Any) -> 
     for name, held in frozen.items():
         assert same_bits(held.values, twin[name].values)
         assert torch.equal(held.frozen, twin[name].frozen)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A parameter in another's place
+
+
+def _put(module: nn.Module, key: str, numbers: Tensor, how: str) -> None:
+    """Put a Parameter in another's place, by assignment or as accelerate's `set_module_tensor_to_device` does."""
+    if how == "assigned":
+        setattr(module, key, nn.Parameter(numbers.clone()))
+    else:
+        old = module._parameters[key]
+        assert old is not None
+        module._parameters[key] = type(old)(numbers.clone(), requires_grad=old.requires_grad)
+
+
+ways = pytest.mark.parametrize("how", ["assigned", "set_module_tensor_to_device"])
+
+
+def _looked_at(model: nn.Module, frozen: FrozenEntries, look: str) -> None:
+    """Look at a model after something was put into it, in one of the ways that people do."""
+    looks: dict[str, Any] = {
+        "forward": lambda: model(torch.ones(2, 4)),
+        "state_dict": model.state_dict,
+        "impose": frozen.impose,
+        "violations": frozen.violations,
+        "load": lambda: model.load_state_dict({}, strict=False),
+    }
+    if look == "step":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        frozen.guard(optimizer).hooks.reset()
+        optimizer.step()
+    else:
+        looks[look]()
+
+
+looks = pytest.mark.parametrize("look", ["forward", "state_dict", "step", "impose", "violations", "load"])
+
+
+@ways
+@looks
+@pytest.mark.parametrize("region", ["[0]", "[[0, 3], [1, 2]]", "[smallest(0.5)]"], ids=["box", "scattered", "dense"])
+def test_keep_follows_a_parameter_that_is_put_in_another_s_place(how: str, look: str, region: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    frozen = freeze_entries(model, f"0.weight{region}\n1.bias")
+    model(torch.ones(1, 4))
+    came = torch.randn(4, 4)
+    _put(model[0], "weight", came, how)
+    _looked_at(model, frozen, look)
+    assert same_bits(model.get_parameter("0.weight"), came)
+    model.get_parameter("0.weight").data.zero_()
+    model(torch.ones(1, 4)).sum().backward()
+    mask = frozen["0.weight"].frozen
+    assert same_bits(model.get_parameter("0.weight")[mask], came[mask])
+    gradient = model.get_parameter("0.weight").grad
+    assert gradient is not None
+    assert not gradient[mask].any()
+    assert frozen.violations() == ()
+
+
+@ways
+@looks
+def test_a_number_is_imposed_on_a_parameter_that_is_put_in_another_s_place_and_said(how: str, look: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    frozen = freeze_entries(model, "0.weight[0] = 0.5\n0.weight[1] = -0.0\n0.weight[2]")
+    model(torch.ones(1, 4))
+    came = torch.randn(4, 4)
+    came[0, :3] = 0.5
+    _put(model[0], "weight", came, how)
+    with pytest.warns(UserWarning, match=r"`0\.weight` was replaced .* 5 frozen entries; .*call remove\(\) before you f"):
+        _looked_at(model, frozen, look)
+    frozen.impose()
+    expected = came.clone()
+    expected[0], expected[1] = 0.5, -0.0
+    assert same_bits(model.get_parameter("0.weight"), expected)
+    model(torch.ones(1, 4))  # said once
+    assert same_bits(model.get_parameter("0.weight"), expected)
+
+
+@ways
+def test_a_parameter_with_the_numbers_that_are_held_is_put_in_place_without_a_word(how: str) -> None:
+    model = nn.Linear(4, 4)
+    frozen = freeze_entries(model, f"weight[0] = 0.1\nweight[1]\nweight[2] = {1 + 2**-11 + 2**-40!r}")
+    first = model.weight.detach().clone()
+    for numbers in (model.weight.detach(), model.weight.detach().double(), model.weight.detach().bfloat16()):
+        frozen.impose()
+        _put(model, "weight", numbers, how)
+        _looked_at(model.to(numbers.dtype), frozen, "state_dict")
+    model.float()
+    model(torch.ones(1, 4))
+    assert same_bits(model.weight[:3], first[:3])
+
+
+def test_batch_norm_is_folded_into_a_kept_convolution() -> None:
+    from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+    conv, norm = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2).eval()
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.fill_(0.5)
+    norm.running_var.fill_(3.0)
+    images = torch.randn(2, 1, 5, 5)
+    freeze_entries(conv, "weight[center]\nbias[0]")
+    expected = norm(conv(images))
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    conv.weight, conv.bias = weight, bias
+    assert torch.allclose(conv(images), expected, atol=1e-6)
+    assert same_bits(conv.weight, weight)
+
+
+def test_loading_right_after_replacing_says_nothing() -> None:
+    model = nn.Linear(2, 2)
+    freeze_entries(model, "weight[0]\nweight[1] = 0.5")
+    model.weight = nn.Parameter(torch.full((2, 2), 7.0))
+    model.load_state_dict({"weight": torch.full((2, 2), 3.0), "bias": torch.zeros(2)})
+    model(torch.ones(1, 2))
+    assert model.weight.tolist() == [[3, 3], [0.5, 0.5]]
+
+
+def test_attaching_again_holds_at_the_values_that_were_frozen() -> None:
+    model = nn.Linear(2, 2)
+    model.weight.data.fill_(1)
+    frozen = freeze_entries(model, "weight[0]")
+    frozen.remove()
+    model.weight = nn.Parameter(torch.full((2, 2), 7.0))
+    assert frozen.violations()
+    frozen.attach()
+    assert model.weight.tolist() == [[1, 1], [7, 7]]
+
+
+def test_bare_tensors_that_are_replaced_in_their_mapping_are_followed() -> None:
+    tensors = {"w": torch.zeros(3, requires_grad=True)}
+    frozen = freeze_entries(tensors, "w[0]\nw[1] = 1")
+    tensors["w"] = torch.full((3,), 7.0, requires_grad=True)
+    with pytest.warns(UserWarning, match=r"`w` was replaced .* 1 frozen entry; "):
+        frozen.impose()
+    assert tensors["w"].tolist() == [7, 1, 7]
+
+
+@ways
+def test_copies_of_a_model_follow_by_themselves(how: str) -> None:
+    model = nn.Linear(2, 2)
+    frozen = freeze_entries(model, "weight[0]")
+    before = model.weight.detach().clone()
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        _put(again, "weight", torch.full((2, 2), 7.0), how)
+        again(torch.ones(1, 2))
+        assert again.weight.tolist() == [[7, 7], [7, 7]]
+        again.weight.data.zero_()
+        again(torch.ones(1, 2))
+        assert again.weight[0].tolist() == [7, 7]
+    frozen.assert_frozen(guarded=False)
+    assert same_bits(model.weight, before)
+
+
+def test_a_replaced_tied_parameter_is_refused_where_its_copies_differ() -> None:
+    model = nn.Linear(2, 2)
+    freeze_entries(model, "weight = tied(0, start=first)").remove()
+    frozen = freeze_entries(model, "weight = tied(0)")
+    model.weight = nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    with pytest.raises(FrozenValueError, match="2 slices along dimension 0 differ"):
+        model(torch.ones(1, 2))
+    frozen.remove()
+
+
+def test_two_handles_follow_what_each_keeps() -> None:
+    model = nn.Linear(2, 2)
+    first, second = freeze_entries(model, "weight[0]"), freeze_entries(model, "weight[1]\nbias")
+    model.weight = nn.Parameter(torch.full((2, 2), 7.0))
+    model(torch.ones(1, 2))
+    assert model.weight.tolist() == [[7, 7], [7, 7]]
+    model.weight.data.zero_()
+    model(torch.ones(1, 2))
+    assert model.weight.tolist() == [[7, 7], [7, 7]]
+    for frozen in (first, second):
+        frozen.assert_frozen(guarded=False)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Quantized
+
+
+class _Quantized(torch.Tensor):
+    """A tensor subclass as torchao makes: its numbers lie in others, and few operations know it."""
+
+    codes: Tensor
+
+    @staticmethod
+    def __new__(cls, codes: Tensor) -> _Quantized:
+        made = torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)  # type: ignore[attr-defined]
+        made.codes = codes
+        return made  # type: ignore[no-any-return]
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return _Quantized(args[0].codes)
+        raise NotImplementedError(f"{func} on {cls}")
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["replaced", "swapped"])
+@pytest.mark.parametrize("look", ["forward", "step", "state_dict", "violations"])
+@pytest.mark.parametrize("region", ["[0]", "[smallest(0.5)] = 0"], ids=["box", "dense"])
+def test_quantizing_a_frozen_model_is_refused(swapped: bool, look: str, region: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    frozen = freeze_entries(model, f"0.weight{region}")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    frozen.guard(optimizer)
+    quantized = nn.Parameter(_Quantized(torch.ones(4, 4, dtype=torch.int8)), requires_grad=False)
+    if swapped:
+        frozen.remove()  # a tensor with hooks is not swapped
+        frozen.attach()
+        model[0].weight.data = model[0].weight.data.clone()
+        torch.utils.swap_tensors(model[0].weight, quantized)
+    else:
+        model[0].weight = quantized
+    ask = optimizer.step if look == "step" else lambda: _looked_at(model, frozen, look)
+    with pytest.raises(ParameterChangedError, match=r"`0\.weight` .* subclass \(_Quantized\).* quantized"):
+        ask()
+    frozen.remove()
+    assert FrozenEntries.of(model) == ()
+
+
+def test_a_copy_that_is_quantized_or_fused_is_refused_with_what_to_do_about_the_copy() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)).eval()
+    freeze_entries(model, "0.weight[0] = 0\n4.weight[0]")
+    images = torch.ones(1, 1, 4, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        conversions: Any = (
+            lambda copied: torch.ao.quantization.quantize_dynamic(copied, {nn.Linear}),
+            lambda copied: torch.ao.quantization.fuse_modules(copied, [["0", "1", "2"]]),
+        )
+        for convert in conversions:
+            with pytest.raises(ParameterChangedError, match=r"gone.*in a copy of the model: `for .* FrozenEntries\.of\(c"):
+                convert(model)(images)
+            copied = copy.deepcopy(model)
+            for frozen in FrozenEntries.of(copied):
+                frozen.remove()
+            convert(copied)(images)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Another's parameters, for one call
+
+
+def _spoiled(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        parameter.data.fill_(7.0)
+    return model
+
+
+@pytest.mark.parametrize("spec", ["*.weight[0] = 0.5", "*.weight[0]", "*.weight[smallest(0.5)] = 0"])
+def test_a_call_with_another_models_parameters_writes_nothing_into_them_and_hooks_nothing(spec: str) -> None:
+    student, teacher = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2))
+    frozen = freeze_entries(student, spec)
+    student(torch.ones(1, 4))
+    values = frozen["0.weight"].values.clone()
+    given = dict(_spoiled(teacher).named_parameters())
+    output = torch.func.functional_call(student, given, (torch.ones(1, 4),))
+    assert torch.equal(output, teacher(torch.ones(1, 4)))
+    output.sum().backward()
+    for parameter in teacher.parameters():
+        assert bool((parameter == 7).all())
+        assert not parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+        assert parameter.grad is not None
+        assert bool(parameter.grad.any())
+    assert same_bits(frozen["0.weight"].values, values)
+    _spoiled(student)
+    student(torch.ones(1, 4))
+    frozen.assert_frozen(guarded=False)
+
+
+def test_a_call_with_the_models_own_parameters_holds() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    frozen = freeze_entries(model, "*.weight[0] = 0.5")
+    _spoiled(model)
+    torch.func.functional_call(model, dict(model.named_parameters()), (torch.ones(1, 4),)).sum().backward()
+    frozen.assert_frozen(guarded=False)
+    gradient = model.get_parameter("0.weight").grad
+    assert gradient is not None
+    assert not gradient[0].any()
+
+
+def test_a_call_with_the_models_own_parameters_under_other_names_leaves_them_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    freeze_entries(model, "0.weight[0] = 0.5")
+    other = _spoiled(model[1]).get_parameter("weight")
+    torch.func.functional_call(model, {"0.weight": other}, (torch.ones(1, 4),))
+    assert bool((other == 7).all())
+
+
+def test_a_call_with_tensors_computed_from_the_models_own_parameters_computes_with_them() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    frozen = freeze_entries(model, "0.weight[0] = 0.5")
+    doubled = {name: 2 * parameter for name, parameter in model.named_parameters()}
+    output = torch.func.functional_call(model, doubled, (torch.ones(1, 4),))
+    assert torch.equal(output, nn.functional.linear(torch.ones(1, 4), doubled["0.weight"], doubled["0.bias"]))
+    output.sum().backward()
+    gradient = model.get_parameter("0.weight").grad
+    assert gradient is not None
+    assert not gradient[0].any()
+    frozen.assert_frozen(guarded=False)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Exporters and compilers
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch says when it exports since 2.7")
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize("part", [False, True], ids=["whole", "part"])
+def test_an_exported_program_holds_the_values_after_a_stray_write(strict: bool, part: bool) -> None:
+    net: Any = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    frozen = freeze_entries(net, "0.weight[0] = 0.5\n0.bias[smallest(0.5)] = 0\n2.weight[1]")
+    net(torch.ones(1, 4))
+    _spoiled(net)
+    exported = net[0] if part else net
+    program = torch.export.export(exported, (torch.ones(1, 4),), strict=strict)
+    assert "copy_" not in str(program.graph)
+    prefix = "" if part else "0."
+    assert program.state_dict[f"{prefix}weight"][0].tolist() == [0.5] * 4
+    assert torch.equal(program.module()(torch.ones(1, 4)), exported(torch.ones(1, 4)))
+    if not part:
+        frozen.assert_frozen(guarded=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
+def test_scripting_a_frozen_model_is_refused_with_what_to_do() -> None:
+    for model in (nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))):
+        frozen = freeze_entries(model, "*weight[0] = 1")
+        with pytest.raises(SpecError, match=r"torch\.jit\.script cannot compile .* call remove\(\) first"):
+            torch.jit.script(model)
+        frozen.remove()
+        torch.jit.script(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
+@pytest.mark.parametrize("traced", [False, True], ids=["scripted", "traced"])
+def test_a_model_with_a_part_that_torch_jit_compiled_is_frozen_around_it(traced: bool) -> None:
+    inner = nn.Sequential(nn.Linear(4, 4))
+    compiled: Any = torch.jit.trace(inner, torch.ones(1, 4)) if traced else torch.jit.script(inner)
+    model: Any = nn.Sequential(compiled, nn.Linear(4, 4))
+    frozen = freeze_entries(model, "1.weight[0] = 0.5")
+    optimizer = MaskedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1), frozen)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    model.load_state_dict(model.state_dict())
+    frozen.assert_frozen()
+    repr(frozen.report())
+    frozen.remove()
+    for rule in ("0.0.weight[0] = 0", "*.weight[0] = 0", "0.0 = 0"):
+        with pytest.raises(UnsupportedParameterError, match=r"`0\.0\.weight` is no parameter: torch\.jit has compiled"):
+            freeze_entries(model, rule)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Several handles
+
+
+@pytest.mark.parametrize("unseen", ["requires_grad", "replaced"])
+def test_a_second_handle_that_disagrees_is_refused_also_where_the_first_has_no_gradient_hook(unseen: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    if unseen == "requires_grad":
+        model.requires_grad_(False)
+    freeze_entries(model, "0.weight[0] = 1")
+    if unseen == "replaced":
+        model[0].weight = nn.Parameter(torch.ones(2, 2))
+    for part, name in ((model, "0.weight"), (model[0], "weight")):
+        with pytest.raises(RuleConflictError, match="disagree"):
+            freeze_entries(part, f"{name}[:, 0] = 2")
+    assert len(FrozenEntries.of(model)) == 1
+
+
+def test_handles_that_a_state_makes_disagree_are_refused() -> None:
+    saving = nn.Linear(2, 2)
+    state = freeze_entries(saving, "weight[0]").state_dict()
+    model = nn.Linear(2, 2)
+    first, second = freeze_entries(model, "weight[0]"), freeze_entries(model, "weight[:, 0]")
+    before = model.weight.detach().clone()
+    with pytest.raises(RuleConflictError, match=r"`weight\[:, 0\] = keep` and `weight\[0\] = keep` disagree"):
+        first.load_state_dict(state)
+    first.impose()
+    assert same_bits(model.weight, before)
+    second.remove()
+    first.load_state_dict(state)
+    assert same_bits(model.weight[0], saving.weight[0])
+
+
+def test_a_handle_is_attached_where_another_one_released_and_attached_its_part() -> None:
+    for part_of in (lambda model: model, lambda model: model[0]):
+        model: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        frozen = freeze_entries(model, "*.weight[0] = 1\n0.bias = 2")
+        (part,) = FrozenEntries.of(part_of(model))
+        part.remove()
+        assert not frozen.attached
+        part.attach()
+        assert frozen.attached
+        frozen.assert_frozen(guarded=False)
+        _spoiled(model)
+        model(torch.ones(1, 2))
+        frozen.assert_frozen(guarded=False)
+        frozen.remove()
+        assert not part.attached
+        part.attach()
+        assert frozen.attached == (part_of(model) is model)
+        frozen.attach()
+        assert len(FrozenEntries.of(model)) == 1
+        frozen.remove()
+        assert all(not module._forward_pre_hooks for module in model.modules())

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from .._errors import ParameterChangedError
 from .parameter import FrozenParameter
 from .parameters import FrozenParameters
+from .place import Place
 from .site import Site
 from .violation import Violation
 
@@ -57,10 +59,15 @@ class HeldParameters:
     def __iter__(self) -> Iterator[tuple[FrozenParameter, Tensor]]:
         seen: set[tuple[str, int]] = set()
         for name, site in self.known_sites():
-            pair = self.frozen.adopt(name, site.tensor())
+            pair = self._pair(name, site)
             if pair is not None and (name, id(pair[1])) not in seen:
                 seen.add((name, id(pair[1])))
                 yield pair
+
+    def _pair(self, name: str, site: Site) -> tuple[FrozenParameter, Tensor] | None:
+        if torch.compiler.is_compiling():
+            return self.frozen.adopt(name, site.tensor())
+        return Place(self.frozen, name, site).pair()
 
     def check_in_place(self) -> None:
         """Refuse to answer for parameters that the model no longer contains.
@@ -84,6 +91,7 @@ class HeldParameters:
             ParameterChangedError: A parameter is gone, has another shape or no numbers, or its module was replaced.
         """
         self.check_in_place()
+        tuple(self)  # a parameter that was put in another's place is no drift
         found: dict[tuple[str, int], Violation | None] = {}
         for name, site in self.known_sites():
             place = name, id(site.find())

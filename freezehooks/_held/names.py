@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .._errors import SpecError, TargetError, UnsupportedParameterError
+from .._torch import is_scripted
 from .site import Site
 
 
@@ -98,6 +99,7 @@ def matching_unwrapped(target: str, names: list[str]) -> list[str]:
 
 def _sites(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, Site]]:
     if not isinstance(model, nn.Module):
+        known: dict[str, Tensor] = {}
         for name, tensor in model.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
                 raise SpecError(
@@ -105,12 +107,13 @@ def _sites(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, Site]
                     f"{type(tensor).__name__}",
                     "give leaf tensors by name",
                 )
-            yield name, Site(model, name)
+            yield name, Site(model, name, known)
         return
+    known_of: dict[nn.Module, dict[str, Tensor]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for key, parameter in module._parameters.items():
+        for key, parameter in {} if is_scripted(module) else module._parameters.items():
             if parameter is not None:
-                yield f"{prefix}.{key}".lstrip("."), Site(module, key)
+                yield f"{prefix}.{key}".lstrip("."), Site(module, key, known_of.setdefault(module, {}))
 
 
 def _computed_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -119,6 +122,9 @@ def _computed_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple
         return
     for prefix, module in model.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
+        if is_scripted(module):
+            yield from ((f"{dot}{key}", _SCRIPTED) for key, _ in module.named_parameters(recurse=False))
+            continue
         for key in getattr(module, "parametrizations", {}) if parametrize.is_parametrized(module) else ():
             yield (
                 f"{dot}{key}",
@@ -139,6 +145,11 @@ def _computed_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple
                     ),
                 )
 
+
+_SCRIPTED: Final = (
+    "torch.jit has compiled its module, whose forward calls no hook",
+    "freeze entries of the module that was compiled, and compile it once nothing is frozen",
+)
 
 _RENAMED: Final = re.compile(r"^(.+)(_orig|_v)$", re.MULTILINE)
 """How torch's older hooks rename the parameter they compute from: pruning and spectral norm, weight norm."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import reduce
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._counted import counted
 from .._entries.bits import differ
 from .._entries.entry_set import Strided
 from .._entries.writes import Writes
@@ -273,6 +275,42 @@ class FrozenParameter:
                 constraint.impose_(tensor)
         for constraint in self.constraints:
             constraint.capture_kept(tensor)
+
+    def follow(self, parameter: Tensor, dtype: torch.dtype) -> None:
+        """Take up a parameter that was put in another's place, as one whose numbers were loaded.
+
+        One that holds what it should, perhaps converted, changes nothing: values stay as they were first given.
+
+        Args:
+            parameter: The parameter.
+            dtype: That of the other one.
+
+        Warns:
+            UserWarning: A number, or a given tensor, is imposed on other numbers.
+        """
+        came = local(parameter).detach().clone()
+        before = came.to(dtype, copy=True)
+        self.impose_(before)
+        numbers, held = came.clone(), came.clone()
+        self.impose_(held)
+        is_new = differ(held, came) & differ(before.to(came.dtype), came)
+        if not bool(is_new.any()):
+            return
+        for constraint in self._fixed:
+            if not constraint.keeps:
+                constraint.impose_(numbers)
+        self.capture_kept(parameter)
+        self._warn_of_replaced(int((differ(numbers, came) & is_new).sum()))
+
+    def _warn_of_replaced(self, count: int) -> None:
+        if count:
+            warnings.warn(
+                f"`{self.name}` was replaced by another parameter, which held other numbers in "
+                f"{counted(count, 'frozen entry', 'frozen entries')}; the values of "
+                f"{', '.join(f'`{rule}`' for rule in self.rules)} are imposed on it: call remove() before you fold, "
+                "merge or export the model",
+                stacklevel=2,
+            )
 
     # Gradients
 

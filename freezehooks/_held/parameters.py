@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from .._errors import TargetError
+from .._errors import ParameterChangedError, TargetError
 from .._ranks.sharding import is_gathered, is_sharded, layout_of
+from .._torch import is_tensor_subclass
 from .names import unwrapped
 from .parameter import FrozenParameter
 
@@ -56,6 +57,11 @@ class FrozenParameters:
             self.by_name.pop(name, None)
         self.changes += 1
 
+    def replace(self, by_name: Mapping[str, FrozenParameter]) -> None:
+        """Hold other entries of some parameters, or at other values."""
+        self.by_name.update(by_name)
+        self.changes += 1
+
     def find(self, name: str, among: Iterable[str]) -> FrozenParameter:
         """Return the parameter that goes by a name, under any of its names, with or without those of wrappers.
 
@@ -85,6 +91,9 @@ class FrozenParameters:
         Returns:
             For a parameter that FSDP2 has gathered for a while, the sharded one, since writes to the other are lost;
             None where that is not known.
+
+        Raises:
+            ParameterChangedError: It was quantized.
         """
         frozen = self.by_name[name]
         if is_gathered(layout_of(parameter), frozen.layout):
@@ -92,6 +101,12 @@ class FrozenParameters:
             return None if original is None else (frozen, original)
         if is_sharded(parameter):
             self._sharded[name] = parameter
+        elif type(parameter) is not nn.Parameter and is_tensor_subclass(parameter):
+            raise ParameterChangedError(
+                f"`{name}` became a tensor subclass ({type(parameter).__name__}) after it was frozen: its numbers lie "
+                "in other tensors",
+                "call remove() before the model is quantized or converted",
+            )
         found = frozen.for_tensor(parameter)
         if found is not frozen:
             self.by_name[name] = found

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from .._errors import UnsupportedParameterError
-from .._torch import is_expanded_weight, is_replica
+from .._errors import ParameterChangedError, UnsupportedParameterError
+from .._ranks.sharding import is_sharded
+from .._torch import is_expanded_weight, is_inside_functional_call, is_replica
 from .parameter import FrozenParameter
 from .parameters import FrozenParameters
 from .site import Site, gone
+from .supported import check_supported
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,8 @@ class Place:
     def own(self) -> Tensor | None:
         """Return the parameter that stands here; None for a tensor that somebody put in its place for one call.
 
-        `torch.func.functional_call` does, and nn.DataParallel; those belong to the caller.
+        `torch.func.functional_call` does, and nn.DataParallel; those belong to the caller. They may be parameters of
+        another model.
 
         Raises:
             ParameterChangedError: Nothing stands here.
@@ -51,13 +55,57 @@ class Place:
                 "them on the parameter past every hook",
                 "take Opacus's own hooks, grad_sample_mode='hooks', or remove the frozen entries first",
             )
-        return found if isinstance(found, nn.Parameter) or not isinstance(owner, nn.Module) else None
+        is_plain = isinstance(owner, nn.Module) and not isinstance(found, nn.Parameter)
+        return None if is_plain or (self.is_new(found) and is_inside_functional_call()) else found
+
+    def is_new(self, found: Tensor) -> bool:
+        """Return whether another parameter stood here when somebody last looked.
+
+        FSDP2 puts shards and gathered parameters in place of one another: that says nothing.
+        """
+        known = self.site.known.get(self.site.key)
+        return known is not None and known is not found and not (self._is_sharded or is_sharded(found))
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.name in self.frozen.by_name and self.frozen.by_name[self.name].is_sharded
 
     def pair(self) -> tuple[FrozenParameter, Tensor] | None:
         """Pair what is frozen with the tensor to write to; None where that does not stand here now.
 
         Raises:
-            ParameterChangedError: Nothing stands here.
+            ParameterChangedError: Nothing stands here, or what was put in place of another cannot be held.
         """
         found = self.own()
-        return None if found is None else self.frozen.adopt(self.name, found)
+        return None if found is None else self.adopt(found)
+
+    def adopt(self, found: Tensor) -> tuple[FrozenParameter, Tensor] | None:
+        """Do what `pair` does, for what `own` returned: let `keep` follow what was put in another's place."""
+        if not self.frozen.is_held(self.name):
+            return self.frozen.adopt(self.name, found)
+        known = self.site.known.get(self.site.key)
+        is_news = known is not None and not (known.is_meta or found.is_meta)  # what comes from there is `to_empty`
+        if known is not None and is_news and self.is_new(found):
+            self._follow(found, known.dtype)
+        self.remember(found)
+        return self.frozen.adopt(self.name, found)
+
+    def _follow(self, found: Tensor, dtype: torch.dtype) -> None:
+        try:
+            check_supported(found)
+        except UnsupportedParameterError as error:
+            raise ParameterChangedError(
+                f"`{self.name}` was replaced after it was frozen: {error.fact}", "call remove() before the model is quantized or converted"
+            ) from error
+        self.frozen.by_name[self.name].check_shape(found)
+        pair = self.frozen.adopt(self.name, found)
+        if pair is not None:
+            self.frozen.changes += 1
+            pair[0].follow(found, dtype)
+
+    def remember(self, found: Tensor) -> None:
+        """Take a parameter for the one that stands here; one that is spread over ranks comes and goes."""
+        if self._is_sharded or is_sharded(found):
+            self.site.known.pop(self.site.key, None)
+        else:
+            self.site.known[self.site.key] = found

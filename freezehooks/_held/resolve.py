@@ -42,6 +42,7 @@ def resolve(model: Model, rules: Iterable[Rule], state: Any = None) -> HeldParam
     for name, constraints in _chosen(asked) if state is None else saved.load(asked, state):
         frozen.by_name[name] = FrozenParameter(targets.names_of(name), asked[name][0], constraints)
         frozen.adopt(name, asked[name][0])
+    frozen.release(frozen.by_name)  # until the handle is attached
     places = [(name, targets.sites[alias]) for name, each in frozen.by_name.items() for alias in each.names]
     return HeldParameters(model, frozen, places)
 
@@ -65,18 +66,14 @@ def _chosen(asked: Asked) -> Chosen:
         yield name, [saved.chosen(rule, name, full) for rule in rules]
 
 
-def load(held: HeldParameters, state: Any) -> None:
-    """Take regions and kept values from a saved state.
+def read(held: HeldParameters, state: Any) -> dict[str, FrozenParameter]:
+    """Return what a saved state says of regions and kept values, by the parameters' names; nothing is changed here.
 
     Raises:
-        StateMismatchError: It was made under other rules or for another model; nothing is changed then.
+        StateMismatchError: It was made under other rules or for another model.
     """
     asked = {frozen.name: (parameter, frozen.rules) for frozen, parameter in held}
-    loaded = {
-        name: FrozenParameter(held.frozen.by_name[name].names, asked[name][0], constraints)
+    return {
+        name: FrozenParameter(held.frozen.by_name[name].names, asked[name][0], constraints).for_tensor(asked[name][0])
         for name, constraints in list(saved.load(asked, state))
     }
-    held.frozen.by_name.update(loaded)  # all of them were read before the first change
-    held.frozen.changes += 1
-    for name, (parameter, _) in asked.items():
-        held.frozen.adopt(name, parameter)

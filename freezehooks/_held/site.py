@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -12,10 +12,18 @@ from .._errors import ParameterChangedError
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One place that holds a parameter: a module and an attribute of it, or a mapping and a key of it."""
+    """One place that holds a parameter: a module and an attribute of it, or a mapping and a key of it.
+
+    Attributes:
+        owner: The module, or the mapping.
+        key: The attribute, or the key.
+        known: What stood under each of the owner's keys when somebody last looked: all who hold entries there for one
+            handle share it. Another parameter under the key is one that was put in its place.
+    """
 
     owner: nn.Module | Mapping[str, Tensor]
     key: str
+    known: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def is_whole(self) -> bool:
@@ -47,7 +55,8 @@ def gone(name: str, owner: object) -> ParameterChangedError:
     """Return the error for a frozen parameter that is no longer where it was."""
     return ParameterChangedError(
         f"the frozen parameter `{name}` is gone from {type(owner).__name__}",
-        "remove the frozen entries before the parameter is deleted, renamed or parametrized",
+        "remove the frozen entries before the parameter is deleted, renamed, parametrized, fused or quantized (in a "
+        "copy of the model: `for frozen in FrozenEntries.of(copy): frozen.remove()`)",
     )
 
 

@@ -120,20 +120,20 @@ class Batch:
 
     def _planned_anew(self, places: list[Place]) -> Plan:
         plan = Plan()
-        for place in places:
-            if place.is_wanted:
-                self._add(plan, place)
         plan.changes = [
             (frozen, frozen.changes) for frozen in {id(place.frozen): place.frozen for place in places}.values()
         ]
+        for place in places:
+            if place.is_wanted:
+                self._add(plan, place)
         return plan
 
     def _add(self, plan: Plan, place: Place) -> None:
         found = place.own()
+        pair = None if found is None else place.adopt(found)
         if found is None or found.is_meta:
             plan.is_passing = True
             return
-        pair = place.frozen.adopt(place.name, found)
         if pair is None or pair[0].is_sharded:
             plan.sharded.add(place.name)
         else:

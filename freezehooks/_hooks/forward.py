@@ -9,11 +9,19 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .._errors import SpecError
 from .._held.held import Model
 from .._held.parameters import FrozenParameters
 from .._held.place import Place
 from .._ranks.agreement import check_same_parameters, has_process_group, is_distributed
-from .._torch import fsdp2_parameters, has_fsdp2, is_inside_ddp_forward, is_replica, outside_transforms
+from .._torch import (
+    fsdp2_parameters,
+    has_fsdp2,
+    is_exporting,
+    is_inside_ddp_forward,
+    is_replica,
+    outside_transforms,
+)
 from . import batch
 from .batch import Batch, Plan
 from .hook_set import HookSet, hook_sets_on
@@ -43,7 +51,7 @@ class OuterHooks:
         """Register the hooks."""
         self._handles = [
             module.register_forward_pre_hook(self.impose_before_forward, prepend=True),
-            module.register_forward_hook(self.end_forward, always_call=True),
+            module.register_forward_hook(EndForward(self), always_call=True),
             module.register_state_dict_pre_hook(self.impose_before_saving),
             module.register_state_dict_post_hook(EndSaving(self)),
         ]
@@ -59,6 +67,8 @@ class OuterHooks:
     def impose_before_forward(self, module: nn.Module, args: Any) -> None:
         """Write all values below the module."""
         if torch.compiler.is_compiling() or is_replica(module):
+            if is_exporting():
+                self._impose_stored()
             return  # there each owner's own hook does it
         if not self.is_root and batch.is_around(self._below):
             return  # the model's call has written all
@@ -68,10 +78,9 @@ class OuterHooks:
                 self._meet_ranks(module)
         self._begin(module)
 
-    def end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Leave the owners' hooks to themselves again; also after an error."""
-        if not torch.compiler.is_compiling():
-            batch.end_call(self)
+    def _impose_stored(self) -> None:
+        for hooks in self._below:
+            hooks.impose_stored()
 
     def impose_before_saving(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         """Write all values below the module before its `state_dict()`."""
@@ -132,6 +141,30 @@ class OuterHooks:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_covered": None}
+
+
+class EndForward:
+    """After the forward, and after an error in it: leave the owners' hooks to themselves again.
+
+    torch.jit.script asks each hook for its name and its source, those behind the forward first.
+    """
+
+    __name__ = "end_forward"
+
+    def __init__(self, outer: OuterHooks) -> None:
+        self.outer = outer
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            batch.end_call(self.outer)
+
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        raise SpecError(
+            "torch.jit.script cannot compile a model whose entries are frozen: what holds them is Python",
+            "call remove() first (of a copy: `for frozen in FrozenEntries.of(copy): frozen.remove()`), or use "
+            "torch.export",
+        )
 
 
 class EndSaving:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .._held.parameter import FrozenParameter
 from .._held.parameters import FrozenParameters
 from .._held.place import Place
 from .._held.site import Site, gone, parameter_of
 from .._ranks.sharding import local
-from .._torch import is_exporting, is_replica, outside_transforms
+from .._torch import is_exporting, is_replica, is_scripted, outside_tracing, outside_transforms
 from .batch import Batch, is_covered
 from .gradient import watch_gradient
 from .moment import Moment
@@ -28,11 +29,13 @@ class HookSet:
     Attributes:
         frozen: What the handle froze: the same object in all of its hook sets.
         names: The names in it, by the module's own attribute names.
+        known: What stood under each of these when somebody last looked, as `Site` says.
     """
 
-    def __init__(self, frozen: FrozenParameters) -> None:
+    def __init__(self, frozen: FrozenParameters, known: dict[str, Tensor]) -> None:
         self.frozen = frozen
         self.names: dict[str, str] = {}
+        self.known = known
         self._handles: list[RemovableHandle] = []
         self._batch = Batch()
 
@@ -77,6 +80,7 @@ class HookSet:
     def drop(self, key: str) -> None:
         """Let one parameter go; with the last one the hooks come off."""
         self.names.pop(key, None)
+        self.known.pop(key, None)
         self._batch.forget()
         if not self.names:
             self.remove()
@@ -84,7 +88,7 @@ class HookSet:
     def places(self, module: nn.Module) -> Iterator[Place]:
         """Return where the module's frozen parameters stand."""
         for key, name in self._held():
-            yield Place(self.frozen, name, Site(module, key))
+            yield Place(self.frozen, name, Site(module, key, self.known))
 
     def _held(self) -> list[tuple[str, str]]:
         return [(key, name) for key, name in self.names.items() if self.frozen.is_held(name)]
@@ -104,23 +108,31 @@ class HookSet:
     def impose_before_loading(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Impose before `load_state_dict()`, so that `keep` never takes over a stray write where nothing is loaded.
 
-        What was loaded into the parameter itself, as torch.distributed.checkpoint does, is not a stray write.
+        What was loaded into the parameter itself, as torch.distributed.checkpoint does, is not a stray write. What a
+        parameter holds that was just put in place and is loaded now does not matter.
         """
-        for key, name in self._held():
-            parameter = parameter_of(module, key)
-            pair = None if parameter is None else self.frozen.adopt(name, parameter)
-            if pair is not None and not _shares_memory(state_dict.get(prefix + key), pair[1]):
+        for place in self.places(module):
+            found, loaded = place.site.find(), state_dict.get(prefix + place.site.key)
+            if found is None or (loaded is not None and place.is_new(found)):
+                continue
+            pair = place.pair()
+            if pair is not None and not _shares_memory(loaded, pair[1]):
                 pair[0].impose(pair[1])
 
     def follow_loading(self, module: nn.Module, incompatible_keys: Any) -> None:
         """Let `keep` follow what was loaded, impose the rest, and hook what was assigned."""
-        for name, parameter in self._own(module):
-            pair = self.frozen.adopt(name, parameter)
+        for place in self.places(module):
+            found = place.own()
+            pair = None if found is None else self._loaded(place, found)
             if pair is not None:
-                watch_gradient(pair[1], self.frozen, name)
+                watch_gradient(pair[1], self.frozen, place.name)
                 pair[0].capture_kept(pair[1])
         self.frozen.changes += 1
         self._batch.forget()
+
+    def _loaded(self, place: Place, found: Tensor) -> tuple[FrozenParameter, Tensor] | None:
+        place.remember(found)
+        return self.frozen.adopt(place.name, found)
 
     def impose(self, module: nn.Module) -> None:
         """Impose the module's frozen entries."""
@@ -132,19 +144,36 @@ class HookSet:
 
     def _impose_compiled(self, module: nn.Module) -> None:
         """Impose alone: a compiled frame cannot register hooks; the next eager forward or step does."""
-        if not is_exporting():  # an exported program holds the weights as constants: nobody writes into them
-            for name, parameter in self._own(module):
-                pair = self.frozen.adopt(name, parameter)
+        if is_exporting():
+            self.impose_stored()
+            return
+        for name, parameter in self._own(module):
+            pair = self.frozen.adopt(name, parameter)
+            if pair is not None:
+                pair[0].impose(pair[1])
+
+    @torch.compiler.assume_constant_result
+    def impose_stored(self) -> None:
+        """Impose on the parameters themselves while a program is exported: it takes their numbers as they are then.
+
+        The module computes with tensors that have none, and nothing of this is to be part of the program.
+        """
+        with outside_tracing():
+            for key, name in self._held():
+                pair = self.frozen.adopt(name, self.known[key]) if key in self.known else None
                 if pair is not None:
                     pair[0].impose(pair[1])
 
     def _own(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Return the module's own parameters; not what somebody put in their place for one call."""
+        """Return the module's own parameters; not what somebody put in their place for one call.
+
+        Inside a compiled frame one that is new is left to the next eager forward, or step.
+        """
         for key, name in self._held():
             parameter = parameter_of(module, key)
             if parameter is None:
                 raise gone(name, module)
-            if isinstance(parameter, nn.Parameter):
+            if isinstance(parameter, nn.Parameter) and self.known.get(key, parameter) is parameter:
                 yield name, parameter
 
 
@@ -191,6 +220,17 @@ def hook_sets_on(module: nn.Module) -> list[HookSet]:
     return [owner for owner in owners if isinstance(owner, HookSet)]
 
 
+def hook_set_of(frozen: FrozenParameters, module: nn.Module) -> HookSet | None:
+    """Return the hook set on a module that holds what one handle froze, or None."""
+    return next((hooks for hooks in hook_sets_on(module) if hooks.frozen is frozen), None)
+
+
+def held_on(module: nn.Module, key: str) -> list[FrozenParameter]:
+    """Return what every handle freezes of the parameter that stands under a name in a module."""
+    names = [(hooks.frozen, hooks.names[key]) for hooks in hook_sets_on(module) if key in hooks.names]
+    return [frozen.by_name[name] for frozen, name in names if frozen.is_held(name)]
+
+
 def uncalled_owners(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
     """Map each module that is used without being called to the modules that use it, each with its name below them.
 
@@ -214,4 +254,4 @@ def _containers_below(module: nn.Module, prefix: str = "") -> Iterator[tuple[str
 
 
 def _has_forward(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward
+    return is_scripted(module) or type(module).forward is not nn.Module.forward
