@@ -571,3 +571,174 @@ def test_a_handle_is_attached_where_another_one_released_and_attached_its_part()
         assert len(FrozenEntries.of(model)) == 1
         frozen.remove()
         assert all(not module._forward_pre_hooks for module in model.modules())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A module in another's place
+
+
+def _convolutions() -> Any:
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)), nn.ReLU(), nn.Flatten(), nn.Linear(16, 4), nn.Linear(4, 2)
+    )
+
+
+def _sync(model: Any) -> None:
+    model[0] = nn.SyncBatchNorm.convert_sync_batchnorm(model[0])
+
+
+def _prepare_qat(model: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+        torch.ao.quantization.prepare_qat(model, inplace=True)
+
+
+def _replace(model: Any) -> None:
+    model[4] = nn.Linear(4, 2)
+
+
+def _replace_around(model: Any) -> None:
+    model[0] = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+
+
+def _delete(model: Any) -> None:
+    model[4] = nn.Identity()
+
+
+def _share(model: Any) -> None:
+    model[4] = nn.Linear(4, 2)
+    model[4].weight = nn.Parameter(torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("change", [_sync, _prepare_qat, _replace, _replace_around, _delete, _share])
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "guarded"])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "fresh"])
+def test_a_step_after_a_module_was_replaced_or_converted_is_refused(change: Any, masked: bool, trained: bool) -> None:
+    model = _convolutions()
+    frozen = freeze_entries(model, "0.0.weight[center] = 0\n0.1.weight[0]\n3.weight[0] = 0.5\n4.weight[0] = 1")
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer: Any = MaskedOptimizer(inner, frozen) if masked else inner
+    frozen.guard(inner)
+    images = torch.ones(2, 1, 4, 4)
+    if trained:
+        model(images).sum().backward()
+        optimizer.step()
+    change(model)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(ParameterChangedError, match=r"that owned `\d.* is no longer in the model; call remove\(\) before"):
+        optimizer.step()
+    assert all(same_bits(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    frozen.remove()
+    optimizer.step()
+
+
+def test_steps_go_on_where_other_modules_come_and_go() -> None:
+    model = _convolutions()
+    frozen = freeze_entries(model, "0.0.weight[center] = 0\n3.weight[0] = 0.5")
+    optimizer = MaskedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1), frozen)
+    images = torch.ones(2, 1, 4, 4)
+    for change in (lambda: None, lambda: _replace(model), lambda: model.append(nn.Linear(2, 2)), lambda: _wrap(model)):
+        change()
+        model(images).sum().backward()
+        optimizer.step()
+        frozen.assert_frozen()
+
+
+def _wrap(model: Any) -> None:
+    model[3] = nn.Sequential(model[3])
+
+
+def test_a_step_looks_at_the_whole_model_only_where_a_module_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(2, 2), nn.Tanh()) for _ in range(5)))
+    frozen = freeze_entries(model, "*.weight[0] = 0.5")
+    optimizer = MaskedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), frozen)
+    for _ in range(2):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    with monkeypatch.context() as patched:
+        patched.setattr(nn.Module, "named_modules", None)
+        optimizer.step()
+    copy.deepcopy(optimizer)
+    frozen.assert_frozen()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Embeddings that rescale their rows in the forward
+
+
+def _embedding(kind: str, **options: Any) -> Any:
+    return nn.Embedding(6, 4, **options) if kind == "embedding" else nn.EmbeddingBag(6, 4, mode="sum", **options)
+
+
+kinds = pytest.mark.parametrize("kind", ["embedding", "bag"])
+TOKENS = torch.tensor([[0, 1, 2], [2, 1, 5]])
+
+
+@kinds
+@pytest.mark.parametrize("order", [2.0, 1.0, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_frozen_entries_hold_in_the_forward_of_an_embedding_with_max_norm(
+    kind: str, order: float, dtype: torch.dtype
+) -> None:
+    model = nn.Sequential(_embedding(kind, max_norm=1.0, norm_type=order, dtype=dtype))
+    spec = "0.weight[0] = 0.2\n0.weight[1, :2] = 0.3\n0.weight[2, ::2] = -0.0\n0.weight[3, 0] = 0.5"
+    frozen = freeze_entries(model, spec)
+    optimizer = MaskedOptimizer(torch.optim.SGD(model.parameters(), lr=5.0), frozen)
+    mask, values = frozen["0.weight"].frozen, frozen["0.weight"].values.clone()
+    seen: list[Tensor] = []
+    model[0].register_forward_hook(lambda module, *args: seen.append(module.weight.detach().clone()))
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(TOKENS).square().sum().backward()
+        optimizer.step()
+    for weight in seen:  # as the lookup found it
+        assert same_bits(weight[mask], values)
+        assert bool((torch.linalg.vector_norm(weight[[0, 1, 2, 5]], order, dim=1) <= 1 + 1e-6).all())
+    frozen.assert_frozen()
+
+
+@kinds
+def test_rows_without_frozen_entries_are_rescaled_as_without_freezing(kind: str) -> None:
+    plain = _embedding(kind, max_norm=1.0)
+    model = copy.deepcopy(plain)
+    freeze_entries(model, "weight[0] = 0.1\nweight[1, 0] = 0")
+    for embedding in (plain, model):
+        embedding.weight.data[2:] = torch.arange(16.0).view(4, 4)
+        embedding(input=TOKENS)
+    assert same_bits(plain.weight[2:], model.weight[2:])
+
+
+@kinds
+@pytest.mark.parametrize("region", ["[3]", "[3, :2]", "[smallest(1.0)]"], ids=["row", "part_of_a_row", "all"])
+def test_a_frozen_row_above_max_norm_is_refused_with_what_to_do(kind: str, region: str) -> None:
+    embedding = _embedding(kind, max_norm=1.0)
+    embedding.weight.data[:3], embedding.weight.data[3:] = 0.1, 2.0
+    with pytest.raises(FrozenValueError, match=r"row 3 of `weight` have a norm of .* max_norm=1; hold values within it"):
+        freeze_entries(embedding, f"weight{region}")
+    freeze_entries(embedding, "weight[:3]")
+    embedding.max_norm = None
+    freeze_entries(embedding, f"weight{region}")
+
+
+def test_a_row_that_is_loaded_above_max_norm_is_refused_where_it_is_looked_up() -> None:
+    embedding = nn.Embedding(6, 4, max_norm=1.0)
+    embedding.weight.data.fill_(0.1)
+    freeze_entries(embedding, "weight[2]")
+    embedding.load_state_dict({"weight": torch.full((6, 4), 2.0)})
+    embedding(torch.tensor([0, 1]))
+    with pytest.raises(FrozenValueError, match="row 2 of `weight` have a norm of 4, "):
+        embedding(torch.tensor([1, 2]))
+
+
+def test_two_handles_on_an_embedding_with_max_norm_rescale_what_neither_holds() -> None:
+    embedding = nn.Embedding(2, 4, max_norm=1.0)
+    handles = [freeze_entries(embedding, "weight[0, 0] = 0.5"), freeze_entries(embedding, "weight[0, 1] = -0.5")]
+    embedding.weight.data.fill_(3.0)
+    output = embedding(torch.tensor([0]))
+    assert output[0, :2].tolist() == [0.5, -0.5]
+    assert float(output.detach().norm()) == pytest.approx(1)
+    for frozen in handles:
+        frozen.assert_frozen(guarded=False)
+        frozen.remove()
+    assert not embedding._forward_pre_hooks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class HeldParameters:
         self.frozen = frozen
         self.sites = list(sites)
         self.is_found = is_found
+        self._around: list[dict[str, nn.Module | None]] = []
+        self._children: list[list[nn.Module | None]] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -81,8 +83,30 @@ class HeldParameters:
             if isinstance(site.owner, nn.Module) and site.owner not in modules:
                 raise ParameterChangedError(
                     f"the {type(site.owner).__name__} that owned `{name}` is no longer in the model",
-                    "call remove() before a module is replaced, and freeze anew after",
+                    "call remove() before a module is replaced or converted, and freeze anew after",
                 )
+
+    def check_modules(self) -> None:
+        """Refuse to go on where a module that owned frozen parameters was replaced or converted.
+
+        One comparison of lists for each module around such owners; a look at the whole model where that finds a change.
+
+        Raises:
+            ParameterChangedError: One was.
+        """
+        if self._children is None or list(map(list, map(dict.values, self._around))) != self._children:
+            self.check_in_place()
+            self._around = [module._modules for module in self._modules_around()]
+            self._children = [list(children.values()) for children in self._around]
+
+    def _modules_around(self) -> list[nn.Module]:
+        """Return the modules on the ways from the model to the owners of frozen parameters."""
+        if not isinstance(self.model, nn.Module):
+            return []
+        owners = {site.owner for _, site in self.known_sites() if isinstance(site.owner, nn.Module)}
+        ways = [name.split(".") for name, module in self.model.named_modules() if module in owners]
+        names = dict.fromkeys(".".join(way[:n]) for way in ways for n in range(len(way)))
+        return [self.model.get_submodule(name) for name in names]
 
     def violations(self) -> tuple[Violation, ...]:
         """Return, for each parameter where frozen entries drifted, how many and the worst of them.
@@ -99,3 +123,6 @@ class HeldParameters:
             if pair is not None and found.get(place) is None:  # of names of one tensor, one may be pruned
                 found[place] = pair[0].violation(pair[1])
         return tuple(filter(None, found.values()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_around": [], "_children": None}

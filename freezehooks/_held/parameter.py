@@ -109,6 +109,12 @@ class FrozenParameter:
     def _blank(self) -> Tensor:
         return torch.zeros(self._extent, dtype=self._dtype, device=self._device)
 
+    def alone(self) -> Tensor:
+        """Return zeros of the parameter's shape, or the shard's, with the values in the frozen entries."""
+        held = self._blank()
+        self.impose_(held)
+        return held
+
     @property
     def frozen(self) -> Tensor:
         """Where the entries are frozen; of a sharded parameter, where in this rank's shard.
@@ -130,9 +136,7 @@ class FrozenParameter:
         Shape:
             ``(frozen_count,)``, row by row, in the parameter's dtype.
         """
-        imposed = self._blank()
-        self.impose_(imposed)
-        return imposed[self.frozen]
+        return self.alone()[self.frozen]
 
     @property
     def rules(self) -> tuple[Rule, ...]:

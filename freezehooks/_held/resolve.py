@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._errors import error_context
 from .._ranks.agreement import check_same_on_ranks
@@ -13,6 +13,7 @@ from .._ranks.sharding import whole
 from .._rules.rule import Rule
 from . import saved
 from .held import HeldParameters, Model
+from .max_norm import check_rows
 from .names import Targets
 from .parameter import FrozenParameter
 from .parameters import FrozenParameters
@@ -41,10 +42,17 @@ def resolve(model: Model, rules: Iterable[Rule], state: Any = None) -> HeldParam
     frozen = FrozenParameters()
     for name, constraints in _chosen(asked) if state is None else saved.load(asked, state):
         frozen.by_name[name] = FrozenParameter(targets.names_of(name), asked[name][0], constraints)
+        _check_embeddings(frozen.by_name[name], targets)
         frozen.adopt(name, asked[name][0])
     frozen.release(frozen.by_name)  # until the handle is attached
     places = [(name, targets.sites[alias]) for name, each in frozen.by_name.items() for alias in each.names]
     return HeldParameters(model, frozen, places)
+
+
+def _check_embeddings(frozen: FrozenParameter, targets: Targets) -> None:
+    for owner, key in ((targets.sites[alias].owner, targets.sites[alias].key) for alias in frozen.names):
+        if isinstance(owner, nn.Embedding | nn.EmbeddingBag) and owner.max_norm is not None and key == "weight":
+            check_rows(frozen, owner)
 
 
 def _asked(targets: Targets, rules: Iterable[Rule]) -> Asked:

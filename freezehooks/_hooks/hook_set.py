@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .._held.max_norm import rescale_free_entries
 from .._held.parameter import FrozenParameter
 from .._held.parameters import FrozenParameters
 from .._held.place import Place
@@ -53,6 +54,8 @@ class HookSet:
                 below it: their forward is hooked too.
         """
         self._handles = [moment.put_on(module, self) for moment in MOMENTS]
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and "weight" in self.names:
+            self._handles.append(module.register_forward_pre_hook(RescaleBeforeLookup(self), with_kwargs=True))
         for caller, path in callers:
             hook = ImposeBeforeCaller(self, path)
             self._handles.append(caller.register_forward_pre_hook(hook, prepend=True))
@@ -190,6 +193,25 @@ class ImposeBeforeCaller:
     def is_for(self, hooks: HookSet, path: str) -> bool:
         """Return whether it imposes what a hook set holds of the module at a path."""
         return self.hooks is hooks and self.path == path
+
+
+class RescaleBeforeLookup:
+    """Before the forward of an embedding with `max_norm`, which would rescale frozen entries: rescale the free ones."""
+
+    def __init__(self, hooks: HookSet) -> None:
+        self.hooks = hooks
+
+    def __call__(self, module: nn.Embedding | nn.EmbeddingBag, args: Any, kwargs: dict[str, Any]) -> None:
+        if module.max_norm is not None:
+            self._rescale(module, args[0] if args else kwargs["input"])
+
+    @torch.compiler.disable
+    def _rescale(self, module: nn.Embedding | nn.EmbeddingBag, indices: Tensor) -> None:
+        held = held_on(module, "weight")
+        own = [place.own() for place in self.hooks.places(module) if place.site.key == "weight"]
+        for parameter in own:
+            if parameter is not None and held:
+                rescale_free_entries(module, parameter, indices, held)
 
 
 def _shares_memory(loaded: Any, parameter: Tensor) -> bool:

@@ -195,9 +195,14 @@ class StepHooks:
         """Clean the gradients once more, where a reducer or a hand put something back, and guard the closure.
 
         In compact mode a proxy steps in the optimizer's place, and reads the gradients of free entries alone.
+
+        Raises:
+            ParameterChangedError: A module that owned frozen parameters is no longer in its model.
         """
         if not torch.compiler.is_compiling():
             end_calls()
+            for member in self.members:
+                member.check_modules()
         self._look_at_groups(optimizer)
         if self.compact is not None and args[0] is optimizer:
             self._convert(optimizer)

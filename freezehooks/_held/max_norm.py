@@ -1,0 +1,91 @@
+"""Embeddings whose forward rescales every row that exceeds a norm, whatever is held there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .._entries.bits import differ
+from .._errors import FrozenValueError, UnsupportedParameterError
+from .parameter import FrozenParameter
+
+
+def check_rows(frozen: FrozenParameter, module: nn.Embedding | nn.EmbeddingBag) -> None:
+    """Refuse values that would be rescaled even where everything else in their rows were 0.
+
+    Raises:
+        FrozenValueError: There are some.
+    """
+    held = frozen.alone()
+    _check_kept(frozen.name, torch.arange(len(held), device=held.device), held, held != 0, module)
+
+
+@torch.no_grad()
+def rescale_free_entries(
+    module: nn.Embedding | nn.EmbeddingBag, parameter: Tensor, indices: Tensor, held: Sequence[FrozenParameter]
+) -> None:
+    """Bring the rows that the forward looks up within the norm, by their free entries alone.
+
+    A row is what it would be had the forward rescaled all of it, but with the frozen entries as constants: the free ones
+    get what norm they leave. Rows of which nothing is frozen are left to the forward.
+
+    Args:
+        module: The embedding.
+        parameter: Its weight.
+        indices: What is looked up.
+        held: What handles freeze of the weight.
+
+    Raises:
+        FrozenValueError: The frozen entries of a row exceed the norm by themselves.
+        UnsupportedParameterError: The weight is spread over ranks.
+    """
+    if any(each.is_sharded for each in held):
+        raise UnsupportedParameterError(
+            f"`{held[0].name}` is spread over ranks, and its embedding has `max_norm`, which rescales frozen entries",
+            "leave `max_norm` out, or freeze no entry of it",
+        )
+    weight, rows = parameter.data, indices.flatten().unique()
+    bound, margin = float(module.max_norm or 0), 8 * torch.finfo(weight.dtype).eps
+    norms = torch.linalg.vector_norm(weight[rows].double(), module.norm_type, dim=1)
+    rows = rows[norms > bound * (1 - margin)]
+    frozen = torch.stack([each.frozen for each in held]).any(dim=0)[rows] if len(rows) else weight.new_empty(0)
+    if not bool(frozen.any()):
+        return
+    numbers = weight[rows].double()
+    kept, free = numbers.where(frozen, 0), numbers.where(~frozen, 0)
+    _check_kept(held[0].name, rows, kept.to(weight.dtype), frozen, module)
+    scale = _room(kept, bound * (1 - margin), module.norm_type) / torch.linalg.vector_norm(free, module.norm_type, dim=1)
+    scaled = (numbers * scale.clamp(max=1).unsqueeze(1)).to(weight.dtype)
+    touched = frozen.any(dim=1, keepdim=True) & ~frozen
+    weight[rows] = torch.where(touched, scaled, weight[rows])
+
+
+def _room(kept: Tensor, bound: float, order: float) -> Tensor:
+    """Return the norm that the frozen entries of each row leave to the free ones."""
+    norms = torch.linalg.vector_norm(kept, order, dim=1)
+    if order == float("inf"):
+        return torch.full_like(norms, bound)
+    return (bound**order - norms**order).clamp(min=0) ** (1 / order)
+
+
+def _check_kept(
+    name: str, rows: Tensor, kept: Tensor, frozen: Tensor, module: nn.Embedding | nn.EmbeddingBag
+) -> None:
+    """Refuse rows of frozen entries that the forward's own kernel rescales.
+
+    Raises:
+        FrozenValueError: It does.
+    """
+    rescaled = kept.clone()
+    torch.embedding_renorm_(rescaled, torch.arange(len(kept), device=kept.device), module.max_norm, module.norm_type)
+    changed = (differ(rescaled, kept) & frozen).any(dim=1)
+    if bool(changed.any()):
+        worst = int(changed.nonzero()[0])
+        norm = torch.linalg.vector_norm(kept[worst].double(), module.norm_type).item()
+        raise FrozenValueError(
+            f"the frozen entries of row {int(rows[worst])} of `{name}` have a norm of {norm:g}, and the forward of its "
+            f"{type(module).__name__} rescales rows above max_norm={module.max_norm:g}",
+            "hold values within it, or set `max_norm` to None",
+        )
