@@ -85,3 +85,24 @@ def test_a_step_captured_in_a_graph_trains_as_one_that_is_not(spec: Any, compact
     frozen.assert_frozen()
     for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
         assert same_bits(found.cpu(), wanted.cpu())
+
+
+def test_a_graphed_callable_that_is_frozen_afterwards_trains_as_one_that_is_not_graphed() -> None:
+    finals = []
+    for is_graphed in (True, False):
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 4)).cuda()
+        rows = torch.randn(8, 32, device="cuda")
+        if is_graphed:
+            model = torch.cuda.make_graphed_callables(model, (rows,))
+        frozen = freeze_entries(model, "0.weight[:, 3] = 0\n2.weight[0]")
+        optimizer = MaskedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1), frozen)
+        for _ in range(3):
+            model[0].weight.data[:, 3] = 7
+            optimizer.zero_grad()
+            model(rows).square().mean().backward()
+            assert not model[0].weight.grad[:, 3].any()
+            optimizer.step()
+        frozen.assert_frozen()
+        finals.append([parameter.detach().cpu() for parameter in model.parameters()])
+    assert all(torch.allclose(a, b) for a, b in zip(*finals, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,8 +29,8 @@ def rescale_free_entries(
 ) -> None:
     """Bring the rows that the forward looks up within the norm, by their free entries alone.
 
-    A row is what it would be had the forward rescaled all of it, but with the frozen entries as constants: the free ones
-    get what norm they leave. Rows of which nothing is frozen are left to the forward.
+    The frozen entries of a row are constants, and the free ones get what norm these leave. Rows of which nothing is
+    frozen are left to the forward.
 
     Args:
         module: The embedding.
@@ -47,32 +48,31 @@ def rescale_free_entries(
             "leave `max_norm` out, or freeze no entry of it",
         )
     weight, rows = parameter.data, indices.flatten().unique()
-    bound, margin = float(module.max_norm or 0), 8 * torch.finfo(weight.dtype).eps
-    norms = torch.linalg.vector_norm(weight[rows].double(), module.norm_type, dim=1)
-    rows = rows[norms > bound * (1 - margin)]
-    frozen = torch.stack([each.frozen for each in held]).any(dim=0)[rows] if len(rows) else weight.new_empty(0)
-    if not bool(frozen.any()):
+    bound = (module.max_norm or 0) * (1 - 8 * torch.finfo(weight.dtype).eps)  # its kernel sums in another order
+    rows = rows[_norms(weight[rows], module) > bound]
+    if not len(rows):
         return
-    numbers = weight[rows].double()
-    kept, free = numbers.where(frozen, 0), numbers.where(~frozen, 0)
-    _check_kept(held[0].name, rows, kept.to(weight.dtype), frozen, module)
-    scale = _room(kept, bound * (1 - margin), module.norm_type) / torch.linalg.vector_norm(free, module.norm_type, dim=1)
-    scaled = (numbers * scale.clamp(max=1).unsqueeze(1)).to(weight.dtype)
-    touched = frozen.any(dim=1, keepdim=True) & ~frozen
-    weight[rows] = torch.where(touched, scaled, weight[rows])
+    frozen = torch.stack([each.frozen[rows] for each in held]).any(dim=0)
+    held_in_rows = weight[rows].where(frozen, 0)
+    _check_kept(held[0].name, rows, held_in_rows, frozen, module)
+    room = _room(_norms(held_in_rows, module), bound, module.norm_type)
+    scale = (room / _norms(weight[rows].where(~frozen, 0), module)).clamp(max=1).unsqueeze(1)
+    rescaled = (weight[rows].double() * scale).to(weight.dtype)
+    weight[rows] = rescaled.where(frozen.any(dim=1, keepdim=True) & ~frozen, weight[rows])
 
 
-def _room(kept: Tensor, bound: float, order: float) -> Tensor:
+def _norms(rows: Tensor, module: nn.Embedding | nn.EmbeddingBag) -> Tensor:
+    return torch.linalg.vector_norm(rows.double(), module.norm_type, dim=1)
+
+
+def _room(taken: Tensor, bound: float, order: float) -> Tensor:
     """Return the norm that the frozen entries of each row leave to the free ones."""
-    norms = torch.linalg.vector_norm(kept, order, dim=1)
-    if order == float("inf"):
-        return torch.full_like(norms, bound)
-    return (bound**order - norms**order).clamp(min=0) ** (1 / order)
+    if math.isinf(order):
+        return torch.full_like(taken, bound)
+    return (bound**order - taken**order).clamp(min=0) ** (1 / order)
 
 
-def _check_kept(
-    name: str, rows: Tensor, kept: Tensor, frozen: Tensor, module: nn.Embedding | nn.EmbeddingBag
-) -> None:
+def _check_kept(name: str, rows: Tensor, kept: Tensor, frozen: Tensor, module: nn.Embedding | nn.EmbeddingBag) -> None:
     """Refuse rows of frozen entries that the forward's own kernel rescales.
 
     Raises:

@@ -95,7 +95,8 @@ class Place:
             check_supported(found)
         except UnsupportedParameterError as error:
             raise ParameterChangedError(
-                f"`{self.name}` was replaced after it was frozen: {error.fact}", "call remove() before the model is quantized or converted"
+                f"`{self.name}` was replaced after it was frozen: {error.fact}",
+                "call remove() before the model is quantized or converted",
             ) from error
         self.frozen.by_name[self.name].check_shape(found)
         pair = self.frozen.adopt(self.name, found)
