@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # Autograd
 
@@ -82,6 +84,21 @@ class TensorIdentity:
 def is_exporting() -> bool:
     """Return whether torch.export is tracing (public since torch 2.7; before, it cannot be told)."""
     return bool(getattr(torch.compiler, "is_exporting", bool)())
+
+
+def traced_as_constant(function: _Function) -> _Function:
+    """Have compiled frames call a function while they are traced, without being part of them (torch 2.0 to 2.14).
+
+    As `torch.compiler.assume_constant_result`, which imports the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def not_compiled(function: _Function) -> _Function:
+    """Keep a function out of compiled frames, as `torch.compiler.disable`, which imports the compiler (2.0 to 2.14)."""
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
 
 
 @contextmanager

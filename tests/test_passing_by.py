@@ -731,6 +731,18 @@ def test_a_row_that_is_loaded_above_max_norm_is_refused_where_it_is_looked_up() 
         embedding(torch.tensor([1, 2]))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_a_compiled_embedding_with_max_norm_computes_with_the_values() -> None:
+    torch.compiler.reset()
+    embedding = nn.Embedding(6, 4, max_norm=1.0)
+    frozen = freeze_entries(embedding, "weight[0, 0] = 0.5")
+    compiled = torch.compile(embedding, backend="aot_eager")
+    for _ in range(2):
+        embedding.weight.data.fill_(3.0)
+        assert compiled(torch.tensor([0]))[0, 0] == 0.5
+    frozen.assert_frozen(guarded=False)
+
+
 def test_two_handles_on_an_embedding_with_max_norm_rescale_what_neither_holds() -> None:
     embedding = nn.Embedding(2, 4, max_norm=1.0)
     handles = [freeze_entries(embedding, "weight[0, 0] = 0.5"), freeze_entries(embedding, "weight[0, 1] = -0.5")]

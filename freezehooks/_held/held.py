@@ -115,7 +115,8 @@ class HeldParameters:
             ParameterChangedError: A parameter is gone, has another shape or no numbers, or its module was replaced.
         """
         self.check_in_place()
-        tuple(self)  # a parameter that was put in another's place is no drift
+        for name, site in self.known_sites():
+            self._pair(name, site)  # a parameter that was put in another's place is no drift
         found: dict[tuple[str, int], Violation | None] = {}
         for name, site in self.known_sites():
             place = name, id(site.find())

@@ -15,7 +15,15 @@ from .._held.parameters import FrozenParameters
 from .._held.place import Place
 from .._held.site import Site, gone, parameter_of
 from .._ranks.sharding import local
-from .._torch import is_exporting, is_replica, is_scripted, outside_tracing, outside_transforms
+from .._torch import (
+    is_exporting,
+    is_replica,
+    is_scripted,
+    not_compiled,
+    outside_tracing,
+    outside_transforms,
+    traced_as_constant,
+)
 from .batch import Batch, is_covered
 from .gradient import watch_gradient
 from .moment import Moment
@@ -155,7 +163,7 @@ class HookSet:
             if pair is not None:
                 pair[0].impose(pair[1])
 
-    @torch.compiler.assume_constant_result
+    @traced_as_constant
     def impose_stored(self) -> None:
         """Impose on the parameters themselves while a program is exported: it takes their numbers as they are then.
 
@@ -205,7 +213,7 @@ class RescaleBeforeLookup:
         if module.max_norm is not None:
             self._rescale(module, args[0] if args else kwargs["input"])
 
-    @torch.compiler.disable
+    @not_compiled
     def _rescale(self, module: nn.Embedding | nn.EmbeddingBag, indices: Tensor) -> None:
         held = held_on(module, "weight")
         own = [place.own() for place in self.hooks.places(module) if place.site.key == "weight"]
@@ -243,8 +251,10 @@ def hook_sets_on(module: nn.Module) -> list[HookSet]:
 
 
 def hook_set_of(frozen: FrozenParameters, module: nn.Module) -> HookSet | None:
-    """Return the hook set on a module that holds what one handle froze, or None."""
-    return next((hooks for hooks in hook_sets_on(module) if hooks.frozen is frozen), None)
+    """Return the hook set on a module that holds what one handle froze, also where some of its hooks were stripped."""
+    kept = (hook for moment in MOMENTS for hook in getattr(module, moment.kept).values())
+    owners = (getattr(getattr(hook, "hook", hook), "__self__", None) for hook in kept)  # torch wraps some
+    return next((owner for owner in owners if isinstance(owner, HookSet) and owner.frozen is frozen), None)
 
 
 def held_on(module: nn.Module, key: str) -> list[FrozenParameter]:
