@@ -271,10 +271,10 @@ class Reference:
                 gradient = parameter.grad.data
                 gradient.copy_(torch.where(self.frozen(name), torch.zeros_like(gradient), gradient))
 
-    def follow_loading(self) -> None:
-        """Impose numbers on what was loaded, then let `keep` take over what the entries hold."""
+    def follow_loading(self, names: Iterable[str]) -> None:
+        """Impose numbers on what was loaded, or put in place, then let `keep` take over what the entries hold."""
         for hold in self.attached:
-            for name, pieces in hold.pieces.items():
+            for name, pieces in ((name, hold.pieces[name]) for name in names if name in hold.pieces):
                 data = self.parameters[name].data
                 for piece in (piece for piece in pieces if not piece.keeps):
                     data.copy_(torch.where(piece.frozen, piece.values(data.dtype), data))

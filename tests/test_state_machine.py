@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from freezehooks import (
     FrozenEntries,
     MaskedOptimizer,
     OptimizerMismatchError,
+    ParameterChangedError,
     Rule,
     RuleConflictError,
     freeze_entries,
@@ -128,7 +130,6 @@ class Lives(RuleBasedStateMachine):
         self.optimizer_states: list[tuple[int, list[dict[str, Any]], list[dict[str, Any]]]] = []
         self.generation = 0
         self.left_behind: tuple[Net, dict[str, Tensor]] | None = None
-        self.unwatched: set[str] = set()
 
     @initialize(net=st.sampled_from([Images, Words]), data=st.data(), rules=_rules)
     def build(self, net: type[Net], data: Any, rules: list[Drawn]) -> None:
@@ -281,7 +282,6 @@ class Lives(RuleBasedStateMachine):
     def _imposed(self) -> None:
         for hold in self.reference.attached:
             hold.stray.clear()
-        self.unwatched -= {name for name, parameter in self.parameters.items() if parameter.requires_grad}
 
     def _backward(self, *losses: Tensor) -> None:
         for loss in losses:
@@ -430,7 +430,6 @@ class Lives(RuleBasedStateMachine):
                 assume(len(answers) == 1)
                 found.extend(answers)
             found.extend(bool((m.frozen & o.frozen).any()) and m.keeps != o.keeps for m, o in across)
-            assume(not (any(found) and name in self.unwatched))
         return any(found)
 
     @precondition(lambda self: len(self.holds) < 3)
@@ -573,7 +572,7 @@ class Lives(RuleBasedStateMachine):
             for model in (self.model, self.reference.model):
                 model.load_state_dict({name: value.clone() for name, value in checkpoint.items()}, **how)
                 model.tie()
-        self.reference.follow_loading()
+        self.reference.follow_loading(self.names)
         self._imposed()
         for stepper in self.steppers:
             if stepper.kind is KINDS["asgd"]:  # its average has the former values until the next step
@@ -717,20 +716,70 @@ class Lives(RuleBasedStateMachine):
             if name in hold.pieces:
                 mark(hold.stray, name, counted=counted)
 
-    @event(pick=_picks, data=st.data())
-    def put_another_parameter(self, pick: int, data: Any) -> None:
+    @event(pick=_picks, first=st.sampled_from(["look", "save", "ask", "freeze"]), data=st.data())
+    def put_another_parameter(self, pick: int, first: str, data: Any) -> None:
         name = self._name(pick)
         numbers = self._random(self.parameters[name].shape)
         with self._losing([name]):
             for model in (self.model, self.reference.model):
                 put_parameter(model, name, numbers.clone())
-        self.unwatched.add(name)
-        self._stray(name, counted=False)
+        self.reference.follow_loading([name])
         for hold in self.holds:
             hold.stray_gradients.pop(name, None)
-        self.reference.impose()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=f"`{name}` was replaced")
+            self._meet(name, first, data)
         if not data.draw(_seldom):
             self._make_optimizers(data)
+
+    def _meet(self, name: str, first: str, data: Any) -> None:
+        """Have the library meet a parameter that was put in another's place."""
+        if first == "freeze" and len(self.holds) < 3:
+            self._freeze(data.draw(_rules), guarded=False)
+        elif first in ("look", "save"):
+            getattr(self, f"_{first}")()
+        for hold in self.reference.attached:
+            hold.handle.violations()
+            if name in hold.pieces:
+                hold.stray.pop(name, None)
+
+    @rule()
+    def call_with_anothers_parameters(self) -> None:
+        stranger = copy.deepcopy(self.reference.model)
+        for parameter in stranger.parameters():
+            parameter.data.copy_(self._random(parameter.shape))
+        given, batch = parameters_by_name(stranger), self.model.batch(self.numbers, self.dtype)
+        before = {name: parameter.detach().clone() for name, parameter in given.items()}
+        output = torch.func.functional_call(self.model, dict(given), (batch,))
+        assert not bool(differ(output, stranger(batch)).any()), "the call computes with other numbers"
+        for name, parameter in given.items():
+            assert not bool(differ(parameter, before[name]).any()), f"another's {name} was written to"
+            assert not parameter._post_accumulate_grad_hooks, f"another's {name} is hooked"  # type: ignore[attr-defined]
+        self.everything_holds()
+
+    @rule(name=st.sampled_from(["mix", "head"]), then=st.sampled_from(["nothing", "train"]))
+    def replace_a_module_for_a_while(self, name: str, then: str) -> None:
+        owner = getattr(self.model, name)
+        setattr(self.model, name, copy.deepcopy(owner))
+        for stepper in self.steppers:
+            held = [each for hold in stepper.active for frozen in hold.handle.values() for each in frozen.names]
+            if any(each.startswith(f"{name}.") for each in held):
+                with pytest.raises(ParameterChangedError, match="no longer in the model"):
+                    stepper.face.step()
+        setattr(self.model, name, owner)
+        self.everything_holds()
+        if then == "train":
+            self._train()
+
+    @precondition(lambda self: EXAMPLES and hasattr(torch.compiler, "is_exporting"))
+    @rule()
+    def export(self) -> None:
+        program = torch.export.export(self.model, (self.model.batch(self.numbers, self.dtype),))
+        self._imposed()
+        for name, value in program.state_dict.items():
+            expected = self.reference.model.state_dict()[name]
+            assert not bool(differ(value, expected).any()), f"{name} was exported with other numbers"
+        self.everything_holds()
 
     @rule(
         pick=_picks, how=st.sampled_from(["new", "no_grad", "data"]), then=st.sampled_from(["step", "step", "nothing"])
@@ -756,7 +805,6 @@ class Lives(RuleBasedStateMachine):
         if name != "mix.bias":  # something must train
             for parameter in (self.parameters[name], self.reference.parameters[name]):
                 parameter.requires_grad_(not parameter.requires_grad)
-            self.unwatched.add(name)
 
     # What holds after each of them
 
