@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,6 +30,31 @@ class FreezeError(Exception):
         """Return the same error with `context` before its fact and `detail` in parentheses behind it."""
         behind = f" ({detail})" if detail else ""
         return type(self)(f"{context}: {self.fact}{behind}", self.advice)
+
+
+_LONGEST: Final = 160
+"""How many characters of something that was given a message shows."""
+
+
+def shortened(text: object) -> str:
+    """Return a text as a message shows it: without its middle where it is long, as that of a mask or of many indices.
+
+    Example:
+        >>> shortened("conv.weight[0] = 1")
+        'conv.weight[0] = 1'
+        >>> len(shortened(list(range(5000))))
+        160
+    """
+    whole, half = str(text), _LONGEST // 2
+    return whole if len(whole) <= _LONGEST else f"{whole[:half]}…{whole[1 - half :]}"
+
+
+def shown(found: object) -> str:
+    """Return how a message shows what was found in the place of something else: as Python prints it, shortened."""
+    try:
+        return shortened(repr(found))
+    except Exception:  # an integer of thousands of digits, or whatever a class of somebody else's does
+        return f"a {type(found).__name__} that cannot be printed"
 
 
 @contextmanager

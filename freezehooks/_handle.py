@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -11,16 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ._errors import DriftError, OptimizerMismatchError, ParameterChangedError, SpecError
+from ._errors import DriftError, OptimizerMismatchError, SpecError, TargetError, shortened, shown
 from ._held import resolve, saved
+from ._held.by_name import ReadByName
 from ._held.held import HeldParameters, Model
 from ._held.names import matching, matching_unwrapped
 from ._held.parameter import FrozenParameter
-from ._held.site import Site
+from ._held.stacked import misread_stacks
 from ._held.violation import Violation
-from ._hooks.forward import install_outer, remove_outer
-from ._hooks.gradient import unwatch_gradient, watch_gradient, watching
-from ._hooks.hook_set import HookSet, held_on, hook_set_of, hook_sets_on, uncalled_owners
+from ._hooks.attachment import Attachment
+from ._hooks.earlier import EarlierHandles, leave_released, reset_guards
+from ._hooks.hook_set import hook_sets_on
 from ._optim.compact import check_elementwise, check_whole
 from ._optim.guard import Guard
 from ._optim.guardable import guardable
@@ -29,7 +31,7 @@ from ._optim.step import StepHooks, step_hooks_on
 from ._report.status import check_complete, find_mechanisms
 from ._report.table import Report, aligned, report_parameter
 from ._report.trainable import Trainable, count_trainable
-from ._rules.rule import Rule
+from ._rules.rule import TARGET, Rule
 from ._rules.spec import Spec, rules_of
 
 if TYPE_CHECKING:
@@ -39,7 +41,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-def freeze_entries(model: Model, spec: Spec, *, state: dict[str, Any] | None = None) -> FrozenEntries:
+def freeze_entries(
+    model: Model, spec: Spec, *, state: dict[str, Any] | None = None, replace: bool = False
+) -> FrozenEntries:
     """Hold some entries of a model's parameters at their values while the rest trains.
 
     From here on the gradient at a frozen entry is exactly +0.0 when `backward()` returns, and the values are imposed
@@ -53,12 +57,16 @@ def freeze_entries(model: Model, spec: Spec, *, state: dict[str, Any] | None = N
             ``{target: (region, value)}``, or an iterable of those. An empty spec is legal and freezes nothing.
         state: What `FrozenEntries.state_dict` returned in an earlier run under the same rules. Regions chosen by
             numbers (`zeros`, `smallest`, `nm`) and kept values are then taken from it rather than chosen anew.
+        replace: Whether earlier handles let go of the parameters that `spec` names, of all their entries, and of
+            those parameters alone. The optimizers that they guard are then guarded by this handle. Left out: several
+            handles hold side by side, with a warning where they hold the same entries.
 
     Returns:
-        The handle: a mapping from parameter name to what is frozen there.
+        The handle, which reads like a dict from parameter name to what is frozen there.
 
     Raises:
-        FreezeError: One of its subclasses, each also the fitting builtin; nothing is installed or changed then.
+        FreezeError: One of its subclasses, each also the fitting builtin; nothing is installed or changed then, and
+            earlier handles hold what they held.
 
     Example:
         >>> import torch
@@ -77,14 +85,26 @@ def freeze_entries(model: Model, spec: Spec, *, state: dict[str, Any] | None = N
             f"`model` must be a module or a mapping from name to tensor, found {type(model).__name__}",
             "call freeze_entries(model, spec), before a model is scripted",
         )
-    return FrozenEntries(resolve.resolve(model, rules_of(spec), state)).attach()
+    held = resolve.resolve(model, rules_of(spec), state)
+    frozen, earlier = FrozenEntries(held), EarlierHandles(held)
+    frozen._check_start()
+    if replace:
+        frozen._prepare_guards(earlier.guarded())
+    else:
+        earlier.check()
+    for doubt in [*misread_stacks(held), *(() if replace else earlier.repetitions())]:
+        warnings.warn(doubt, stacklevel=2)
+    if replace:
+        earlier.let_go()
+    frozen._begin()
+    return frozen
 
 
-class FrozenEntries(Mapping[str, FrozenParameter]):
-    """What is frozen of a model: a mapping from parameter name to `FrozenParameter`. Made by `freeze_entries`.
+class FrozenEntries(ReadByName):
+    """What is frozen of a model, by the names of its parameters. Made by `freeze_entries`.
 
-    A tied parameter stands under its first name and is found under any. Printing shows a table. As a context manager
-    it removes itself at the end of the block.
+    It reads like a dict from name to `FrozenParameter`. A tied parameter stands under its first name and is found under
+    any. Printing shows a table. As a context manager it removes itself at the end of the block.
 
     Example:
         >>> import torch
@@ -99,7 +119,13 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
     """
 
     def __init__(self, held: HeldParameters) -> None:
+        if not isinstance(held, HeldParameters):
+            raise SpecError(
+                f"a handle is not made by hand, found {type(held).__name__}",
+                "call freeze_entries(model, spec), or FrozenEntries.of(model) for a copied model",
+            )
         self._held = held
+        self._hooks = Attachment(held)
         self._guards: list[Guard] = []
         self._attached = False
 
@@ -109,27 +135,36 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
 
         A copied or unpickled model takes its frozen entries along but no handle: this makes one. The names in it are
         those of the model that was frozen.
+
+        Raises:
+            SpecError: `model` is no module.
         """
+        if not isinstance(model, nn.Module):
+            raise SpecError(
+                f"`model` must be a module, found {type(model).__name__}",
+                "of bare tensors keep the handle that freeze_entries returned",
+            )
         found: dict[int, FrozenEntries] = {}
         for module in model.modules():
             for hooks in hook_sets_on(module):
-                if id(hooks.frozen) not in found:
-                    found[id(hooks.frozen)] = cls(HeldParameters(model, hooks.frozen, is_found=True))
-                found[id(hooks.frozen)]._take_over(module, hooks)
+                if any(map(hooks.frozen.is_held, hooks.names.values())):
+                    handle = found.setdefault(id(hooks.frozen), cls(HeldParameters(model, hooks.frozen, is_found=True)))
+                    handle._hooks.take_over(module, hooks)
+                    handle._attached = True
         return tuple(found.values())
 
-    def _take_over(self, module: nn.Module, hooks: HookSet) -> None:
-        self._attached = True
-        for place in hooks.places(module):
-            self._held.sites.append((place.name, place.site))
-            pair = place.pair()
-            if pair is not None:
-                watch_gradient(pair[1], hooks.frozen, place.name)
-
-    # A mapping
+    # By name
 
     def __getitem__(self, name: str) -> FrozenParameter:
-        return self._held.frozen.find(name, self._held.names)
+        if not isinstance(name, str):
+            raise TargetError(f"a parameter's name is text, found {shown(name)}", "give one of frozen.keys()")
+        part = self._held.frozen.find(name, self._held.names)
+        return part.beside(EarlierHandles(self._held).beside(part)) if self.attached else part
+
+    def _counted(self) -> list[FrozenParameter]:
+        """Return what is frozen of each parameter, with free entries counted over all handles."""
+        earlier = EarlierHandles(self._held)
+        return [part.beside(earlier.beside(part)) if self.attached else part for part in self._parts()]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._held.names)
@@ -137,17 +172,17 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
     def __len__(self) -> int:
         return len(self._held.names)
 
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    __hash__ = object.__hash__
-
     def __repr__(self) -> str:
         rows = [("parameter", "shape", "rules", "frozen", "free")]
-        for frozen in self.values():
-            rules, counts = ", ".join(map(str, frozen.rules)), (f"{frozen.frozen_count:,}", f"{frozen.free_count:,}")
+        for frozen in self._counted():
+            rules = ", ".join(map(shortened, frozen.rules))
+            counts = f"{frozen.frozen_count:,}", f"{frozen.free_count:,}"
             rows.append((frozen.name, str(tuple(frozen.shape)), rules, *counts))
-        return aligned(rows, right=(3, 4)) if len(self) else "nothing is frozen"
+        table = aligned(rows, right=(3, 4)) if len(self) else ""
+        return "\n".join(filter(None, [table, self._held.removal])) or "nothing is frozen"
+
+    def _parts(self) -> list[FrozenParameter]:
+        return [self._held.frozen.by_name[name] for name in self._held.names]
 
     @property
     def model(self) -> Model:
@@ -157,42 +192,29 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
     @property
     def rules(self) -> tuple[Rule, ...]:
         """The rules in force, each once."""
-        return tuple(dict.fromkeys(rule for frozen in self.values() for rule in frozen.rules))
+        return tuple(dict.fromkeys(rule for frozen in self._parts() for rule in frozen.rules))
 
     @property
     def frozen_count(self) -> int:
         """How many entries are frozen, over all parameters."""
-        return sum(frozen.frozen_count for frozen in self.values())
+        return sum(frozen.frozen_count for frozen in self._parts())
 
     @property
     def nbytes(self) -> int:
         """The memory that regions and values take, in bytes, over all parameters: none for slices at a number."""
-        return sum(frozen.nbytes for frozen in self.values())
+        return sum(frozen.nbytes for frozen in self._parts())
 
     @property
     def attached(self) -> bool:
         """Whether the entries are held now."""
         sites = list(self._held.known_sites())
-        return all(self._is_held_at(*each) for each in sites) if sites else self._attached
-
-    def _is_held_at(self, name: str, site: Site) -> bool:
-        """Return whether one place is held: another handle of the same parameters may hold it, or let it go."""
-        if isinstance(site.owner, nn.Module):
-            hooks = hook_set_of(self._held.frozen, site.owner)
-            if hooks is None or hooks.names.get(site.key) != name:
-                return False
-        return self._held.frozen.is_held(name)
+        if not sites:
+            return self._attached and not self._held.sites  # else another handle has let all of it go
+        return all(self._hooks.is_on(*each) for each in sites)
 
     @property
     def _holds_any(self) -> bool:
         return any(self._held.held_sites()) if len(self) else self._attached
-
-    @property
-    def _modules(self) -> dict[nn.Module, HookSet]:
-        """The hooks that hold what was frozen, whoever has put them on, by their modules."""
-        owners = dict.fromkeys(site.owner for _, site in self._held.sites if isinstance(site.owner, nn.Module))
-        found = {owner: hook_set_of(self._held.frozen, owner) for owner in owners}
-        return {owner: hooks for owner, hooks in found.items() if hooks is not None}
 
     # Holding
 
@@ -223,17 +245,19 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
 
         Raises:
             DriftError: Some entries do not; the message names them.
-            UnguardedError: All do, but a hook is no longer there, or no optimizer is guarded.
+            UnguardedError: All do, but a hook is no longer there, no optimizer is guarded, or the handle was removed.
             ParameterChangedError: A parameter is gone, has another shape or no numbers (on the meta device), or lies in
                 a module that was replaced.
         """
         violations = self.violations()
         if violations:
             raise DriftError(
-                "frozen entries drifted: " + ", ".join(map(str, violations)),
+                ", so ".join(filter(None, [self._held.removal, "frozen entries drifted: "]))
+                + ", ".join(map(str, violations)),
                 "guard every optimizer that steps them (MaskedOptimizer or frozen.guard), or call frozen.impose()",
             )
-        check_complete(find_mechanisms(self._held, self._modules), guarded=guarded)
+        mechanisms = find_mechanisms(self._held, self._hooks.by_module)
+        check_complete(mechanisms, guarded=guarded, removal=self._held.removal)
 
     def report(self) -> Report:
         """Look at what is frozen and by what means: values, drift, hooks, guarded optimizers, bytes.
@@ -259,13 +283,12 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
         violations: dict[str, list[Violation]] = {}
         for violation in self.violations():
             violations.setdefault(violation.name, []).append(violation)
-        mechanisms = find_mechanisms(self._held, self._modules)
-        return Report(
-            {
-                name: report_parameter(frozen, violations.get(name, ()), mechanisms[name])
-                for name, frozen in self.items()
-            }
-        )
+        mechanisms = find_mechanisms(self._held, self._hooks.by_module)
+        parts = {
+            part.name: report_parameter(part, violations.get(part.name, ()), mechanisms[part.name])
+            for part in self._counted()
+        }
+        return Report(parts, self._held.removal)
 
     def trainable(self) -> Trainable:
         """Count the entries of the model that train, as they are reported: in number and in percent.
@@ -282,7 +305,7 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
         held = [
             (self._held.frozen.by_name[name], site.tensor())
             for name, site in self._held.held_sites()
-            if self._is_held_at(name, site)
+            if self._hooks.is_on(name, site)
         ]
         return count_trainable(self._held.model, held)
 
@@ -404,52 +427,38 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
             RuleConflictError: Another handle holds some of the entries at other values; nothing is changed then.
             ParameterChangedError: A parameter is gone or has another shape; nothing is changed then.
         """
-        if self.attached:
-            return self
-        self._check_attachable()
-        frozen_parameters = self._held.frozen
-        frozen_parameters.hold(self)
+        if not self.attached:
+            self._check_start()
+            EarlierHandles(self._held).check()
+            self._begin()
+        return self
+
+    def _check_start(self) -> None:
+        self._held.check_in_place()
+        for frozen, parameter in self._held:
+            frozen.check_start(parameter)
+
+    def _prepare_guards(self, optimizers: Iterable[tuple[Optimizer, bool]]) -> None:
+        """Be ready to guard optimizers, each with whether it is compact, from the moment on that the entries are held.
+
+        Raises:
+            FreezeError: One cannot be guarded by this handle as it is.
+        """
+        for optimizer, compact in optimizers:
+            with suppress(OptimizerMismatchError):  # it steps other parameters
+                self.check_optimizer(optimizer, compact=compact)
+                self._guard_of(optimizer).ask(compact=compact)
+
+    def _begin(self) -> None:
+        self._held.frozen.hold(self)
         for frozen, parameter in self._held:
             frozen.begin(parameter)
             frozen.complete_gradient(parameter)
             frozen.zero_gradient(parameter)
-            watch_gradient(parameter, frozen_parameters, frozen.name)
-        self._install_module_hooks()
+        self._hooks.install()
         for guard in self._guards:
             guard.install()
         self._attached = True
-        return self
-
-    def _check_attachable(self) -> None:
-        self._held.check_in_place()
-        for frozen, parameter in self._held:
-            frozen.check_start(parameter)
-        self._check_beside_others(self._held.frozen.by_name)
-
-    def _check_beside_others(self, by_name: Mapping[str, FrozenParameter]) -> None:
-        """Refuse what disagrees with what other handles hold of the same parameters."""
-        ours = set(map(id, self._held.frozen.by_name.values()))
-        for name, site in self._held.known_sites():
-            on_module = held_on(site.owner, site.key) if isinstance(site.owner, nn.Module) else []
-            others = {id(other): other for other in (*watching(site.tensor()), *on_module)}
-            for number, other in others.items():
-                if number not in ours:
-                    by_name[name].check_beside(other)
-
-    def _install_module_hooks(self) -> None:
-        by_module: dict[nn.Module, HookSet] = {}
-        for name, site in self._held.held_sites():
-            if isinstance(site.owner, nn.Module):
-                by_module.setdefault(site.owner, HookSet(self._held.frozen, site.known)).names[site.key] = name
-        callers = uncalled_owners(self._held.model) if isinstance(self._held.model, nn.Module) else {}
-        for module, hooks in by_module.items():
-            earlier = hook_set_of(self._held.frozen, module)
-            if earlier is not None:  # another handle of the same parameters holds some of them still
-                earlier.remove()
-            hooks.install(module, callers.get(module, []))
-        remove_outer(self._held.model, self._held.frozen)
-        if by_module:
-            install_outer(self._held.model, self._held.frozen)
 
     def remove(self) -> None:
         """Let the entries go: take off every hook, from module, parameters and guarded optimizers.
@@ -458,15 +467,12 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
         """
         if not self._holds_any:
             return
-        self._reset_guards()
+        reset_guards(self._held.frozen)
         self._held.frozen.release(self)
         for guard in self._guards:
             guard.suspend()
-        for hooks in self._held.frozen.living_guards():  # of another handle for the same parameters
-            hooks.leave_released()
-        for name, site in self._held.sites:
-            self._release(name, site)
-        remove_outer(self._held.model, self._held.frozen)
+        leave_released(self._held.frozen)  # of another handle for the same parameters
+        self._hooks.remove()
         self._attached = False
 
     def thaw(self, target: str) -> None:
@@ -476,36 +482,31 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
             target: A parameter's name as in rules, with ``*`` and ``?``; a module's name stands for its weight.
 
         Raises:
-            TargetError: Nothing of it is frozen.
+            TargetError: Nothing of it is frozen, or it names a region of a parameter.
+            SpecError: It is no text.
         """
-        known = [name for frozen in self.values() for name in frozen.names]
-        names = {self[name].name for name in matching(target, known) or matching_unwrapped(target, known)}
-        if not names:
-            raise self._held.frozen.not_frozen(target, self)
+        names = self._named_by(target)
         if self._holds_any:
-            self._reset_guards()
-        for name, site in self._held.sites:
-            if name in names:
-                self._release(name, site)
+            reset_guards(self._held.frozen)
+        self._hooks.release(names)
         self._held.frozen.thaw(names)
         self._held.sites = [(name, site) for name, site in self._held.sites if name not in names]
         if not len(self):
             self.remove()
 
-    def _reset_guards(self) -> None:
-        for hooks in self._held.frozen.living_guards():
-            with suppress(ParameterChangedError):  # what is gone from the model has no state to reset
-                hooks.reset()
-
-    def _release(self, name: str, site: Site) -> None:
-        """Take the hooks off one place that holds a parameter."""
-        parameter = site.find()
-        if parameter is not None:
-            unwatch_gradient(parameter, self._held.frozen, name)
-        site.known.pop(site.key, None)
-        hooks = hook_set_of(self._held.frozen, site.owner) if isinstance(site.owner, nn.Module) else None
-        if hooks is not None:
-            hooks.drop(site.key)
+    def _named_by(self, target: str) -> set[str]:
+        if not isinstance(target, str):
+            raise SpecError(f"a target is a parameter's name, found {shown(target)}", "give one of frozen.keys()")
+        known = [name for frozen in self._parts() for name in frozen.names]
+        if target not in known and not TARGET.fullmatch(target):
+            raise TargetError(
+                f"`{shortened(target)}` is no parameter's name: `thaw` lets whole parameters go, not regions of them",
+                "give the name alone, and freeze anew what is to stay frozen",
+            )
+        names = {self[name].name for name in matching(target, known) or matching_unwrapped(target, known)}
+        if not names:
+            raise self._held.frozen.not_frozen(target, self)
+        return names
 
     def __enter__(self) -> Self:
         return self.attach()
@@ -519,7 +520,7 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return rules, regions and values as plain tensors and builtins (it loads with `weights_only=True`)."""
-        return saved.save(self.values())
+        return saved.save(self._parts())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take regions and kept values from a saved state, and impose them.
@@ -533,21 +534,17 @@ class FrozenEntries(Mapping[str, FrozenParameter]):
         """
         loaded = resolve.read(self._held, state)
         if self.attached:
-            self._check_beside_others(loaded)
+            EarlierHandles(self._held).check(loaded)
         self._held.frozen.replace(loaded)
         if self.attached:
             for frozen, parameter in self._held:
                 frozen.impose(parameter)
                 frozen.zero_gradient(parameter)
-            self._reset_guards()
+            reset_guards(self._held.frozen)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_guards": []}  # a guard belongs to its optimizer; MaskedOptimizer makes it anew
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        for name, site in self._held.held_sites():
-            parameter = site.find() if site.is_whole else None  # else the first forward renews its hooks
-            pair = None if parameter is None else self._held.frozen.adopt(name, parameter)
-            if pair is not None:
-                watch_gradient(pair[1], self._held.frozen, name)
+        self._hooks.renew()

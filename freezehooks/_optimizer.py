@@ -7,6 +7,7 @@ from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ._errors import SpecError
@@ -246,7 +247,9 @@ def _handles(frozen: Any) -> tuple[FrozenEntries, ...]:
     """Return one handle or a sequence of them as a tuple."""
     if isinstance(frozen, FrozenEntries):
         return (frozen,)
-    handles = tuple(frozen) if isinstance(frozen, Iterable) and not isinstance(frozen, str | Mapping) else (frozen,)
+    handles = (
+        tuple(frozen) if isinstance(frozen, Iterable) and not isinstance(frozen, str | Mapping | Tensor) else (frozen,)
+    )
     for handle in handles:
         if not isinstance(handle, FrozenEntries):
             raise SpecError(

@@ -35,6 +35,7 @@ from freezehooks import (
     triu,
     zeros,
 )
+from freezehooks._errors import shortened
 from freezehooks._rules.parser import parse_value
 from freezehooks._rules.rule import Keep
 from freezehooks._rules.spec import rules_of
@@ -247,7 +248,7 @@ _NO_RULES = [
 
 @pytest.mark.parametrize(("text", "message"), _NO_RULES, ids=[text[:30] or "nothing" for text, _ in _NO_RULES])
 def test_text_that_is_no_rule_is_refused_with_rule_and_column(text: str, message: str) -> None:
-    with pytest.raises(RuleSyntaxError, match=re.escape(f"rule `{text}`: {message}")):
+    with pytest.raises(RuleSyntaxError, match=re.escape(f"rule `{shortened(text)}`: {message}")):
         parse_rule(text)
 
 

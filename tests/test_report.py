@@ -569,6 +569,7 @@ def test_trainable_entries_are_those_that_require_a_gradient_and_are_not_frozen(
     assert str(frozen.trainable()) == "trainable entries: 27 of 113 (23.89 %)"
 
 
+@pytest.mark.filterwarnings("ignore:1 entry is held by an earlier handle already")  # it says so
 def test_what_another_handle_freezes_does_not_train_either_and_counts_once() -> None:
     model = nn.Linear(3, 2)
     first = freeze_entries(model, "weight[0] = 0")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from types import EllipsisType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from .._counted import counted
 from .._errors import RegionError, SpecError
 from .._rules.patterns.pattern import Pattern
 from .._rules.region import And, Index, IndexItem, Not, Or, Region, Slice
+from .plain import oddity_of
 
 
 def select(region: Any, parameter: Tensor) -> Tensor:
@@ -46,12 +49,26 @@ def _select(region: Any, parameter: Tensor) -> Tensor:
             return _select(left, parameter) | _select(right, parameter)
         case Tensor():
             return _checked_mask(region, parameter)
-        case _ if callable(region) and not isinstance(region, Region):
+        case _ if _is_function(region):
             return _checked_mask(region(parameter), parameter)
     raise SpecError(
         f"a region is an index, a pattern, a bool tensor or a function, found {type(region).__name__}",
-        "write `freezehooks.entries[...]` for an index, or convert an array with torch.as_tensor",
+        "write `freezehooks.entries[...]` for an index, convert an array with torch.as_tensor, "
+        "and give a function that takes the parameter alone",
     )
+
+
+def _is_function(region: Any) -> TypeGuard[Callable[[Tensor], Any]]:
+    """Return whether something can be called with a parameter alone: not so `nm`, which makes a pattern of two."""
+    if not callable(region) or isinstance(region, type | Region):
+        return False
+    try:
+        inspect.signature(region).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # some of those that are written in C do not say
+        return True
+    return True
 
 
 def _checked_mask(mask: Any, parameter: Tensor) -> Tensor:
@@ -60,15 +77,16 @@ def _checked_mask(mask: Any, parameter: Tensor) -> Tensor:
         raise RegionError(
             f"a mask must be a bool tensor, found {found}", "give True where an entry is frozen, as in `mask == 0`"
         )
+    oddity = oddity_of(mask)
+    if oddity:
+        raise RegionError(
+            f"a mask must be a dense tensor with numbers, found {oddity}",
+            "convert it with `to_dense()`, or make it on a real device",
+        )
     if mask.shape != parameter.shape:
         raise RegionError(
             f"a mask must have the parameter's shape {_show(parameter)}, found {_show(mask)}",
             "give a bool for each entry of the parameter, or expand the mask to its shape",
-        )
-    if mask.is_meta or mask.layout != torch.strided:
-        raise RegionError(
-            f"a mask must be a dense tensor with numbers, found {mask.layout} on {mask.device}",
-            "convert it with `to_dense()`, or make it on a real device",
         )
     return mask.detach().to(parameter.device, copy=True)
 
@@ -162,12 +180,12 @@ def _without_ellipsis(items: list[IndexItem]) -> list[int | Slice | tuple[int, .
 
 def _forward(item: Slice, size: int, flipped: bool) -> slice:
     span = range(*slice(item.start, item.stop, item.step).indices(size))
-    if span.step > 0:
-        return slice(span.start, max(span.stop, span.start), span.step)
     if not len(span):
         return slice(0, 0, 1)
+    if span.step > 0:
+        return slice(span.start, span.stop, min(span.step, size))  # torch takes no step of over 63 bits
     lowest, highest = (size - 1 - span[0], size - 1 - span[-1]) if flipped else (span[-1], span[0])
-    return slice(lowest, highest + 1, -span.step)
+    return slice(lowest, highest + 1, min(-span.step, size))
 
 
 def _check_range(item: int | tuple[int, ...], dimension: int, size: int) -> None:

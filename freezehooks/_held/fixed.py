@@ -12,7 +12,7 @@ from .._entries.bits import differ
 from .._entries.entry_set import EntrySet, is_plus_zero
 from .._entries.select import select
 from .._entries.writes import Writes
-from .._errors import RuleConflictError, StateMismatchError
+from .._errors import RuleConflictError, StateMismatchError, shortened
 from .._rules.region import Index
 from .._rules.rule import Keep, Rule
 from .constraint import Constraint
@@ -149,7 +149,7 @@ def refuse_disagreement(first: Constraint, second: Constraint, disagreed: Tensor
     """
     if bool(disagreed.any()):
         raise RuleConflictError(
-            f"rules `{first.rule}` and `{second.rule}` disagree about entry {disagreed.nonzero()[0].tolist()} "
-            f"of `{name}`",
+            f"rules `{shortened(first.rule)}` and `{shortened(second.rule)}` disagree about entry "
+            f"{disagreed.nonzero()[0].tolist()} of `{name}`",
             "make their regions disjoint, or their values equal",
         )

@@ -50,6 +50,30 @@ class HeldParameters:
         """The names of `frozen` that stand in this model."""
         return list(dict.fromkeys(name for name, _ in self.known_sites()))
 
+    def sites_by_name(self) -> dict[str, list[Site]]:
+        """Return the places of each name of `frozen`."""
+        found: dict[str, list[Site]] = {}
+        for name, site in self.known_sites():
+            found.setdefault(name, []).append(site)
+        return found
+
+    @property
+    def is_held(self) -> bool:
+        """Whether all of it is held at present that was not thawed."""
+        known = [name for name, _ in self.known_sites()]
+        return (bool(known) or not self.sites) and self.frozen.released.isdisjoint(known)
+
+    @property
+    def removal(self) -> str:
+        """What of it is not held at present, in words; empty where all of it is."""
+        if self.is_held:
+            return ""
+        names = self.names
+        released = [f"`{name}`" for name in names if not self.frozen.is_held(name)]
+        if not names:
+            return "removed: another handle has let all of it go"
+        return "removed: none of it is held" if len(released) == len(names) else f"removed: {', '.join(released)}"
+
     def known_sites(self) -> Iterator[tuple[str, Site]]:
         """Yield the places of what is frozen still: another handle may have thawed some."""
         return ((name, site) for name, site in self.sites if name in self.frozen.by_name)

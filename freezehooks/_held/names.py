@@ -11,7 +11,7 @@ from typing import Final
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .._errors import SpecError, TargetError, UnsupportedParameterError
+from .._errors import SpecError, TargetError, UnsupportedParameterError, shown
 from .._torch import is_scripted
 from .site import Site
 
@@ -24,6 +24,7 @@ class Targets:
     """
 
     def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
+        self._model = model
         self.sites: dict[str, Site] = dict(_sites(model))
         self._computed = dict(_computed_tensors(model))
         by_tensor: dict[int, list[str]] = {}
@@ -66,6 +67,12 @@ class Targets:
         return found
 
     def _unknown(self, target: str) -> TargetError:
+        for name, kind in _untrained_tensors(self._model):
+            if matching(target, [name]) or matching_unwrapped(target, [name]):
+                return TargetError(
+                    f"`{name}` is {kind} and no parameter, so no optimizer trains it",
+                    "write its numbers yourself, or make it an nn.Parameter",
+                )
         known = [*self.sites, *(name.removesuffix(".weight") for name in self.sites if name.endswith(".weight"))]
         kind = "matches no parameter" if {"*", "?"} & set(target) else "is no parameter of the model"
         close = difflib.get_close_matches(target, known, n=3) or known[:5]
@@ -103,7 +110,7 @@ def _sites(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, Site]
         for name, tensor in model.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
                 raise SpecError(
-                    f"`model` must be a module or a mapping from name to tensor, found the item {name!r}: "
+                    f"`model` must be a module or a mapping from name to tensor, found the item {shown(name)}: "
                     f"{type(tensor).__name__}",
                     "give leaf tensors by name",
                 )
@@ -114,6 +121,16 @@ def _sites(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, Site]
         for key, parameter in {} if is_scripted(module) else module._parameters.items():
             if parameter is not None:
                 yield f"{prefix}.{key}".lstrip("."), Site(module, key, known_of.setdefault(module, {}))
+
+
+def _untrained_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Name the tensors of a model that are no parameters, each with what it is."""
+    for prefix, module in model.named_modules(remove_duplicate=False) if isinstance(model, nn.Module) else ():
+        dot = f"{prefix}." if prefix else ""
+        yield from ((f"{dot}{key}", "a buffer") for key, buffer in module._buffers.items() if buffer is not None)
+        yield from (
+            (f"{dot}{key}", "a plain tensor") for key, found in vars(module).items() if isinstance(found, Tensor)
+        )
 
 
 def _computed_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, str]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from functools import reduce
@@ -63,6 +64,7 @@ class FrozenParameter:
         only = constraints[0].entries if is_plain else None
         self._only_box = only if isinstance(only, Strided) else None
         self.frozen_count: int = self._count_frozen() if whole is None else whole.frozen_count
+        self._held_count = self.frozen_count
 
     def _count_frozen(self) -> int:
         """Count the frozen entries of a whole parameter, and refuse rules that disagree about one.
@@ -150,8 +152,25 @@ class FrozenParameter:
 
     @property
     def free_count(self) -> int:
-        """How many entries of the parameter train."""
-        return self.shape.numel() - self.frozen_count
+        """How many entries of the parameter train: those that no handle holds.
+
+        Of a parameter that is spread over ranks, those that this handle does not hold.
+        """
+        return self.shape.numel() - self._held_count
+
+    def beside(self, others: Sequence[FrozenParameter]) -> FrozenParameter:
+        """Return this, with its free entries counted over what other handles freeze of the same parameter too."""
+        if not others or self.is_sharded:  # whose counts would need every rank
+            return self
+        held = reduce(torch.logical_or, [other.frozen.to(self._device) for other in others], self.frozen)
+        counted = copy.copy(self)
+        counted._held_count = int(held.sum())
+        return counted
+
+    def count_shared(self, others: Sequence[FrozenParameter]) -> int:
+        """Return how many of its entries others freeze too; of a sharded parameter, in this rank's shard."""
+        theirs = reduce(torch.logical_or, [other.frozen.to(self._device) for other in others])
+        return int((self.frozen & theirs).sum())
 
     @property
     def nbytes(self) -> int:

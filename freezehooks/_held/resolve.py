@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._errors import error_context
+from .._errors import error_context, shortened
 from .._ranks.agreement import check_same_on_ranks
 from .._ranks.sharding import whole
 from .._rules.rule import Rule
@@ -58,11 +58,11 @@ def _check_embeddings(frozen: FrozenParameter, targets: Targets) -> None:
 def _asked(targets: Targets, rules: Iterable[Rule]) -> Asked:
     asked: dict[str, tuple[Tensor, list[Rule]]] = {}
     for rule in dict.fromkeys(rules):
-        with error_context(f"rule `{rule}`"):
+        with error_context(f"rule `{shortened(rule)}`"):
             names = targets.find(rule.target)
         for name in names:
             parameter = targets.sites[name].tensor()
-            with error_context(f"rule `{rule}`", f"parameter `{name}`"):
+            with error_context(f"rule `{shortened(rule)}`", f"parameter `{name}`"):
                 check_supported(parameter)
             asked.setdefault(name, (parameter, []))[1].append(rule)
     return asked

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._entries.entry_set import EntrySet
-from .._errors import FreezeError, StateMismatchError, error_context
+from .._errors import FreezeError, StateMismatchError, error_context, shortened, shown
 from .._ranks.sharding import whole
 from .._rules.rule import Rule, Tied
 from .constraint import Constraint
@@ -61,7 +61,7 @@ def check_format(what: str, state: Any) -> None:
     """
     if state["format"] != FORMAT:
         raise StateMismatchError(
-            f"{what} has format {state['format']!r}, expected {FORMAT}",
+            f"{what} has format {shown(state['format'])}, expected {FORMAT}",
             "load it with the version of freezehooks that saved it",
         )
 
@@ -86,7 +86,7 @@ def _under_present_names(saved: dict[str, Any], asked: Asked) -> dict[str, Any]:
 def _constraint(rule: Rule, name: str, parameter: Tensor, item: dict[str, Any]) -> Constraint:
     if isinstance(rule.value, Tied):
         return chosen(rule, name, parameter)
-    with error_context(f"rule `{rule}`", f"parameter `{name}`"):
+    with error_context(f"rule `{shortened(rule)}`", f"parameter `{name}`"):
         return FixedEntries.from_state(rule, item, parameter)
 
 
@@ -96,7 +96,7 @@ def chosen(rule: Rule, name: str, parameter: Tensor) -> Constraint:
     Raises:
         FreezeError: The rule does not fit the parameter.
     """
-    with error_context(f"rule `{rule}`", f"parameter `{name}` of shape {tuple(parameter.shape)}"):
+    with error_context(f"rule `{shortened(rule)}`", f"parameter `{name}` of shape {tuple(parameter.shape)}"):
         if isinstance(rule.value, Tied):
             return TiedEntries.resolve(rule, rule.value, parameter)
         return FixedEntries.resolve(rule, parameter)
@@ -121,7 +121,7 @@ def _check_same_rules(asked: Asked, saved: dict[str, Any]) -> None:
 
 
 def _said(item: tuple[list[int], list[str]] | None) -> str:
-    return f"{', '.join(f'`{rule}`' for rule in item[1])} on shape {tuple(item[0])}" if item else "nothing"
+    return f"{', '.join(f'`{shortened(rule)}`' for rule in item[1])} on shape {tuple(item[0])}" if item else "nothing"
 
 
 def save_entries(sets: Iterable[EntrySet], shape: Sequence[int]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._entries.entry_set import EntrySet
 from .._entries.writes import Writes
-from .._errors import FrozenValueError, RegionError, RuleConflictError, UnsupportedParameterError
+from .._errors import FrozenValueError, RegionError, RuleConflictError, UnsupportedParameterError, shortened
 from .._rules.rule import Rule, Tied
 from .constraint import Constraint
 
@@ -140,6 +140,7 @@ class TiedEntries(Constraint):
             differing = (tensor != self._first(tensor)).nonzero()
             if len(differing):
                 raise RuleConflictError(
-                    f"rules `{other.rule}` and `{self.rule}` disagree about entry {differing[0].tolist()} of `{name}`",
+                    f"rules `{shortened(other.rule)}` and `{self.rule}` disagree about entry "
+                    f"{differing[0].tolist()} of `{name}`",
                     f"freeze the same entries, at the same values, in every slice along dimension {self.dim}",
                 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from .._entries.entry_set import EntrySet
+from .._entries.plain import oddity_of
 from .._entries.select import positions
 from .._errors import FrozenValueError, SpecError
 from .._rules.patterns.kernels import Center
@@ -36,17 +37,29 @@ def value_of(rule: Rule, entries: EntrySet, frozen: Tensor, parameter: Tensor) -
             f"a value is a number, `keep` or a tensor, found {type(value).__name__}",
             "give a number, or convert it with torch.as_tensor",
         )
-    if value.is_meta or value.layout != torch.strided:
+    oddity = oddity_of(value)
+    if oddity:
         raise FrozenValueError(
-            f"a value must be a dense tensor with numbers, found {value.layout} on {value.device}",
+            f"a value must be a dense tensor with numbers, found {oddity}",
             "convert it with `to_dense()`, or make it on a real device",
         )
     if value.is_complex() and not parameter.is_complex():
         raise FrozenValueError(f"a complex value for a parameter of {parameter.dtype}", "give its real part")
-    spread = _spread(value.detach().to(parameter.device), rule.region, frozen, parameter)
+    spread = _spread(_numbers(value.detach()).to(parameter.device), rule.region, frozen, parameter)
     source = entries.read(torch.empty_like(parameter, dtype=spread.dtype).copy_(spread))  # laid out like the parameter
     _check_finite(source, parameter)
     return source
+
+
+def _numbers(value: Tensor) -> Tensor:
+    """Return a tensor in a dtype that torch can index and compare, without rounding."""
+    if value.dtype == torch.bool:
+        raise FrozenValueError("a value must hold numbers, found a bool tensor", "give a mask as the region instead")
+    wider = _WIDER.get(value.dtype)
+    return value if wider is None else value.to(wider)
+
+
+_WIDER: Final = {torch.uint16: torch.int64, torch.uint32: torch.int64, torch.uint64: torch.float64}
 
 
 def _check_finite(value: Tensor, parameter: Tensor) -> None:

@@ -10,6 +10,7 @@ import math
 import sys
 import textwrap
 from io import BytesIO
+from os import PathLike
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d
 
 from .._counted import counted
-from .._errors import SpecError, UnsupportedParameterError
+from .._errors import SpecError, UnsupportedParameterError, shown
 from .._held.parameter import FrozenParameter
 from .._ranks.sharding import local
 
@@ -75,7 +76,7 @@ def plot_parameter(
         UnsupportedParameterError: The parameter is on the meta device.
         ParameterChangedError: It has another shape than the one that was frozen.
     """
-    file = None if path is None else _checked(Path(path))
+    file = None if path is None else _checked(path)
     held.check_shape(parameter)
     if parameter.is_meta:
         raise UnsupportedParameterError(
@@ -92,11 +93,15 @@ def plot_parameter(
     return picture
 
 
-def _checked(path: Path) -> Path:
+def _checked(given: str | Path) -> Path:
+    if not isinstance(given, str | PathLike):
+        raise SpecError(f"`path` must be text or a Path, found {type(given).__name__}", "give where to write, or None")
+    path = Path(given)
     known = sorted(set(Figure().canvas.get_supported_filetypes()) - {"pgf"})  # which needs LaTeX
     if path.suffix[1:].lower() not in known:
         raise SpecError(
-            f"`path` must end in the suffix of a picture format, found {path.name!r}", f"use one of {', '.join(known)}"
+            f"`path` must end in the suffix of a picture format, found {shown(path.name)}",
+            f"use one of {', '.join(known)}",
         )
     return path
 

@@ -63,10 +63,8 @@ def find_mechanisms(held: HeldParameters, hooks: Mapping[nn.Module, HookSet]) ->
     """
     on_modules = _OnModules(held, hooks)
     steps = _guarded_steps(held)
-    sites: dict[str, list[Site]] = {}
-    for name, site in held.sites:
-        sites.setdefault(name, []).append(site)
-    return {name: _mechanisms(held, name, sites[name], on_modules, steps) for name in held.names}
+    sites = held.sites_by_name()
+    return {name: _mechanisms(held, name, sites[name], on_modules, steps) for name in sites}
 
 
 def _mechanisms(
@@ -133,20 +131,25 @@ def _parameters_of(held: HeldParameters) -> set[int]:
     return set()
 
 
-def check_complete(mechanisms: Mapping[str, Mechanisms], *, guarded: bool) -> None:
+def check_complete(mechanisms: Mapping[str, Mechanisms], *, guarded: bool, removal: str = "") -> None:
     """Refuse parameters that are held only in part.
 
     Args:
         mechanisms: What holds each parameter, by its name.
         guarded: Whether a guarded optimizer counts.
+        removal: What of them was removed, in words.
 
     Raises:
         UnguardedError: Something is missing; the message says of which parameters.
     """
     passed = () if guarded else (_GUARD,)
     gaps = {name: [gap for gap in found.missing if gap not in passed] for name, found in mechanisms.items()}
-    if any(gaps.values()):
-        raise UnguardedError(f"frozen entries are held only in part: missing is {said(gaps)}", _remedy(gaps.values()))
+    missing = f"missing is {said(gaps)}" if any(gaps.values()) else ""
+    if removal:
+        fact = ", so ".join(filter(None, [removal, missing]))
+        raise UnguardedError(fact, "hold the entries again with frozen.attach()" if mechanisms else "freeze anew")
+    if missing:
+        raise UnguardedError(f"frozen entries are held only in part: {missing}", _remedy(gaps.values()))
 
 
 def said(gaps: Mapping[str, Sequence[str]]) -> str:

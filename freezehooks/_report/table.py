@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from .._errors import shortened
 from .._held.parameter import FrozenParameter
 from .._held.violation import Violation
 from .status import Mechanisms, said
@@ -58,14 +59,16 @@ class Report:
 
     Attributes:
         parts: What is frozen of each parameter, by its name.
+        removed: Which of them are not held at present, in words; empty where all are.
     """
 
     parts: Mapping[str, PartReport]
+    removed: str = ""
 
     @property
     def holds(self) -> bool:
         """Whether every frozen entry holds its value and nothing that holds it is missing."""
-        return not any(part.drifted or part.missing for part in self.parts.values())
+        return not self.removed and not any(part.drifted or part.missing for part in self.parts.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Return an item for each parameter, of builtins alone; what is missing stands beside the mechanisms."""
@@ -73,7 +76,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.parts:
-            return "nothing is frozen"
+            return self.removed or "nothing is frozen"
         return f"{aligned([_HEADINGS, *map(_cells, self.parts.values())], _NUMBERS)}\n{self._verdict()}"
 
     def _repr_html_(self) -> str:
@@ -87,7 +90,8 @@ class Report:
             return "every frozen entry holds its value, and nothing that holds it is missing"
         drifted = [f"`{name}`" for name, part in self.parts.items() if part.drifted]
         gaps = said({name: part.missing for name, part in self.parts.items()})
-        return "; ".join([f"drifted: {', '.join(drifted)}"] * bool(drifted) + [f"missing: {gaps}"] * bool(gaps))
+        drift = f"drifted: {', '.join(drifted)}" if drifted else ""
+        return "; ".join(filter(None, [self.removed, drift, f"missing: {gaps}" if gaps else ""]))
 
 
 _HEADINGS: Final = (
@@ -101,7 +105,13 @@ _MISSING: Final = "MISSING"
 
 
 def _cells(part: PartReport) -> tuple[str, ...]:
-    words = part.name, str(part.shape), ", ".join(part.rules), _values_text(part), *_mechanism_cells(part.mechanisms)
+    words = (
+        part.name,
+        str(part.shape),
+        ", ".join(map(shortened, part.rules)),
+        _values_text(part),
+        *_mechanism_cells(part.mechanisms),
+    )
     drift = f"{part.drift:g} in {part.drifted:,}" if part.drifted else "0"
     return *words, f"{part.frozen:,}", f"{part.free:,}", drift, f"{part.nbytes:,}"
 

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from .._errors import RegionError
 from .patterns import pattern_named
 from .reader import Reader
-from .region import WHOLE, And, Index, IndexItem, Not, Or, Region, Slice
+from .region import MOST_DIGITS, WHOLE, And, Index, IndexItem, Not, Or, Region, Slice
 from .rule import TARGET, Keep, Rule, Tied, keep
 
 _Part = TypeVar("_Part")
-
-_MOST_DIGITS: Final = 1000  # of an integer; Python itself refuses to read a few thousand
 
 
 class _Parser(Reader):
@@ -151,8 +149,8 @@ class _Parser(Reader):
 
     def _to_integer(self, sign: int) -> int:
         token = self.advance()
-        if len(token.text) > _MOST_DIGITS:
-            raise self.error(token.column, f"an integer of more than {_MOST_DIGITS} digits is no position in a tensor")
+        if len(token.text) > MOST_DIGITS:
+            raise self.error(token.column, f"an integer of more than {MOST_DIGITS} digits is no position in a tensor")
         return sign * int(token.text)
 
     def value(self) -> Keep | Tied | float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final, NamedTuple
 
-from .._errors import RuleSyntaxError, SpecError
+from .._errors import RuleSyntaxError, SpecError, shortened
 
 _TOKEN: Final = re.compile(
     r"""(?P<space>\s+)
@@ -111,9 +111,9 @@ class Reader:
     def unexpected(self, expected: str) -> RuleSyntaxError:
         """Return the error that the next token is another than expected."""
         token = self.peek()
-        found = f"`{token.text}`" if token.text else "the end"
+        found = f"`{shortened(token.text)}`" if token.text else "the end"
         return self.error(token.column, f"expected {expected}, found {found}", self.example)
 
     def error(self, column: int, fact: str, advice: str = "") -> RuleSyntaxError:
         """Return the error that something is wrong at a column, which the message counts from 1."""
-        return RuleSyntaxError(f"{self.kind} `{self.text}`: column {column + 1}: {fact}", advice)
+        return RuleSyntaxError(f"{self.kind} `{shortened(self.text)}`: column {column + 1}: {fact}", advice)

@@ -8,13 +8,22 @@ from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any, ClassVar, Final, TypeAlias
 
-from .._errors import RegionError
+from .._errors import RegionError, SpecError, shown
+
+MOST_DIGITS: Final = 1000
+"""Of an integer in a region: Python itself prints and reads no more than a few thousand."""
+
+
+def is_printable(number: int) -> bool:
+    """Return whether an integer has no more digits than a region may show."""
+    return abs(number) < 10**MOST_DIGITS
 
 
 class Region:
     """Which entries of a tensor: combine with ``~`` (the others), ``|`` (either) and ``&`` (both)."""
 
     __slots__ = ()
+    __array_ufunc__: ClassVar[None] = None  # so that NumPy leaves `array | region` to the methods below
     binding: ClassVar[int] = 4
     """How tightly the outermost operator of the text form binds: 1 ``|``, 2 ``&``, 3 ``~``, 4 none."""
 
@@ -22,10 +31,16 @@ class Region:
         return Not(self)
 
     def __or__(self, other: object) -> Or:
-        return Or(self, other) if isinstance(other, Region) else NotImplemented
+        return Or(self, _operand(other))
 
     def __and__(self, other: object) -> And:
-        return And(self, other) if isinstance(other, Region) else NotImplemented
+        return And(self, _operand(other))
+
+    def __ror__(self, other: object) -> Or:
+        return Or(_operand(other), self)
+
+    def __rand__(self, other: object) -> And:
+        return And(_operand(other), self)
 
     def leaves(self) -> Iterator[Region]:
         """Yield the indices and patterns that the region is made of."""
@@ -34,6 +49,15 @@ class Region:
     def as_operand(self, binding: int) -> str:
         """Return the text form, in parentheses where an operator that binds as given would tear it apart."""
         return str(self) if self.binding >= binding else f"({self})"
+
+
+def _operand(other: object) -> Region:
+    if isinstance(other, Region):
+        return other
+    raise SpecError(
+        f"a region is combined with a region by `|` and `&`, found {type(other).__name__}",
+        "write an index as `entries[...]`; to combine masks, give a function from the parameter to one mask",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,14 +179,28 @@ def _index_item(item: Any) -> IndexItem:
         return item
     if isinstance(item, slice):
         return Slice(*(None if part is None else _integer(part) for part in (item.start, item.stop, item.step)))
-    item = item.tolist() if hasattr(item, "tolist") else item
-    return tuple(map(_integer, item)) if isinstance(item, list | range) else _integer(item)
+    listed = _listed(item)
+    return tuple(map(_integer, listed)) if isinstance(listed, list | range) else _integer(listed)
+
+
+def _listed(item: Any) -> Any:
+    """Return an array's numbers as a list; what has none that can be listed as it is."""
+    try:
+        return item.tolist()
+    except Exception:  # sparse, quantized, nested and meta tensors each raise their own, as does what is no array
+        return item
 
 
 def _integer(item: Any) -> int:
-    if not isinstance(item, bool) and hasattr(item, "__index__"):
-        return operator.index(item)
-    raise RegionError(
-        f"an index holds integers, slices, `...` and lists of integers, found {item!r}",
-        "pass a bool mask as the region itself, without `entries[...]`",
-    )
+    try:
+        number = None if isinstance(item, bool) else operator.index(item)
+    except Exception:  # what an `__index__` of somebody else's raises too
+        number = None
+    if number is None:
+        raise RegionError(
+            f"an index holds integers, slices, `...` and lists of integers, found {shown(item)}",
+            "pass a bool mask as the region itself, without `entries[...]`",
+        )
+    if not is_printable(number):
+        raise RegionError(f"an integer of more than {MOST_DIGITS} digits is no position in a tensor", "correct it")
+    return number

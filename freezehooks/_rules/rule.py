@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Final
 
-from .._errors import FrozenValueError, RegionError, SpecError
-from .region import WHOLE, Described, Region
+from .._errors import FrozenValueError, RegionError, SpecError, shown
+from .region import WHOLE, Described, Region, is_printable
 
 TARGET: Final = re.compile(r"[^\s\[\]=#]+")
 """What a target is made of: no spaces, no brackets, no ``=`` and no ``#``."""
@@ -38,10 +38,10 @@ class Tied:
     start: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.dim, bool) or not isinstance(self.dim, int):
-            raise SpecError(f"`dim` of `tied` must be an integer, found {self.dim!r}", "write `tied(0)`")
-        if self.start not in (None, "first", "mean"):
-            raise RegionError(f"`start` of `tied` must be first or mean, found {self.start!r}", "or leave it out")
+        if isinstance(self.dim, bool) or not isinstance(self.dim, int) or not is_printable(self.dim):
+            raise SpecError(f"`dim` of `tied` must be an integer, found {shown(self.dim)}", "write `tied(0)`")
+        if self.start is not None and not (isinstance(self.start, str) and self.start in ("first", "mean")):
+            raise RegionError(f"`start` of `tied` must be first or mean, found {shown(self.start)}", "or leave it out")
 
     def __str__(self) -> str:
         return f"tied({self.dim})" if self.start is None else f"tied({self.dim}, start={self.start})"
@@ -99,7 +99,7 @@ class Rule:
     def __post_init__(self) -> None:
         if not isinstance(self.target, str) or not TARGET.fullmatch(self.target):
             raise SpecError(
-                f"a target is a parameter's name without spaces, brackets, `=` or `#`, found {self.target!r}",
+                f"a target is a parameter's name without spaces, brackets, `=` or `#`, found {shown(self.target)}",
                 'write the region apart, as in Rule("conv.weight", entries[0], 1) or "conv.weight[0] = 1"',
             )
         if self.region is ...:
@@ -139,7 +139,7 @@ def _finite(target: str, value: numbers.Real) -> float:
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise FrozenValueError(f"the value of `{target}` must be finite, found {value}", "give a finite number")
+        raise FrozenValueError(f"the value of `{target}` must be finite, found {shown(value)}", "give a finite number")
     return number
 
 
@@ -151,9 +151,10 @@ def _foreign_text(part: Any) -> str:
         return _number_text(part)
     if isinstance(part, complex):
         return str(part)
-    if hasattr(part, "shape"):
+    try:
         return f"<{type(part).__name__.lower()} of shape {tuple(part.shape)}>"
-    return f"<{getattr(part, '__name__', type(part).__name__)}>"
+    except Exception:  # it has none: nested tensors and lazy parameters say so each in their own way
+        return f"<{getattr(part, '__name__', type(part).__name__)}>"
 
 
 def _number_text(number: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-from .._errors import SpecError
+from .._errors import SpecError, shown
 from .parser import parse_region, parse_rule, parse_value
 from .region import WHOLE
 from .rule import Rule, Tied, keep
@@ -25,7 +25,10 @@ def rules_of(spec: Spec) -> tuple[Rule, ...]:
         RuleSyntaxError: Text that is no rule.
         SpecError: Anything else that cannot be read as rules.
     """
-    return tuple(_iterate_rules(spec))
+    try:
+        return tuple(_iterate_rules(spec))
+    except RecursionError:
+        raise SpecError("`spec` is nested too deeply, or holds itself", "give a flat list of rules") from None
 
 
 def _iterate_rules(spec: Any) -> Iterator[Rule]:
@@ -36,7 +39,7 @@ def _iterate_rules(spec: Any) -> Iterator[Rule]:
         yield from map(parse_rule, filter(None, lines))
     elif isinstance(spec, Mapping):
         yield from (_rule_of_item(target, what) for target, what in spec.items())
-    elif isinstance(spec, Iterable) and not hasattr(spec, "shape") and not isinstance(spec, bytes):
+    elif isinstance(spec, Iterable) and not hasattr(type(spec), "shape") and not isinstance(spec, bytes | bytearray):
         for part in spec:
             yield from _iterate_rules(part)
     else:
@@ -50,7 +53,7 @@ def _rule_of_item(target: Any, what: Any) -> Rule:
     if isinstance(what, tuple | list):
         if len(what) != 2:
             raise SpecError(
-                f"a mapping's item is a region or (region, value), found {len(what)} parts for {target!r}",
+                f"a mapping's item is a region or (region, value), found {len(what)} parts for {shown(target)}",
                 "write {target: (region, value)}; a list of rules takes several of one target",
             )
         region, value = what

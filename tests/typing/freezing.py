@@ -1,4 +1,4 @@
-"""`freeze_entries` with every form of a spec, and the handle as a mapping and as a context manager."""
+"""`freeze_entries` with every form of a spec, and the handle read like a dict and as a context manager."""
 
 from __future__ import annotations
 
@@ -44,17 +44,24 @@ def every_form_of_a_spec(model: nn.Module, mask: Tensor) -> None:
 def models_and_bare_tensors(conv: nn.Conv2d, tensors: dict[str, Tensor], named: Mapping[str, nn.Parameter]) -> None:
     assert_type(freeze_entries(conv, "weight"), FrozenEntries)
     assert_type(freeze_entries(tensors, "w[0] = 1"), FrozenEntries)
+    assert_type(freeze_entries(conv, "weight", replace=True), FrozenEntries)
     assert_type(freeze_entries(named, "w[0] = 1", state=torch.load("frozen.pt", weights_only=True)), FrozenEntries)
 
 
-def the_handle_is_a_mapping(frozen: FrozenEntries) -> Mapping[str, FrozenParameter]:
+def the_handle_reads_like_a_dict(frozen: FrozenEntries) -> Mapping[str, FrozenParameter]:
     assert_type(frozen["conv.weight"], FrozenParameter)
     assert_type(frozen.get("conv.weight"), FrozenParameter | None)
     assert_type(iter(frozen), Iterator[str])
     assert_type(len(frozen), int)
     assert_type(list(frozen.items()), list[tuple[str, FrozenParameter]])
+    assert_type(list(frozen.keys()), list[str])
     assert_type([part.frozen for part in frozen.values()], list[Tensor])
-    return frozen
+    assert_type("conv.weight" in frozen, bool)
+    return dict(frozen)
+
+
+def the_handle_is_no_mapping(frozen: FrozenEntries) -> Mapping[str, FrozenParameter]:
+    return frozen  # type: ignore[return-value]
 
 
 def what_a_part_says(part: FrozenParameter) -> None:

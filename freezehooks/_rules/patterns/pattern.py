@@ -8,8 +8,8 @@ from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypeAlias, get_args, get_type_hints
 
-from ..._errors import RegionError
-from ..region import Region
+from ..._errors import RegionError, shown
+from ..region import Region, is_printable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -28,10 +28,12 @@ class Kind(NamedTuple):
     includes: Callable[[Any], bool]
 
 
-Integer: TypeAlias = Annotated[int, Kind("an integer", lambda value: isinstance(value, int))]
-PositiveInteger: TypeAlias = Annotated[
-    int, Kind("a positive integer", lambda value: isinstance(value, int) and value > 0)
-]
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and is_printable(value)
+
+
+Integer: TypeAlias = Annotated[int, Kind("an integer", _is_integer)]
+PositiveInteger: TypeAlias = Annotated[int, Kind("a positive integer", lambda value: _is_integer(value) and value > 0)]
 Fraction: TypeAlias = Annotated[
     float, Kind("a number above 0, at most 1", lambda value: isinstance(value, int | float) and 0 < value <= 1)
 ]
@@ -59,7 +61,7 @@ class Pattern(Region, ABC):
     def __post_init__(self) -> None:
         for (name, kind), value in zip(_kinds(type(self)).items(), self.arguments, strict=True):
             if isinstance(value, bool) or not kind.includes(value):
-                found = value if isinstance(value, int | float) else type(value).__name__
+                found = shown(value) if isinstance(value, int | float) else type(value).__name__
                 raise RegionError(
                     f"`{name}` of `{self.name}` must be {kind.text}, found {found}", f"write `{self.signature()}`"
                 )
