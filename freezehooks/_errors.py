@@ -54,7 +54,7 @@ def shown(found: object) -> str:
     try:
         return shortened(repr(found))
     except Exception:  # an integer of thousands of digits, or whatever a class of somebody else's does
-        return f"a {type(found).__name__} that cannot be printed"
+        return f"{type(found).__name__}, which cannot be printed"
 
 
 @contextmanager

@@ -13,10 +13,12 @@ from .._errors import RegionError, SpecError, shown
 MOST_DIGITS: Final = 1000
 """Of an integer in a region: Python itself prints and reads no more than a few thousand."""
 
+_TOO_LARGE: Final[int] = 10**MOST_DIGITS
+
 
 def is_printable(number: int) -> bool:
     """Return whether an integer has no more digits than a region may show."""
-    return abs(number) < 10**MOST_DIGITS
+    return abs(number) < _TOO_LARGE
 
 
 class Region:
