@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .zoo import Animal, Held
+
+held_twice = pytest.mark.filterwarnings("ignore:.* held by an earlier handle already")
+"""For a test in which two handles hold some of the same entries, which `freeze_entries` warns of."""
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:

@@ -43,7 +43,7 @@ from freezehooks import (
     freeze_entries,
 )
 
-from .claims import FreeEntriesAlone, assert_training_holds, largest_difference, same_bits
+from .claims import FreeEntriesAlone, assert_training_holds, held_twice, largest_difference, same_bits
 from .operations import Ops
 from .test_optimizer_matrix import ELEMENTWISE, Case
 from .zoo import IDS, ZOO, Animal
@@ -682,6 +682,7 @@ def test_autograd_counts_a_step_as_a_write() -> None:
 # Several handles, thawing, freezing more
 
 
+@held_twice
 def test_two_handles_on_one_parameter_freeze_what_either_does() -> None:
     models = []
     for compact in (False, True):
@@ -714,6 +715,7 @@ def test_one_compact_guard_makes_the_optimizer_compact_for_all(compact_first: bo
     second.assert_frozen()
 
 
+@held_twice
 @pytest.mark.parametrize("kind", ["adamw", "lbfgs"])
 def test_a_handle_that_was_let_go_shares_on_its_return_with_those_that_came_meanwhile(kind: str) -> None:
     model = _net()
@@ -770,6 +772,7 @@ _CHANGES = [
 ]
 
 
+@held_twice
 @makers
 @pytest.mark.parametrize("what", _CHANGES)
 def test_what_is_frozen_may_change_in_mid_training_as_without_compact(what: str, make: Maker) -> None:
@@ -818,6 +821,7 @@ def test_complex_entries_start_anew_as_torch_starts_them(make: Maker, compact: b
     assert same_bits(optimizer.state_dict()["state"][0][name], started)
 
 
+@held_twice
 @pytest.mark.parametrize("kind", ["adamw", "lbfgs"])
 @pytest.mark.parametrize("change", ["freeze", "thaw", "remove", "load"])
 def test_a_closure_may_change_what_is_frozen(kind: str, change: str) -> None:

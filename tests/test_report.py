@@ -27,6 +27,8 @@ from freezehooks import (
 )
 from freezehooks._held.held import HeldParameters
 
+from .claims import held_twice
+
 HOOKS = ("gradient", "forward", "saving")
 SPEC = "0.weight[center] = 0\n2.weight[0] = keep\n2.bias = 1"
 
@@ -569,7 +571,7 @@ def test_trainable_entries_are_those_that_require_a_gradient_and_are_not_frozen(
     assert str(frozen.trainable()) == "trainable entries: 27 of 113 (23.89 %)"
 
 
-@pytest.mark.filterwarnings("ignore:1 entry is held by an earlier handle already")  # it says so
+@held_twice
 def test_what_another_handle_freezes_does_not_train_either_and_counts_once() -> None:
     model = nn.Linear(3, 2)
     first = freeze_entries(model, "weight[0] = 0")
