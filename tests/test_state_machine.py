@@ -36,6 +36,7 @@ from freezehooks import (
     freeze_entries,
 )
 
+from .claims import held_twice
 from .reference import (
     AVERAGE,
     COUNTERS,
@@ -888,6 +889,7 @@ def _write(tensor: Any, numbers: Tensor, how: str) -> None:
             tensor.add_(numbers)
 
 
+@held_twice
 @pytest.mark.parametrize("number", range(5))
 def test_whatever_happens_frozen_entries_hold_and_free_ones_train_like_a_plain_models(number: int) -> None:
     """In several short runs, since within one Hypothesis likes to vary what it has drawn before."""
