@@ -355,7 +355,7 @@ class _Quantized(torch.Tensor):
         return ["codes"], None
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return _Quantized(args[0].codes)
         raise NotImplementedError(f"{func} on {cls}")
@@ -365,7 +365,7 @@ class _Quantized(torch.Tensor):
 @pytest.mark.parametrize("look", ["forward", "step", "state_dict", "violations"])
 @pytest.mark.parametrize("region", ["[0]", "[smallest(0.5)] = 0"], ids=["box", "dense"])
 def test_quantizing_a_frozen_model_is_refused(swapped: bool, look: str, region: str) -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
+    model: Any = nn.Sequential(nn.Linear(4, 4))
     frozen = freeze_entries(model, f"0.weight{region}")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     frozen.guard(optimizer)
@@ -419,7 +419,7 @@ def test_a_call_with_another_models_parameters_writes_nothing_into_them_and_hook
     frozen = freeze_entries(student, spec)
     student(torch.ones(1, 4))
     values = frozen["0.weight"].values.clone()
-    given = dict(_spoiled(teacher).named_parameters())
+    given: dict[str, Tensor] = dict(_spoiled(teacher).named_parameters())
     output = torch.func.functional_call(student, given, (torch.ones(1, 4),))
     assert torch.equal(output, teacher(torch.ones(1, 4)))
     output.sum().backward()

@@ -772,7 +772,7 @@ class Lives(RuleBasedStateMachine):
         if then == "train":
             self._train()
 
-    @precondition(lambda self: EXAMPLES and hasattr(torch.compiler, "is_exporting"))
+    @precondition(lambda self: EXAMPLES > 0 and hasattr(torch.compiler, "is_exporting"))
     @rule()
     def export(self) -> None:
         program = torch.export.export(self.model, (self.model.batch(self.numbers, self.dtype),))

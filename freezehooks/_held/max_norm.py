@@ -62,14 +62,16 @@ def rescale_free_entries(
 
 
 def _norms(rows: Tensor, module: nn.Embedding | nn.EmbeddingBag) -> Tensor:
-    return torch.linalg.vector_norm(rows.double(), module.norm_type, dim=1)
+    norms: Tensor = torch.linalg.vector_norm(rows.double(), module.norm_type, dim=1)
+    return norms
 
 
 def _room(taken: Tensor, bound: float, order: float) -> Tensor:
     """Return the norm that the frozen entries of each row leave to the free ones."""
     if math.isinf(order):
         return torch.full_like(taken, bound)
-    return (bound**order - taken**order).clamp(min=0) ** (1 / order)
+    room: Tensor = (bound**order - taken**order).clamp(min=0) ** (1 / order)
+    return room
 
 
 def _check_kept(name: str, rows: Tensor, kept: Tensor, frozen: Tensor, module: nn.Embedding | nn.EmbeddingBag) -> None:
@@ -79,7 +81,9 @@ def _check_kept(name: str, rows: Tensor, kept: Tensor, frozen: Tensor, module: n
         FrozenValueError: It does.
     """
     rescaled = kept.clone()
-    torch.embedding_renorm_(rescaled, torch.arange(len(kept), device=kept.device), module.max_norm, module.norm_type)
+    torch.embedding_renorm_(
+        rescaled, torch.arange(len(kept), device=kept.device), module.max_norm or 0, module.norm_type
+    )
     changed = (differ(rescaled, kept) & frozen).any(dim=1)
     if bool(changed.any()):
         worst = int(changed.nonzero()[0])
