@@ -118,7 +118,7 @@ class Compact:
         wanted = self._wanted(optimizer, held)
         if any(wanted.get(each) is not self._parameters.get(each) for each in {**wanted, **self._parameters}):
             before, after = _orders(self._parameters), _orders(wanted)
-            optimizer.state.update(convert_state(optimizer.param_groups, optimizer.state, before, after))
+            optimizer.state.update(convert_state(optimizer, optimizer.state, before, after))
             self._parameters = wanted
             if self._step is not None:
                 self._step.parameters = wanted

@@ -38,7 +38,7 @@ def _is_elementwise(kind: Any) -> bool:
 
 def steps_like(kind: Any, known: Any) -> bool:
     """Return whether a class of optimizers makes its steps as another does: itself, or a subclass that changes none."""
-    return _makings(kind) == _makings(known)
+    return issubclass(kind, known) and _makings(kind) == _makings(known)
 
 
 def _makings(kind: Any) -> tuple[Any, Any]:

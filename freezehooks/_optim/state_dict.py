@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -15,7 +15,7 @@ from .._entries.flat_order import FlatOrder
 from .._errors import StateMismatchError
 from .._held.parameter import FrozenParameter
 from .._held.saved import FORMAT, check_format, load_entries, readable, save_entries
-from .state import has_history, history_vectors, is_counter, started, with_history
+from .state import has_history, history_vectors, is_plain, known_items, started, with_history
 
 FlatOrders: TypeAlias = "Mapping[Tensor, FlatOrder]"
 """The parameters whose state is flat, each with the free entries that it is of; that of others is whole."""
@@ -29,7 +29,7 @@ fused kernels would read and write beyond the ends of the flat tensors.
 
 
 def convert_state(
-    groups: Iterable[dict[str, Any]],
+    optimizer: Optimizer,
     state: Mapping[Any, Any],
     before: FlatOrders,
     after: FlatOrders,
@@ -38,7 +38,7 @@ def convert_state(
     """Return an optimizer's state in another form; entries that are new in it get what they start with.
 
     Args:
-        groups: The optimizer's groups.
+        optimizer: The optimizer.
         state: Its state, by parameter or by index.
         before: Which parameters' state is flat now.
         after: Which parameters' state is to be flat.
@@ -52,19 +52,21 @@ def convert_state(
         StateMismatchError: An item is not of the form that `before` says.
     """
     changed = {}
-    for group in groups:
+    items = known_items(optimizer)
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
             key = key_of(parameter)
             own = state.get(key) or {}
-            if has_history(own):
+            if has_history(optimizer, own):
                 changed[key] = _convert_history(own, group["params"], before, after)
             elif own and before.get(parameter) is not after.get(parameter):
-                changed[key] = _convert_items(own, parameter, group, before.get(parameter), after.get(parameter))
+                changed[key] = _convert_items(own, items, parameter, group, before.get(parameter), after.get(parameter))
     return changed
 
 
 def _convert_items(
     state: dict[str, Any],
+    items: Mapping[str, str],
     parameter: Tensor,
     group: dict[str, Any],
     before: FlatOrder | None,
@@ -72,11 +74,23 @@ def _convert_items(
 ) -> dict[str, Any]:
     shape = parameter.shape if before is None else torch.Size([before.count])
     changed = dict(state)
-    for name, value in state.items():
-        if isinstance(value, Tensor) and not is_counter(name):
-            _check_shape(name, value, parameter, shape)
-            changed[name] = _convert(value, started(name, parameter, group, value), before, after)
+    for name, start in items.items():
+        value = state.get(name)
+        if isinstance(value, Tensor):
+            _check_item(name, value, parameter, shape)
+            changed[name] = _convert(value, started(start, parameter, group, value), before, after)
     return changed
+
+
+def _check_item(name: str, value: Tensor, parameter: Tensor, shape: torch.Size) -> None:
+    """Refuse an item that is not one number for each entry."""
+    _check_shape(name, value, parameter, shape)
+    if not is_plain(value, parameter) or not (value.is_floating_point() or value.is_complex()):
+        raise StateMismatchError(
+            f"the optimizer's `{name}` is a {type(value).__name__} of dtype {value.dtype}, expected a plain tensor of "
+            f"{parameter.dtype}",
+            "leave out compact=True",
+        )
 
 
 def _check_shape(name: str, value: Tensor, parameter: Tensor, shape: torch.Size) -> None:
@@ -143,8 +157,8 @@ class FlatState(defaultdict[Any, Any]):
 
     def __reduce__(self) -> Any:
         optimizer = self._optimizer()
-        groups = [] if optimizer is None else optimizer.param_groups
-        return defaultdict, (dict,), None, None, iter({**self, **convert_state(groups, self, self._orders, {})}.items())
+        whole = {} if optimizer is None else convert_state(optimizer, self, self._orders, {})
+        return defaultdict, (dict,), None, None, iter({**self, **whole}.items())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -153,7 +167,7 @@ class FlatState(defaultdict[Any, Any]):
 
 def whole_state_dict(optimizer: Optimizer, state_dict: dict[str, Any], orders: FlatOrders) -> dict[str, Any]:
     """Return an optimizer's state dict in the plain shapes: any optimizer of the same class loads it."""
-    state = convert_state(optimizer.param_groups, state_dict["state"], orders, {}, _indices(optimizer).get)
+    state = convert_state(optimizer, state_dict["state"], orders, {}, _indices(optimizer).get)
     return {**state_dict, "state": {**state_dict["state"], **state}}
 
 
@@ -175,7 +189,7 @@ def compact_state_dict(
     sets = {parameter: [c.entries for each in found for c in each.constraints] for parameter, found in held.items()}
     described = {index_of[parameter]: save_entries(found, parameter.shape) for parameter, found in sets.items()}
     in_rows = {parameter: _in_rows(parameter, described[index_of[parameter]]) for parameter in orders}
-    state = convert_state(optimizer.param_groups, state_dict["state"], orders, in_rows, index_of.get)
+    state = convert_state(optimizer, state_dict["state"], orders, in_rows, index_of.get)
     return {
         **state_dict,
         "state": {**state_dict["state"], **state},
@@ -215,14 +229,14 @@ def check_in_plain_shapes(optimizer: Optimizer, state_dict: dict[str, Any]) -> N
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = state_dict["state"].get(index_of[parameter]) or {}
-            if has_history(state):
+            if has_history(optimizer, state):
                 expected = torch.Size([sum(_length(each, None) for each in group["params"])])
                 for vector in history_vectors(state):
                     _check_shape("history", vector, parameter, expected)
                 continue
-            for name, value in state.items():
-                if isinstance(value, Tensor) and not is_counter(name):
-                    _check_shape(name, value, parameter, parameter.shape)
+            for name in known_items(optimizer):
+                if isinstance(state.get(name), Tensor):
+                    _check_item(name, state[name], parameter, parameter.shape)
 
 
 def _in_rows(parameter: Tensor, item: dict[str, Any]) -> FlatOrder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, Final
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from .._errors import ParameterChangedError
 from .._held.held import HeldParameters
 from .._held.parameter import FrozenParameter
 from .._held.place import Place
@@ -21,7 +23,7 @@ from .._ranks.agreement import has_process_group
 from .calls import calls_hooks, check_step, current_step
 from .compact import Compact, check_whole
 from .elementwise import is_elementwise
-from .state import impose_on_weights, may_keep_weights, reset_frozen_state, reset_history
+from .state import impose_on_weights, may_keep_weights, reset_frozen_state, reset_history, settle_frozen_state
 from .state_dict import check_in_plain_shapes, read_state_dict
 
 
@@ -269,8 +271,8 @@ class StepHooks:
         self._impose(optimizer)
         self._batch.forget_gradients()
         if self._keeps_weights:
-            for frozen, parameter, group in self._with_groups(optimizer):
-                impose_on_weights(optimizer.state.get(parameter) or {}, frozen, group)
+            for frozen, parameter, _ in self._with_groups(optimizer):
+                impose_on_weights(optimizer, frozen, parameter)
 
     def _impose(self, optimizer: Optimizer) -> None:
         if torch.compiler.is_compiling():
@@ -320,7 +322,7 @@ class StepHooks:
                 self._convert(optimizer)
         held = list(self._with_groups(optimizer))
         for frozen, parameter, group in held:
-            reset_frozen_state(optimizer.state.get(parameter) or {}, frozen, group)
+            reset_frozen_state(optimizer, frozen, parameter, group)
         if self.compact is None:
             reset_history(optimizer, [(frozen, parameter) for frozen, parameter, _ in held])
 
@@ -336,6 +338,16 @@ class StepHooks:
         if self.compact is not None:
             self.compact.interrupt()
         self.reset(optimizer)
+
+    def before_saving(self, optimizer: Optimizer) -> None:
+        """Take from the state what steps have left at frozen entries, as coupled weight decay does.
+
+        So what is saved is one state, whether the run was resumed or not, and moves no entry in an unfrozen run.
+        """
+        with suppress(ParameterChangedError):  # what is gone from the model has no state to settle
+            self._look_at_groups(optimizer)
+            for frozen, parameter, group in self._with_groups(optimizer):
+                settle_frozen_state(optimizer, frozen, parameter, group)
 
     def after_saving(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the optimizer's state dict as it is to be saved."""
@@ -367,6 +379,7 @@ MOMENTS: Final = (
     Moment("before_step", Optimizer.register_step_pre_hook, "_optimizer_step_pre_hooks"),
     Moment("before_loading", Optimizer.register_load_state_dict_pre_hook, "_optimizer_load_state_dict_pre_hooks"),
     Moment("after_loading", _first_after_loading, "_optimizer_load_state_dict_post_hooks"),
+    Moment("before_saving", Optimizer.register_state_dict_pre_hook, "_optimizer_state_dict_pre_hooks"),
     Moment("after_saving", _first_after_saving, "_optimizer_state_dict_post_hooks"),
 )
 
