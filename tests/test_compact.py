@@ -333,12 +333,13 @@ def test_a_stray_write_that_autograd_counts_is_put_right_by_the_step() -> None:
     frozen.assert_frozen()
 
 
-def test_a_parameter_that_is_frozen_entirely_has_no_state() -> None:
+def test_a_parameter_that_is_frozen_entirely_keeps_its_count_of_steps_alone() -> None:
     model, frozen, optimizer = _run(MAKERS["adamw"], "0.weight = 0.25\n2.bias")
     _train(model, optimizer)
     frozen.assert_frozen()
-    assert _parameter(model, "0.weight") not in optimizer.state
-    assert _parameter(model, "2.bias") not in optimizer.state
+    for name in ("0.weight", "2.bias"):
+        assert _state_numbers(optimizer, _parameter(model, name)) == [0, 0]
+        assert optimizer.state[_parameter(model, name)]["step"] == 3
     optimizer.load_state_dict(optimizer.state_dict())
     _train(model, optimizer)
     frozen.assert_frozen()
@@ -359,7 +360,27 @@ def test_a_parameter_of_no_dimensions_and_one_without_gradient_are_passed_over()
     assert tensors["idle"].tolist() == [2, 1, 1]
     assert tensors["w"][0] == 2
     assert bool((tensors["w"][1:] != 1).all())
-    assert set(optimizer.state) == {tensors["w"]}
+    assert set(optimizer.state) == {tensors["w"], tensors["scale"]}
+    assert _state_numbers(optimizer, tensors["scale"]) == [0, 0]
+
+
+@makers
+@pytest.mark.parametrize("way", ["thaw", "remove"])
+def test_a_parameter_that_was_frozen_whole_goes_on_as_without_compact(make: Maker, way: str) -> None:
+    runs = []
+    for compact in (False, True):
+        model, frozen, optimizer = _run(make, "0.weight\n2.bias = 1", compact=compact)
+        _train(model, optimizer)
+        whole = copy.deepcopy(optimizer.state_dict())
+        frozen.thaw("*") if way == "thaw" else frozen.remove()
+        _train(model, optimizer, 3, 3)
+        runs.append((model, whole, optimizer.state_dict()))
+    if make is not MAKERS["adamw_fused"]:
+        assert _same(runs[0][0], runs[1][0])
+        assert _same_state(runs[0][1], runs[1][1])
+        assert _same_state(runs[0][2], runs[1][2])
+    assert largest_difference(runs[0][0], runs[1][0]) < 1e-5
+    assert len(runs[1][1]["state"]) == 4
 
 
 def test_a_tied_parameter_is_held_whole_beside_compact_ones() -> None:
@@ -472,6 +493,91 @@ def test_what_step_hooks_do_to_gradients_and_weights_counts(before: bool) -> Non
         frozen.assert_frozen()
         models.append(model)
     assert _same(*models)
+
+
+def _pass_on(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+    return (optimizer, *args[1:]), kwargs
+
+
+@makers
+@pytest.mark.parametrize("others", [(_pass_on,), (_pass_on, lambda *args: None), (lambda *args: None, _pass_on)])
+@pytest.mark.parametrize("before", [True, False], ids=["hooked_before_wrapping", "hooked_after"])
+def test_a_step_hook_may_pass_on_the_optimizer(make: Maker, others: tuple[Any, ...], before: bool) -> None:
+    expected, _, reference = _run(make)
+    model = _net()
+    inner = make(list(model.parameters()))
+    for hook in others if before else ():
+        inner.register_step_pre_hook(hook)
+    frozen = freeze_entries(model, SPEC)
+    optimizer = MaskedOptimizer(inner, frozen, compact=True)
+    handles = [inner.register_step_pre_hook(hook) for hook in (() if before else others)]
+    _train(expected, reference)
+    _train(model, optimizer)
+    frozen.assert_frozen()
+    assert _same(model, expected)
+    assert _same_state(optimizer.state_dict(), reference.state_dict())
+    if not before:
+        called = inner._optimizer_step_pre_hooks.values()  # type: ignore[attr-defined]
+        assert list(called)[1:] == list(others)
+    for handle in handles:
+        handle.remove()
+    _train(model, optimizer, 1)
+
+
+def test_a_step_hook_that_raises_leaves_the_others_as_they_were() -> None:
+    model, frozen, optimizer = _adamw()
+    fails = [True]
+
+    def fail(*args: Any) -> None:
+        if fails[0]:
+            raise ValueError("as told")
+
+    optimizer.register_step_pre_hook(fail)
+    optimizer.register_step_pre_hook(_pass_on)
+    _backward(model, 0)
+    with pytest.raises(ValueError, match="as told"):
+        optimizer.step()
+    fails[0] = False
+    _train(model, optimizer)
+    frozen.assert_frozen()
+    assert list(optimizer.inner._optimizer_step_pre_hooks.values())[1:] == [fail, _pass_on]  # type: ignore[attr-defined]
+
+
+@makers
+@pytest.mark.parametrize("part", [slice(None), slice(2, 5)], ids=["all", "some_rows"])
+@pytest.mark.parametrize("frozen_both", [False, True], ids=["one_frozen", "both_frozen"])
+def test_two_parameters_on_one_storage_hold_as_without_compact(make: Maker, part: slice, frozen_both: bool) -> None:
+    runs = []
+    for compact in (False, True):
+        torch.manual_seed(3)
+        first, alone = nn.Parameter(torch.randn(8, 12)), nn.Parameter(torch.randn(4, 6))
+        second = nn.Parameter(first.detach()[part])
+        tensors = {"first": first, "second": second, "alone": alone}
+        spec = "first[:, 1::2] = 0.5\nalone[:, 1] = 0" + ("\nsecond[:, 1::2] = 0.5" if frozen_both else "")
+        frozen = freeze_entries(tensors, spec)
+        optimizer = MaskedOptimizer(make(list(tensors.values())), frozen, compact=compact)
+        for _ in range(4):
+            for tensor in tensors.values():
+                tensor.grad = torch.randn(tensor.shape)
+            optimizer.step()
+            frozen.assert_frozen()
+        runs.append((first.detach(), alone.detach()))
+        if compact:
+            assert max(_state_numbers(optimizer, alone)) == 20
+    if make is not MAKERS["adamw_fused"]:
+        assert all(map(same_bits, *runs))
+
+
+def test_neighbors_in_one_storage_are_compact() -> None:
+    """As the weights of a recurrent layer are on a GPU."""
+    storage = torch.randn(40)
+    parts = [nn.Parameter(storage[:20].view(4, 5)), nn.Parameter(storage[20:].view(4, 5))]
+    frozen = freeze_entries(dict(zip("ab", parts, strict=True)), "a[0] = 0\nb[:, 1] = 0")
+    optimizer = MaskedOptimizer(AdamW(parts), frozen, compact=True)
+    for part in parts:
+        part.grad = torch.ones(4, 5)
+    optimizer.step()
+    assert [_state_numbers(optimizer, part) for part in parts] == [[15] * 2, [16] * 2]
 
 
 def test_clipping_sees_and_scales_the_gradients_that_are_stepped() -> None:

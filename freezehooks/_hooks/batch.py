@@ -98,6 +98,11 @@ class Batch:
         self._plan: Plan | None = None
         self._module: int | None = None
 
+    @property
+    def latest(self) -> Plan | None:
+        """The plan of the latest write, whether or not something has changed since; None where there is none."""
+        return self._plan
+
     def plan(self, places: Places) -> Plan:
         """Return the plan; a new one where something has changed.
 

@@ -87,6 +87,11 @@ class Compact:
         """Return whether the optimizer steps a parameter by its free entries, so never reads or writes the others."""
         return parameter in self._parameters
 
+    def order_of(self, parameter: Tensor) -> FlatOrder | None:
+        """Return how a parameter's state lies where it is of free entries alone, or None where it is whole."""
+        flat = self._parameters.get(parameter)
+        return None if flat is None else flat.free
+
     def is_current(self, optimizer: Optimizer) -> bool:
         """Return whether the optimizer's state is the one that was converted."""
         return isinstance(optimizer.state, FlatState) or not self._parameters
@@ -132,8 +137,10 @@ class Compact:
         for frozen, parameter in held:
             found.setdefault(parameter, []).append(frozen)
         wanted = {}
+        overlapping = _overlapping(parameter for group in optimizer.param_groups for parameter in group["params"])
         for parameter, frozen_by in found.items():
-            if not any(frozen.ties for frozen in frozen_by):  # tied copies are summed and made one as whole parameters
+            # tied copies are summed and made one as whole parameters; what others step is imposed after every step
+            if parameter not in overlapping and not any(frozen.ties for frozen in frozen_by):
                 flat = self._parameters.get(parameter)
                 fits = flat is not None and flat.fits(frozen_by)
                 wanted[parameter] = flat if flat is not None and fits else FlatParameter(parameter, frozen_by)
@@ -191,6 +198,22 @@ class Compact:
         """Write the values into all parameters that are stepped by their free entries."""
         for flat in self._parameters.values():
             flat.impose()
+
+
+def _overlapping(parameters: Iterable[Tensor]) -> set[Tensor]:
+    """Return the parameters that lie in memory which another one, stepped by the same optimizer, lies in too."""
+    found: set[Tensor] = set()
+    furthest: dict[torch.device, tuple[int, Tensor]] = {}
+    plain = (each for each in dict.fromkeys(parameters) if not is_sharded(each) and each.data_ptr())
+    for parameter in sorted(plain, key=Tensor.data_ptr):
+        last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+        end = parameter.data_ptr() + (last + 1) * parameter.element_size()
+        before, other = furthest.get(parameter.device, (0, parameter))
+        if parameter.data_ptr() < before:
+            found |= {parameter, other}
+        if end > before:
+            furthest[parameter.device] = end, parameter
+    return found
 
 
 def _orders(parameters: dict[Tensor, FlatParameter]) -> dict[Tensor, FlatOrder]:

@@ -35,7 +35,7 @@ class FlatParameter:
         self.held = held
         self.free: FlatOrder = EntrySet.like(parameter, self.frozen).complement().order
         self._memory = parameter.data
-        self._constraints = _constraints(held)
+        self._constraints = constraints_of(held)
         self._gradient: Tensor | None = None
         self._version = -1
         self._is_stray = True
@@ -56,7 +56,7 @@ class FlatParameter:
     def fits(self, held: list[FrozenParameter]) -> bool:
         """Return whether these freeze the same entries, of a parameter that still lies where it did."""
         in_place = not self.parameter.is_meta and self.parameter.is_set_to(self._memory)
-        return in_place and self._constraints == _constraints(held)
+        return in_place and self._constraints == constraints_of(held)
 
     def gather(self) -> None:
         """Take the free entries, and their gradient, from the parameter."""
@@ -78,7 +78,7 @@ class FlatParameter:
 
     def _flat_gradient(self) -> Tensor | None:
         gradient = self.parameter.grad
-        if gradient is None or not self.free.count:
+        if gradient is None:
             return None
         if gradient.layout != torch.strided:
             raise UnsupportedParameterError(
@@ -109,7 +109,7 @@ class FlatParameter:
         self._version, self._is_stray = self.parameter._version, False
 
 
-def _constraints(held: list[FrozenParameter]) -> list[Constraint]:
+def constraints_of(held: list[FrozenParameter]) -> list[Constraint]:
     """Return what decides which entries are free; constraints are compared by identity, as they do not change."""
     return [constraint for each in held for constraint in each.constraints]
 

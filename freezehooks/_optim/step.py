@@ -23,8 +23,10 @@ from .._ranks.agreement import has_process_group
 from .calls import calls_hooks, check_step, current_step
 from .compact import Compact, check_whole
 from .elementwise import is_elementwise
+from .flat_step import constraints_of
 from .state import impose_on_weights, may_keep_weights, reset_frozen_state, reset_history, settle_frozen_state
 from .state_dict import check_in_plain_shapes, read_state_dict
+from .thawed import ThawedEntries, corrects_bias
 
 
 class StepHooks:
@@ -45,12 +47,16 @@ class StepHooks:
         self._batch = Batch()
         self._whole = Batch()
         self._converted: Plan | None = None
+        self._looked: Plan | None = None
+        self._held: dict[Tensor, list[FrozenParameter]] = {}
+        self._thawed: list[ThawedEntries] = []
         self._params: list[list[Tensor]] = []
         self._stepped: set[int] = set()
         self._is_behind = False
         self._checked_step = 0
         self._is_elementwise = is_elementwise(optimizer)
         self._keeps_weights = may_keep_weights(optimizer)
+        self._corrects_bias = corrects_bias(optimizer)
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -124,10 +130,15 @@ class StepHooks:
         guards.append(weakref.ref(self))
 
     def leave(self, held: HeldParameters) -> None:
-        """Let go what a handle freezes; with the last one the hooks come off."""
+        """Let go what a handle freezes; with the last one the hooks come off, as soon as what was let go stands alone.
+
+        What the handle goes on to hold without this optimizer was not let go.
+        """
+        optimizer = self.optimizer
+        self._look_for_thawed(optimizer)
         self.members = [member for member in self.members if member.frozen is not held.frozen]
         self._forget()
-        optimizer = self.optimizer
+        self._held = self._frozen_parameters(optimizer)
         if self.compact is not None and optimizer is not None:
             self.compact.interrupt()
             if self.members:
@@ -136,9 +147,8 @@ class StepHooks:
                 self.compact.remove(optimizer)
         if not self.members:
             self.compact = None
-            for handle in self._handles:
-                handle.remove()
-            self._handles = []
+            if not self._thawed:
+                self._uninstall()
 
     def leave_released(self) -> None:
         """Let go of every handle of which nothing is held at present."""
@@ -150,6 +160,11 @@ class StepHooks:
         if not self._handles:
             self._handles = [moment.put_on(optimizer, self) for moment in MOMENTS]
             self._checked_step = id(current_step(optimizer))
+
+    def _uninstall(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def _forget(self) -> None:
         self._batch.forget()
@@ -209,11 +224,15 @@ class StepHooks:
         if self.compact is not None and args[0] is optimizer:
             self._convert(optimizer)
             args = (self.compact.begin_step(optimizer), *args[1:])
+            _keep_stepping(optimizer, args[0])
         self._clean_gradients(optimizer)
+        if self._batch.latest is not self._looked:
+            self._look_for_thawed(optimizer)
         if len(args) > 1 and callable(args[1]):
             return (args[0], self._guarded(args[1], optimizer), *args[2:]), kwargs
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": self._guarded(kwargs["closure"], optimizer)}
+        self._begin_thawed(optimizer)
         return args, kwargs
 
     def _convert(self, optimizer: Optimizer) -> None:
@@ -253,6 +272,7 @@ class StepHooks:
             loss = closure()
             self._look_at_groups(optimizer)
             self._clean_gradients(optimizer)
+            self._begin_thawed(optimizer)
             if self.compact is not None:
                 self.compact.after_closure()
             return loss
@@ -273,6 +293,8 @@ class StepHooks:
         if self._keeps_weights:
             for frozen, parameter, _ in self._with_groups(optimizer):
                 impose_on_weights(optimizer, frozen, parameter)
+        if self._thawed:
+            self._end_thawed(optimizer)
 
     def _impose(self, optimizer: Optimizer) -> None:
         if torch.compiler.is_compiling():
@@ -296,6 +318,43 @@ class StepHooks:
             for frozen, parameter in member:
                 if member.frozen.is_held(frozen.name) and self._is_stepped_whole(parameter):
                     yield frozen, parameter
+
+    # What was let go
+
+    def _look_for_thawed(self, optimizer: Optimizer | None) -> None:
+        """Notice what was let go since the last look, in whatever way, and what of that is frozen again."""
+        if optimizer is None or not self._corrects_bias or torch.compiler.is_compiling():
+            return
+        before, self._held = self._held, self._frozen_parameters(optimizer)
+        self._looked = self._batch.latest
+        for thawed in self._thawed:
+            thawed.keep_free(self._held.get(thawed.parameter, []))
+        for parameter, frozen in before.items():
+            now = self._held.get(parameter, [])
+            if self._is_stepped(parameter) and constraints_of(frozen) != constraints_of(now):
+                self._thawed.append(ThawedEntries(parameter, frozen, now))
+
+    def _frozen_parameters(self, optimizer: Optimizer | None) -> dict[Tensor, list[FrozenParameter]]:
+        """Return what is frozen of each parameter that the optimizer steps; nothing where nobody will ask."""
+        found: dict[Tensor, list[FrozenParameter]] = {}
+        for frozen, parameter in self.pairs(optimizer) if optimizer is not None and self._corrects_bias else ():
+            found.setdefault(parameter, []).append(frozen)
+        return found
+
+    def _begin_thawed(self, optimizer: Optimizer) -> None:
+        """Take the gradients of the coming step into the second moments of what was let go."""
+        if self._thawed and not torch.compiler.is_compiling():
+            groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+            for thawed in self._thawed:
+                if id(thawed.parameter) in groups:
+                    order = None if self.compact is None else self.compact.order_of(thawed.parameter)
+                    thawed.begin_step(optimizer, groups[id(thawed.parameter)], order)
+
+    def _end_thawed(self, optimizer: Optimizer) -> None:
+        self._thawed = [each for each in self._thawed if not each.is_over and self._is_stepped(each.parameter)]
+        is_alone = len(optimizer._optimizer_step_post_hooks) == 1  # type: ignore[attr-defined]  # undeclared
+        if not self._thawed and not self.members and is_alone:  # torch is walking through these hooks
+            self._uninstall()
 
     # State
 
@@ -356,6 +415,37 @@ class StepHooks:
 
 def _are_same(first: list[Tensor], second: list[Tensor]) -> bool:
     return len(first) == len(second) and all(map(operator.is_, first, second))
+
+
+class _LastBeforeStep:
+    """The last step-pre-hook, for one step: what steps in the optimizer's place steps, whatever hooks pass on.
+
+    A hook may return the optimizer that it was called with, as part of its arguments.
+    """
+
+    def __init__(self, hook: Callable[..., Any], hooks: dict[int, Any], key: int, proxy: Any) -> None:
+        self.hook = hook
+        self._hooks = hooks
+        self._key = key
+        self._proxy = proxy
+
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        self._hooks[self._key] = self.hook  # torch goes through the hooks: a value may change, the keys may not
+        result = self.hook(optimizer, args, kwargs)
+        is_pair = isinstance(result, tuple) and len(result) == 2
+        args, kwargs = result if is_pair else (args, kwargs)
+        if (result is None or is_pair) and args and args[0] is optimizer:
+            return (self._proxy, *args[1:]), kwargs
+        return result
+
+
+def _keep_stepping(optimizer: Optimizer, proxy: Any) -> None:
+    """Have a proxy step also where a hook that comes after this one passes the optimizer itself on."""
+    hooks: dict[int, Any] = optimizer._optimizer_step_pre_hooks  # type: ignore[attr-defined]  # undeclared
+    key, last = next(reversed(hooks.items()))
+    last = last.hook if isinstance(last, _LastBeforeStep) else last  # of a step that a hook broke off
+    if not isinstance(getattr(last, "__self__", None), StepHooks):
+        hooks[key] = _LastBeforeStep(last, hooks, key, proxy)
 
 
 def _first_after_step(optimizer: Optimizer, hook: Any) -> RemovableHandle:
