@@ -235,12 +235,38 @@ def mark(strays: dict[str, bool], name: str, *, counted: bool) -> None:
     strays[name] = counted and strays.get(name, True)
 
 
+@dataclass(eq=False)
+class Released:
+    """Entries that were let go, whose second moments are the means of their squared gradients for 100 steps."""
+
+    parameter: nn.Parameter
+    entries: Tensor
+    steps: int = 0
+
+    def begin_step(self, optimizer: Optimizer, frozen: Tensor) -> None:
+        self.entries = self.entries & ~frozen
+        group = next(g for g in optimizer.param_groups if any(p is self.parameter for p in g["params"]))
+        state, gradient = optimizer.state.get(self.parameter) or {}, self.parameter.grad
+        if "exp_avg_sq" not in state:
+            self.steps = 100
+        elif gradient is not None:
+            self.steps += 1
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            seen, moment = gradient.detach().to(wide), state["exp_avg_sq"]
+            if group["weight_decay"] and not group["decoupled_weight_decay"]:
+                seen = seen + self.parameter.detach().to(wide) * group["weight_decay"]
+            seen = seen.square() * (1 - group["betas"][1] ** float(state["step"]))
+            mean = torch.maximum(moment.to(wide) + (seen - moment.to(wide)) / self.steps, seen / 4)
+            moment.copy_(torch.where(self.entries, mean.to(moment.dtype), moment))
+
+
 class Reference:
     """The plain model, its plain optimizers, and what handles hold of it."""
 
     def __init__(self, model: Net) -> None:
         self.model = model
         self.optimizers: list[Optimizer] = []
+        self.released: list[tuple[Optimizer, Released]] = []
         self.holds: list[Hold] = []
 
     @property
@@ -282,7 +308,11 @@ class Reference:
                     piece.source = data.clone()
 
     def step(
-        self, optimizer: Optimizer, unseen: Iterable[str] = (), closure: Callable[[], Tensor] | None = None
+        self,
+        optimizer: Optimizer,
+        unseen: Iterable[str] = (),
+        closure: Callable[[], Tensor] | None = None,
+        guarded: Iterable[Hold] = (),
     ) -> None:
         """Step on clean gradients and impose; an optimizer sees no gradient of the parameters that are `unseen`."""
         hidden: dict[str, Tensor | None] = {}
@@ -291,6 +321,7 @@ class Reference:
             self.clean_gradients()
             for name in unseen:
                 hidden[name], self.parameters[name].grad = self.parameters[name].grad, None
+            self._begin_released(optimizer, guarded)
 
         def prepared_closure() -> Tensor:
             assert closure is not None
@@ -306,6 +337,21 @@ class Reference:
         for name, gradient in hidden.items():
             self.parameters[name].grad = gradient
         self.impose()
+
+    def _begin_released(self, optimizer: Optimizer, guarded: Iterable[Hold]) -> None:
+        """Let what was let go of this optimizer see the gradients; what is frozen again is no longer of it."""
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        for own, released in self.released:
+            name = names.get(id(released.parameter))
+            if own is optimizer:
+                none = torch.zeros_like(released.entries)
+                released.begin_step(optimizer, none if name is None else self.frozen(name, guarded))
+        self.released = [(own, each) for own, each in self.released if each.steps < 100]
+
+    def release(self, optimizer: Optimizer, name: str, entries: Tensor) -> None:
+        """Note that entries of an optimizer that corrects second moments were let go."""
+        if isinstance(optimizer, (Adam, AdamW, NAdam, RAdam)) and bool(entries.any()):
+            self.released.append((optimizer, Released(self.parameters[name], entries)))
 
 
 # --------------------------------------------------------------------------------------------------------------------

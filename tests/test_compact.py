@@ -23,11 +23,13 @@ from torch.optim import (
     ASGD,
     LBFGS,
     SGD,
+    Adadelta,
     Adafactor,
     Adagrad,
     Adam,
     AdamW,
     Optimizer,
+    RAdam,
     RMSprop,
     Rprop,
     SparseAdam,
@@ -192,6 +194,31 @@ def test_other_dtypes_follow_the_masked_run(make: Maker, dtype: torch.dtype) -> 
         torch.testing.assert_close(tensors[0], tensors[1], atol=0.01, rtol=0.01)
     else:
         assert same_bits(tensors[0], tensors[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [SGD, ASGD, RMSprop, RAdam, Adadelta], ids=lambda kind: kind.__name__)
+def test_half_precision_follows_the_masked_run_up_to_roundings(kind: Any, dtype: torch.dtype) -> None:
+    """And the optimizer that holds the free entries alone bit for bit: the CPU's kernels round by position."""
+    mask = torch.rand(37, 29, generator=torch.Generator().manual_seed(9)) < 0.4
+    make = partial(kind, lr=0.03, **({"momentum": 0.9} if kind in (SGD, RMSprop) else {}))
+    runs = []
+    for compact in (False, True, None):
+        generator = torch.Generator().manual_seed(1)
+        weight = nn.Parameter(torch.randn(37, 29, generator=generator).to(dtype))
+        free = nn.Parameter(weight.detach()[~mask].clone())
+        if compact is None:
+            optimizer = make([free])
+        else:
+            frozen = freeze_entries({"weight": weight}, {"weight": (mask, 0.5)})
+            optimizer = MaskedOptimizer(make([weight]), frozen, compact=compact)
+        for _ in range(4):
+            weight.grad = torch.randn(37, 29, generator=generator).to(dtype)
+            free.grad = weight.grad[~mask].clone()
+            optimizer.step()
+        runs.append((free if compact is None else weight[~mask]).detach())
+    assert same_bits(runs[1], runs[2])
+    torch.testing.assert_close(runs[0], runs[1], rtol=0.05, atol=0.05)
 
 
 @pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="a gradient has the parameter's dtype before torch 2.10")

@@ -295,13 +295,8 @@ class Lives(RuleBasedStateMachine):
 
     def _step(self, stepper: Stepper) -> None:
         stepper.face.step()
-        self.reference.step(stepper.plain, self._unseen(stepper))
+        self.reference.step(stepper.plain, guarded=stepper.active)
         self._stepped(stepper)
-
-    def _unseen(self, stepper: Stepper) -> list[str]:
-        """Return what has no free entry: in compact mode nothing is left of it to step."""
-        names = [name for name in self._names_of(stepper) if name is not None] if stepper.compact else []
-        return [name for name in names if bool(self.reference.frozen(name, stepper.active).all())]
 
     def _stepped(self, stepper: Stepper) -> None:
         active = stepper.active
@@ -383,7 +378,7 @@ class Lives(RuleBasedStateMachine):
             hold.stray_gradients.clear()
         stepper.face.step(lambda: closure(self.model))  # type: ignore[arg-type,return-value]  # torch wants a float
         self.reference.impose()
-        self.reference.step(stepper.plain, self._unseen(stepper), lambda: closure(self.reference.model))
+        self.reference.step(stepper.plain, (), lambda: closure(self.reference.model), stepper.active)
         self._imposed()
         self._stepped(stepper)
         assert not bool(differ(*seen).any()), "the closure computes with other numbers"
@@ -517,6 +512,8 @@ class Lives(RuleBasedStateMachine):
                 assert not bool(differ(self.parameters[name], values[name])[released].any()), f"{name} lost its values"
             for stepper in self.steppers:
                 self._release_state(stepper, name, released, starts=stepper in guarding)
+                if stepper in guarding and name in self._names_of(stepper):
+                    self.reference.release(stepper.plain, name, released)
             take_over(self.reference.parameters[name], self.parameters[name], released)
         for name in names:
             hold.stray.pop(name, None)
@@ -640,7 +637,12 @@ class Lives(RuleBasedStateMachine):
         others = [other for other in self.reference.attached if other is not hold]
         assume(not any(set(other.pieces) & set(pieces) for other in others))
         hold.handle.load_state_dict(copy.deepcopy(state))
+        before = {name: hold.frozen(name) for name in hold.pieces}
         hold.pieces = copied(pieces)
+        for stepper in self.steppers if hold.attached else ():
+            for name in before if hold in stepper.active else ():
+                if name in self._names_of(stepper):
+                    self.reference.release(stepper.plain, name, before[name] & ~hold.frozen(name))
         if hold.attached:
             hold.stray.clear()
             hold.stray_gradients.clear()
@@ -662,6 +664,7 @@ class Lives(RuleBasedStateMachine):
         duplicate: Any = (lambda item: pickle.loads(pickle.dumps(item))) if pickled else copy.deepcopy
         self.model, faces, handles = duplicate(ours)
         self.reference.model, plains = duplicate(theirs)
+        self.reference.released.clear()  # a copy has lost the hooks that knew of it
         for hold, handle in zip(self.holds, handles, strict=True):
             hold.handle = handle
             hold.stray_gradients.clear()  # torch leaves gradients behind
