@@ -279,6 +279,45 @@ def test_a_loss_does_not_jump_when_entries_are_let_go() -> None:
     assert max(losses[600:]) <= 1.5 * max(losses[550:600])
 
 
+@either_mode
+def test_what_was_guarded_and_let_go_without_a_step_between_keeps_the_bound(compact: bool) -> None:
+    weight = nn.Parameter(torch.zeros(8))
+    optimizer = Adam([weight], lr=LR)
+    for _ in range(3):
+        weight.grad = torch.ones(8)
+        optimizer.step()
+    _age(optimizer)
+    frozen = freeze_entries({"weight": weight}, "weight[:4]")
+    frozen.guard(optimizer, compact=compact)
+    frozen.remove()
+    for _ in range(40):
+        before = weight.detach().clone()
+        weight.grad = torch.ones(8)
+        optimizer.step()
+        assert float((weight.detach() - before)[:4].abs().max()) <= 1.5 * LR
+
+
+@either_mode
+def test_what_another_state_of_the_handle_lets_go_keeps_the_bound(compact: bool) -> None:
+    weight = nn.Parameter(torch.linspace(1, 8, 8))
+    frozen = freeze_entries({"weight": weight}, "weight[smallest(0.5)] = 0")
+    saved = copy.deepcopy(frozen.state_dict())
+    frozen.remove()
+    weight.data.copy_(torch.linspace(8, 1, 8))
+    frozen = freeze_entries({"weight": weight}, "weight[smallest(0.5)] = 0")
+    optimizer = MaskedOptimizer(Adam([weight], lr=LR), frozen, compact=compact)
+    for n in range(40):
+        if n == 4:
+            _age(optimizer)
+            frozen.load_state_dict(saved)
+        before = weight.detach().clone()
+        weight.grad = torch.ones(8)
+        optimizer.step()
+        if n >= 4:
+            assert float((weight.detach() - before)[4:].abs().max()) <= 1.5 * LR
+            frozen.assert_frozen()
+
+
 def test_a_copy_of_what_was_let_go_trains() -> None:
     weight = nn.Parameter(torch.zeros(8))
     frozen = freeze_entries({"weight": weight}, "weight[:4]")

@@ -343,7 +343,7 @@ class StepHooks:
 
     def _begin_thawed(self, optimizer: Optimizer) -> None:
         """Take the gradients of the coming step into the second moments of what was let go."""
-        if self._thawed and not torch.compiler.is_compiling():
+        if self._thawed and not self._is_behind and not torch.compiler.is_compiling():
             groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
             for thawed in self._thawed:
                 if id(thawed.parameter) in groups:
@@ -384,6 +384,7 @@ class StepHooks:
             reset_frozen_state(optimizer, frozen, parameter, group)
         if self.compact is None:
             reset_history(optimizer, [(frozen, parameter) for frozen, parameter, _ in held])
+        self._look_for_thawed(optimizer)  # what is let go before the next step was held all the same
 
     def before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return a state that is to be loaded in the plain shapes, or refuse it."""
