@@ -240,7 +240,7 @@ class Strided(EntrySet):
         strides = tensor.stride()
         if strides != self._geometry[0]:
             view = torch.empty_strided(self.shape, strides, device="meta")[self.key]
-            self._geometry = strides, view.shape, view.stride(), view.storage_offset()
+            self._geometry = strides, view.shape, view.stride(), int(view.storage_offset())
         _, shape, view_strides, offset = self._geometry
         return tensor.as_strided(shape, view_strides, tensor.storage_offset() + offset)
 
