@@ -446,8 +446,7 @@ class FrozenEntries(ReadByName):
         """
         for optimizer, compact in optimizers:
             with suppress(OptimizerMismatchError):  # it steps other parameters
-                self.check_optimizer(optimizer, compact=compact)
-                self._guard_of(optimizer).ask(compact=compact)
+                self.guard_unchecked(self.check_optimizer(optimizer, compact=compact), compact=compact)
 
     def _begin(self) -> None:
         self._held.frozen.hold(self)
