@@ -474,6 +474,13 @@ class FrozenEntries(ReadByName):
         self._hooks.remove()
         self._attached = False
 
+    def _unguard(self) -> None:
+        """Stop guarding every optimizer: training is over, and no step hook stays to follow what is let go."""
+        self._reset_guards()
+        for guard in self._guards:
+            guard.remove()
+        self._guards = []
+
     def thaw(self, target: str) -> None:
         """Let all frozen entries of some parameters go, and hold the others on.
 

@@ -541,6 +541,8 @@ class Lives(RuleBasedStateMachine):
         for name, (_, _, frozen) in zip(names, lost, strict=True):
             for stepper in self.steppers:
                 self._release_state(stepper, name, frozen, starts=False)
+                if name in self._names_of(stepper):
+                    self.reference.release(stepper.plain, name, self.reference.frozen(name, stepper.active))
         yield
         for ours, theirs, frozen in lost:
             take_over(theirs, ours, frozen)

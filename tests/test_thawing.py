@@ -206,6 +206,19 @@ def test_no_hook_stays_where_nothing_has_to_be_averaged(kind: str) -> None:
     assert _hooks(optimizer) == 0
 
 
+def test_a_guard_that_is_removed_for_good_leaves_no_hook() -> None:
+    weight = nn.Parameter(torch.zeros(8))
+    optimizer = Adam([weight])
+    frozen = freeze_entries({"weight": weight}, "weight[:2]")
+    guard = frozen.guard(optimizer)
+    weight.grad = torch.ones(8)
+    optimizer.step()
+    frozen.remove()
+    assert _hooks(optimizer) > 0
+    guard.remove()
+    assert _hooks(optimizer) == 0
+
+
 def test_entries_that_are_frozen_again_hold_and_start_anew_when_they_are_let_go_again() -> None:
     weight = nn.Parameter(torch.zeros(8))
     frozen = freeze_entries({"weight": weight}, "weight[:4]")

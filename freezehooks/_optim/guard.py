@@ -58,4 +58,5 @@ class Guard:
         """Stop guarding the optimizer for good; the frozen entries are then held by the model's own hooks alone."""
         for guard in [self, *self.inside]:
             guard.suspend()
+            guard.hooks.let_be()
             guard._is_removed = True

@@ -116,7 +116,9 @@ class FreezingCallback(ABC):
         frozen = self._holding()
         if frozen is not None:
             frozen.impose()
-            frozen.remove()
+        if self.frozen is not None:
+            self.frozen._unguard()
+            self.frozen.remove()
 
     def _remove(self) -> None:
         """Take the hooks off."""
