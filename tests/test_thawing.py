@@ -36,9 +36,6 @@ either_mode = pytest.mark.parametrize("compact", [False, True], ids=["masked", "
 GRADIENTS: Final = {"noise": (0.0, 1.0), "drift_and_noise": (1.0, 1.0), "drift": (1.0, 0.1), "constant": (1.0, 0.0)}
 gradients = pytest.mark.parametrize(("mean", "noise"), GRADIENTS.values(), ids=GRADIENTS)
 
-WARM: Final = 400
-"""Steps before thawing; `step` is set to 2,000 then, to save time: the moments do not depend on it."""
-
 
 def _let_go(frozen: FrozenEntries, way: str) -> None:
     if way == "thaw":
@@ -48,6 +45,7 @@ def _let_go(frozen: FrozenEntries, way: str) -> None:
 
 
 def _age(optimizer: Optimizer, step: float = 2000) -> None:
+    """Have as many steps behind it, to save time: moments at frozen entries do not depend on how many."""
     for state in optimizer.state.values():
         state["step"].fill_(step)
         if "mu_product" in state:
