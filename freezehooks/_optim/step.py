@@ -163,7 +163,8 @@ class StepHooks:
                 self.leave(member)
 
     def _install(self, optimizer: Optimizer) -> None:
-        if not self._handles:
+        if not all(moment.is_called(optimizer, self) for moment in MOMENTS):  # anew where some were stripped
+            self._uninstall()
             self._handles = [moment.put_on(optimizer, self) for moment in MOMENTS]
             self._checked_step = id(current_step(optimizer))
 
