@@ -27,10 +27,13 @@ from ._report.table import PartReport, Report
 from ._report.trainable import Trainable
 from ._rules.parser import parse_region, parse_rule
 from ._rules.patterns.kernels import border, center, cross
-from ._rules.patterns.magnitudes import nm, smallest, zeros
-from ._rules.patterns.matrices import diagonal, tril, triu
+from ._rules.patterns.magnitudes import largest, nm, smallest, zeros
+from ._rules.patterns.matrices import band, block_diagonal, diagonal, tril, triu
+from ._rules.patterns.randomness import random
+from ._rules.patterns.within import each
 from ._rules.region import Region, entries
-from ._rules.rule import Rule, keep, tied
+from ._rules.rule import Rule, keep
+from ._rules.ties import mirrored, symmetric, tied
 
 __all__ = [
     "CheckpointError",
@@ -59,17 +62,24 @@ __all__ = [
     "UnsupportedOptimizerError",
     "UnsupportedParameterError",
     "Violation",
+    "band",
+    "block_diagonal",
     "border",
     "center",
     "cross",
     "diagonal",
+    "each",
     "entries",
     "freeze_entries",
     "keep",
+    "largest",
+    "mirrored",
     "nm",
     "parse_region",
     "parse_rule",
+    "random",
     "smallest",
+    "symmetric",
     "tied",
     "tril",
     "triu",

@@ -179,7 +179,7 @@ class FrozenEntries(ReadByName):
             counts = f"{frozen.frozen_count:,}", f"{frozen.free_count:,}"
             rows.append((frozen.name, str(tuple(frozen.shape)), rules, *counts))
         table = aligned(rows, right=(3, 4)) if len(self) else ""
-        return "\n".join(filter(None, [table, self._held.removal])) or "nothing is frozen"
+        return "\n".join(filter(None, [table, self._held.removal, *self._held.skips])) or "nothing is frozen"
 
     def _parts(self) -> list[FrozenParameter]:
         return [self._held.frozen.by_name[name] for name in self._held.names]
@@ -288,7 +288,7 @@ class FrozenEntries(ReadByName):
             part.name: report_parameter(part, violations.get(part.name, ()), mechanisms[part.name])
             for part in self._counted()
         }
-        return Report(parts, self._held.removal)
+        return Report(parts, self._held.removal, tuple(self._held.skips))
 
     def trainable(self) -> Trainable:
         """Count the entries of the model that train, as they are reported: in number and in percent.

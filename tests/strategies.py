@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor
 
-from freezehooks import Region, Rule, entries, keep
+from freezehooks import Region, Rule, center, entries, keep, random
 from freezehooks._rules.patterns import pattern_named
 from freezehooks._rules.patterns.pattern import Pattern
-from freezehooks._rules.region import And, Index, IndexItem, Not, Or, Slice
-from freezehooks._rules.rule import TARGET, Keep
+from freezehooks._rules.region import And, Index, IndexItem, Not, Or, Slice, Union
+from freezehooks._rules.rule import TARGET
+from freezehooks._rules.ties import Mirrored, Symmetric, Tie, Tied
 
 LARGEST: Final = 10**30
 """Of the integers in an index: far beyond the last position of any tensor."""
@@ -36,13 +37,14 @@ _integers = _small | st.integers(-LARGEST, LARGEST)
 _steps = _integers.filter(lambda step: step != 0)
 _slices = st.builds(Slice, st.none() | _integers, st.none() | _integers, st.none() | _steps)
 _lists = st.lists(_integers, max_size=4).map(tuple)
+_unions = st.lists(_integers | _slices, min_size=2, max_size=3).map(lambda parts: Union(tuple(parts)))
 
 
 @st.composite
 def indices(draw: DrawFn) -> Index:
-    """Any index that text can say, for no tensor in particular."""
-    items: list[IndexItem] = draw(st.lists(_integers | _slices | _lists, max_size=4))
-    if not items or draw(st.booleans()):
+    """Any index that text can say, for no tensor in particular; a union alone is no index, but one of regions."""
+    items: list[IndexItem] = draw(st.lists(_integers | _slices | _lists | _unions, max_size=4))
+    if not items or (len(items) == 1 and isinstance(items[0], Union)) or draw(st.booleans()):
         items.insert(draw(st.integers(0, len(items))), ...)
     return Index(tuple(items))
 
@@ -50,14 +52,23 @@ def indices(draw: DrawFn) -> Index:
 @st.composite
 def patterns(draw: DrawFn) -> Pattern:
     """Every pattern, with arguments it takes."""
-    arguments: tuple[float, ...]
+    arguments: tuple[Any, ...]
     name = draw(st.sampled_from(list(Pattern.known)))
     match name:
         case "cross":
             arguments = draw(st.sampled_from([(), (2,), (3,), (LARGEST,)]))
         case "diagonal" | "triu" | "tril":
             arguments = draw(st.just(()) | st.tuples(_integers))
-        case "smallest":
+        case "band":
+            arguments = draw(st.tuples(st.integers(0, LARGEST), st.integers(0, 3)))
+        case "block_diagonal":
+            arguments = (draw(st.integers(1, LARGEST)),)
+        case "each":
+            arguments = (draw(st.integers(1, 5)), draw(combinations(indices() | st.just(center), max_leaves=3)))
+        case "random":
+            fraction = draw(st.just(1) | st.floats(0, 1, exclude_min=True))
+            return random(fraction, seed=draw(_integers))
+        case "smallest" | "largest":
             arguments = (draw(st.just(1) | st.floats(0, 1, exclude_min=True)),)
         case "nm":
             n = draw(st.integers(1, 8) | st.integers(1, LARGEST - 1))
@@ -81,19 +92,57 @@ def regions() -> SearchStrategy[Region]:
     return combinations(indices() | patterns())
 
 
-def values() -> SearchStrategy[Keep | float]:
-    """Any value that text can say; both zeros and the ends of what a float can hold are drawn often."""
+_floats = st.floats(allow_nan=False, allow_infinity=False)
+
+
+def values() -> SearchStrategy[Any]:
+    """Any value that text can say of a region; both zeros and the ends of what a float can hold are drawn often."""
     ends = st.sampled_from([0.0, -0.0, 1.0, 5e-324, 1.7976931348623157e308])
-    return st.just(keep) | ends | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**63), 2**63)
+    numbers = ends | _floats | st.integers(-(2**63), 2**63) | st.builds(complex, ends | _floats, ends | _floats)
+    lists = st.integers(1, 3).flatmap(
+        lambda size: st.recursive(
+            st.lists(numbers, min_size=size, max_size=size),
+            lambda inner: inner.flatmap(lambda one: st.integers(1, 2).map(lambda count: [one] * count)),
+            max_leaves=3,
+        )
+    )
+    return st.just(keep) | numbers | lists
+
+
+def ties() -> SearchStrategy[Tie]:
+    """Any tie that text can say."""
+    starts = st.sampled_from([None, "first", "mean"])
+    return (
+        st.builds(Tied, _integers, groups=st.integers(1, LARGEST), start=starts)
+        | st.builds(Mirrored, _integers, start=starts)
+        | st.builds(Symmetric, start=starts)
+    )
 
 
 def rules() -> SearchStrategy[Rule]:
     """Any rule that text can say."""
-    return st.builds(Rule, targets(), regions(), values())
+    return st.builds(Rule, targets(), regions(), values()) | st.builds(Rule, targets(), value=ties())
 
 
 _FRAGMENTS: Final = (
-    *("w", "conv.weight", "a.*.b?", "center", "cross", "smallest", "nm", "keep", "tied", "inf", "nan", "import os"),
+    *(
+        "w",
+        "conv.weight",
+        "a.*.b?",
+        "center",
+        "cross",
+        "smallest",
+        "nm",
+        "each",
+        "random",
+        "keep",
+        "tied",
+        "symmetric",
+        "2j",
+        "inf",
+        "nan",
+        "import os",
+    ),
     *("[", "]", "(", ")", "=", ":", ",", "...", "..", ".", "~", "|", "&", "-", "+", " ", "\t", "\n", "#", "'", '"'),
     *("0", "1", "-3", "0.5", "1e3", "1e999", "1.", ".5e-2", "007", "9" * 19, "\u0663", "\u00b2", "\x00", "\ud800"),
 )

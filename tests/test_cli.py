@@ -571,7 +571,13 @@ def test_odd_numbers_are_shown_too(folder: Folder, numbers: list[Any], said: str
     assert any(folder.run("show", path, "--rule", "w")[1].split("\n")[1].endswith(text) for text in said.split("|"))
 
 
-@pytest.mark.parametrize(("copies", "said"), [([1.0, 1.0], "2 copies are one"), ([1.0, 3.5], "2 copies differ, by up")])
+@pytest.mark.parametrize(
+    ("copies", "said"),
+    [
+        ([1.0, 1.0], "the 2 slices along dimension 0 are one"),
+        ([1.0, 3.5], "the 2 slices along dimension 0 differ, by up"),
+    ],
+)
 def test_tied_copies_are_shown_whether_they_differ_or_not(folder: Folder, copies: list[float], said: str) -> None:
     path = folder.checkpoint("a.pt", w=torch.tensor(copies).view(2, 1))
     code, out = folder.run("show", path, "--rule", "w = tied(0)")
@@ -583,7 +589,7 @@ def test_one_of_a_kind_is_counted_as_one(folder: Folder) -> None:
     path = folder.checkpoint("a.pt", w=ramp(1))
     assert folder.run("show", path)[1].endswith("\n1 tensor, 1 entry\n")
     assert folder.run("show", path, "--rule", "w")[1].endswith("\nfrozen: 1 of all 1 entry of the file (100 %)\n")
-    assert "1 copy is one\n" in folder.run("show", path, "--rule", "w = tied(0)")[1]
+    assert "the 1 slice along dimension 0 is one\n" in folder.run("show", path, "--rule", "w = tied(0)")[1]
 
 
 def test_a_wildcard_passes_over_integers_and_a_name_does_not(folder: Folder) -> None:

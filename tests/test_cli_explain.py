@@ -18,6 +18,7 @@ from torch import Tensor
 
 from freezehooks import Region, RegionError, Rule, center, entries, nm, parse_rule, smallest
 from freezehooks._entries.select import select
+from freezehooks._rules.ties import Tie
 from freezehooks.cli import main
 from freezehooks.cli.drawing import draw
 from freezehooks.cli.explain import in_words
@@ -96,8 +97,8 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
             "`c[~(zeros & border) | border]` is held at 0. `zeros`: every entry that is exactly 0. `border`: every "
             "entry on the border of the kernel.",
         ),
-        ("d.weight = tied(0)", "All slices of `d.weight` along dimension 0 are one: they hold the same numbers."),
-        ("d = tied(-1, start=mean)", "along dimension -1 are one"),
+        ("d.weight = tied(0)", "All slices along dimension 0 of `d.weight` are one: they hold the same numbers."),
+        ("d = tied(-1, start=mean)", "All slices along dimension -1 of `d` are one"),
     ],
 )
 def test_a_rule_in_words(text: str, words: str) -> None:
@@ -107,7 +108,8 @@ def test_a_rule_in_words(text: str, words: str) -> None:
 @given(rules())
 @many
 def test_every_rule_has_words(rule: Rule) -> None:
-    assert in_words(rule).startswith(f"Every entry of `{rule.target}")
+    of_ties = "All slices ", "Each slice ", "Each entry "
+    assert in_words(rule).startswith(of_ties if isinstance(rule.value, Tie) else f"Every entry of `{rule.target}")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -176,16 +176,17 @@ CASES = [
     Case("zeros where there are none", "meta", {"good.weight": zeros}, RegionError,
          ("rule `good.weight[zeros] = keep`: the region selects no entry", "; correct it, or leave the rule out")),
     Case("mask of another shape", "linear", {"bad.weight": _MASK.T}, RegionError,
-         ("rule `bad.weight[<tensor of shape (3, 4)>] = keep`: a mask must have the parameter's shape (4, 3), ",
+         ("rule `bad.weight[<tensor of shape (3, 4)>] = keep`: a mask must have the parameter's shape (4, 3) or ",
           "found (3, 4)")),
     Case("mask of another dtype", "linear", {"bad.weight": _MASK.float()}, RegionError,
          ("rule `bad.weight[<tensor of shape (4, 3)>] = keep`: a mask must be a bool tensor, found dtype torch.float32",
-          "; give True where an entry is frozen, as in `mask == 0`")),
+          "; give `mask.bool()` if 1 means frozen, `mask == 0` if 1 means trained")),
     Case("function to a mask of another shape", "linear", {"bad.weight": lambda parameter: _MASK.T}, RegionError,
-         ("rule `bad.weight[<<lambda>>] = keep`: a mask must have the parameter's shape (4, 3), found (3, 4)",)),
-    Case("mask that is no tensor", "linear", {"bad.weight": np.ones((4, 3), dtype=bool)}, SpecError,
-         ("rule `bad.weight[<ndarray of shape (4, 3)>] = keep`: a region is an index, a pattern, a bool tensor or a ",
-          "function, found ndarray")),
+         ("rule `bad.weight[<<lambda>>] = keep`: a mask must have the parameter's shape (4, 3) or that of",)),
+    Case("array of numbers", "linear", {"bad.weight": 2 * np.ones((4, 3))}, RegionError,
+         ("rule `bad.weight[<ndarray of shape (4, 3)>] = keep`: a mask must be a bool tensor, found "
+          "dtype torch.float64",
+          "; give True where an entry is frozen, as in `weight.abs() < 0.1`")),
     Case("region that is none", "linear", {"bad.weight": 0}, SpecError,
          ("rule `bad.weight[<int>] = keep`: a region is an index, a pattern, a bool tensor or a function, found int",
           "; write `freezehooks.entries[...]` for an index")),
@@ -217,10 +218,12 @@ CASES = [
     Case("complex value of a real parameter", "linear", {"bad": (entries[0], torch.ones(3) * 1j)}, FrozenValueError,
          ("rule `bad[0] = <tensor of shape (3,)>`: a complex value for a parameter of torch.float32",
           "; give its real part")),
-    Case("value that is none", "linear", {"bad": (entries[0], [1.0])}, SpecError,
-         ("rule `bad[0] = <list>`: a value is a number, `keep` or a tensor, found list",)),
+    Case("list of too few values", "linear", {"bad": (entries[0], [1.0, 2.0])}, FrozenValueError,
+         ("rule `bad[0] = [1, 2]`: a value of shape (2,) does not fit the region of shape (3,)", "; give a number")),
+    Case("list of words", "linear", {"bad": (entries[0], ["a"])}, FrozenValueError,
+         ("a list of values must hold numbers, found str", "; give finite numbers")),
     Case("truth as a value", "linear", {"bad": (entries[0], True)}, SpecError,
-         ("rule `bad[0] = <bool>`: a value is a number, `keep` or a tensor, found bool",)),
+         ("rule `bad[0] = <bool>`: a value is a number, a list of numbers, `keep` or a tensor, found bool",)),
     # rules that disagree
     Case("two rules that disagree", "linear", "bad.weight[0] = 0\nbad.weight[:, 1] = 1", RuleConflictError,
          ("rules `bad.weight[0] = 0` and `bad.weight[:, 1] = 1` disagree about entry [0, 1] of `bad.weight`",
@@ -269,7 +272,8 @@ CASES = [
     Case("text that does not parse", "linear", "bad.weight[0 = 1", RuleSyntaxError,
          ("rule `bad.weight[0 = 1`: column 14: expected `]` to close the region, found `=`",)),
     Case("value that does not parse", "linear", "bad.weight[0] = one", RuleSyntaxError,
-         ("rule `bad.weight[0] = one`: column 17: expected a value: a number, `keep` or `tied(dim)`, found `one`",)),
+         ("rule `bad.weight[0] = one`: column 17: expected a value: a number, a list of numbers, "
+          "`keep` or `tied(dim)`, found `one`",)),
     Case("pattern that is none", "linear", "bad.weight[middle]", RuleSyntaxError,
          ("rule `bad.weight[middle]`: column 12: unknown pattern `middle`; use one of center, cross, ",)),
     Case("spec of another kind", "linear", 7, SpecError,
@@ -511,7 +515,8 @@ _HOLDS_NONE: Final = re.escape(
 )
 
 
-@pytest.mark.parametrize("wrap", [MaskedOptimizer, lambda optimizer, frozen: frozen.guard(optimizer)], ids=["wrap", "guard"])  # noqa: E501  # fmt: skip
+@pytest.mark.parametrize("wrap", [MaskedOptimizer, lambda optimizer, frozen: "
+"frozen.guard(optimizer)], ids=["wrap", "guard"])  # noqa: E501  # fmt: skip
 def test_an_optimizer_of_other_parameters_is_refused(wrap: Callable[[Optimizer, FrozenEntries], Any]) -> None:
     model = _beside_good(nn.Linear(3, 4))
     frozen = freeze_entries(model, GOOD)
@@ -576,7 +581,8 @@ def test_context_goes_before_the_fact_and_detail_behind_it(error: type[FreezeErr
 
 
 @every_error
-@pytest.mark.parametrize("again", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy, copy.deepcopy], ids=["pickle", "copy", "deepcopy"])  # noqa: E501  # fmt: skip
+@pytest.mark.parametrize("again", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy, "
+"copy.deepcopy], ids=["pickle", "copy", "deepcopy"])  # noqa: E501  # fmt: skip
 def test_an_error_keeps_its_message_through_a_copy(error: type[FreezeError], again: Callable[[Any], Any]) -> None:
     raised = error("it is odd", "make it even").within("rule `a`", "of 3")
     copied = again(raised)

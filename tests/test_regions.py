@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -22,13 +22,18 @@ from freezehooks import (
     RegionError,
     Rule,
     SpecError,
+    band,
+    block_diagonal,
     border,
     center,
     cross,
     diagonal,
+    each,
     entries,
+    largest,
     nm,
     parse_region,
+    random,
     smallest,
     tril,
     triu,
@@ -36,7 +41,7 @@ from freezehooks import (
 )
 from freezehooks._entries.select import positions, select
 from freezehooks._rules.patterns import pattern_named
-from freezehooks._rules.patterns.pattern import Integer, Pattern
+from freezehooks._rules.patterns.pattern import Integer, Pattern, Selector
 from freezehooks._rules.region import And, Index, Not, Or
 from freezehooks.cli.explain import in_words
 
@@ -68,6 +73,33 @@ def test_an_index_selects_what_it_selects_in_numpy(indexed: Indexed) -> None:
 
 def _has_lists(indexed: Indexed) -> bool:
     return any(isinstance(item, list) for item in indexed.key)
+
+
+@st.composite
+def _with_unions(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[list[int | slice], ...]]:
+    shape = draw(shapes(min_dims=1, max_dims=3))
+    spans = st.builds(slice, st.integers(-4, 4), st.integers(-4, 4), st.sampled_from([None, 1, 2, -1]))
+    unions = [draw(st.lists(st.integers(-size, size - 1) | spans, min_size=1, max_size=3)) for size in shape]
+    return shape, tuple([*union, slice(0, 0)] for union in unions)
+
+
+@given(_with_unions())
+@many
+def test_a_union_selects_its_positions_in_every_combination(
+    case: tuple[tuple[int, ...], tuple[list[int | slice], ...]],
+) -> None:
+    shape, unions = case
+    along = [
+        list(dict.fromkeys(p for part in union for p in np.atleast_1d(np.arange(size)[part]).tolist()))
+        for union, size in zip(unions, shape, strict=True)
+    ]
+    numbers = np.arange(np.prod(shape)).reshape(shape)[np.ix_(*along)]
+    index = Index(tuple(entries[..., union].items[1] for union in unions))  # type: ignore[attr-defined]
+    assert np.array_equal(positions(index, torch.Size(shape)).numpy(), numbers)
+    if numbers.size:
+        assert np.array_equal(
+            select(index, torch.zeros(shape)).numpy().nonzero(), np.unravel_index(np.sort(numbers.ravel()), shape)
+        )
 
 
 @given(indices_and_shapes().filter(lambda indexed: not _has_lists(indexed)))
@@ -235,6 +267,73 @@ def test_nm_frees_the_n_largest_of_every_m_along_dimension_1(grouped: tuple[Tens
     assert select(nm(n, m), weight).equal(_where(tuple(weight.shape), frozen))
 
 
+@given(shapes(2, 4), st.integers(0, 5), st.integers(0, 5))
+@many
+def test_band_is_what_lies_neither_too_far_below_nor_above(shape: tuple[int, ...], lower: int, upper: int) -> None:
+    ones = np.ones(shape, dtype=bool)
+    expected = np.triu(ones, -lower) & np.tril(ones, upper)
+    assert np.array_equal(select(band(lower, upper), torch.zeros(shape)).numpy(), expected)
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
+@many
+def test_block_diagonal_is_what_torch_places_so(n: int, rows: int, columns: int) -> None:
+    expected = torch.block_diag(*[torch.ones(rows, columns)] * n).bool()
+    assert select(block_diagonal(n), torch.zeros(n * rows, n * columns)).equal(expected)
+
+
+@given(shapes(1, 3).flatmap(weights), st.floats(0.2, 1))
+@many
+def test_largest_is_the_first_of_the_entries_sorted_by_falling_magnitude(weight: Tensor, fraction: float) -> None:
+    order = np.argsort(-weight.abs().flatten().numpy(), kind="stable")
+    expected = np.zeros(weight.numel(), dtype=bool)
+    expected[order[: round(fraction * weight.numel())]] = True
+    assume(expected.any())
+    assert np.array_equal(select(largest(fraction), weight).flatten().numpy(), expected)
+
+
+def test_random_is_the_same_on_every_machine() -> None:
+    found = select(random(0.5, seed=3), torch.zeros(4, 6))
+    assert found.int().tolist() == [
+        [1, 0, 0, 1, 0, 1],
+        [0, 1, 0, 1, 0, 0],
+        [1, 1, 1, 0, 1, 0],
+        [1, 1, 0, 0, 1, 0],
+    ]
+
+
+@given(shapes(0, 4), st.integers(-(2**70), 2**70), st.floats(0, 1))
+@many
+def test_random_is_so_many_entries_whatever_they_hold(shape: tuple[int, ...], seed: int, fraction: float) -> None:
+    count = round(fraction * torch.Size(shape).numel())
+    assume(count)
+    found = select(random(fraction, seed=seed), torch.zeros(shape))
+    assert int(found.sum()) == count
+    assert found.equal(select(random(fraction, seed=seed), torch.full(shape, torch.nan)))
+
+
+def test_random_seeds_choose_alike_no_more_than_by_chance() -> None:
+    masks = [select(random(0.5, seed=seed), torch.zeros(300, 300)) for seed in (0, 1, 2, 2**32, -1)]
+    for n, first in enumerate(masks):
+        assert abs(first.float().mean(0) - 0.5).max() < 0.15
+        for second in masks[:n]:
+            assert abs((first == second).float().mean() - 0.5) < 0.01
+
+
+@given(st.integers(1, 3), shapes(2, 3), st.sampled_from([diagonal, ~triu(1), entries[0] | entries[:, -1]]))
+@many
+def test_each_is_the_region_within_every_chunk(k: int, shape: tuple[int, ...], region: Region) -> None:
+    chunk = torch.zeros(shape)
+    assume(bool((expected := select(region | entries[0], chunk)).any()))
+    found = select(each(k, region | entries[0]), torch.zeros(k * shape[0], *shape[1:]))
+    assert found.equal(torch.cat([expected] * k))
+
+
+def test_each_chooses_by_the_numbers_of_each_chunk() -> None:
+    weight = torch.tensor([[1.0, 2.0], [3.0, 4.0], [8.0, 7.0], [6.0, 5.0]])
+    assert select(each(2, smallest(0.25)), weight).nonzero().tolist() == [[0, 0], [3, 1]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.complex64], ids=str)
 @pytest.mark.parametrize("pattern", [center, zeros, smallest(0.3), nm(1, 2), triu(1)], ids=str)
 def test_patterns_select_the_same_in_every_dtype(pattern: Pattern, dtype: torch.dtype) -> None:
@@ -250,7 +349,10 @@ def test_patterns_select_the_same_in_every_memory_layout(pattern: Pattern) -> No
 
 
 _WEIGHTS = [torch.tensor(numbers * 9).view(2, 2, 3, 3) for numbers in ([0.0, 1.0, 2.0, 3.0], [3.0, 0.0, 1.0, 0.0])]
-_EVERY = [center, cross, border, diagonal, triu, tril, zeros, smallest(0.3), nm(1, 2)]
+_EVERY = [
+    *(center, cross, border, diagonal, triu, tril, band(0, 1), block_diagonal(3)),
+    *(zeros, smallest(0.3), largest(0.3), nm(1, 2), random(0.3, seed=1), each(2, border)),
+]
 
 
 @pytest.mark.parametrize("pattern", _EVERY, ids=str)
@@ -284,8 +386,8 @@ def test_one_class_adds_a_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
         name = "column"
         at: Integer = 0
 
-        def select(self, parameter: Tensor, coordinates: Callable[[Tensor, int], Sequence[Tensor]]) -> Tensor:
-            (along,) = coordinates(parameter, 1)
+        def select(self, parameter: Tensor, selector: Selector) -> Tensor:
+            (along,) = selector.coordinates(parameter, 1)
             found: Tensor = along == self.at
             return found
 
@@ -310,6 +412,27 @@ def test_a_mask_selects_where_it_is_true(mask: Tensor) -> None:
     weight = torch.zeros(mask.shape)
     assert select(mask, weight).equal(mask)
     assert select(lambda parameter: mask, weight).equal(mask)
+
+
+@given(
+    shapes(1, 4).flatmap(
+        lambda shape: st.tuples(st.just(shape), st.integers(1, len(shape)).flatmap(lambda n: masks(shape[:n])))
+    )
+)
+@many
+def test_a_mask_of_the_first_dimensions_selects_as_torch_indexes_by_it(case: tuple[tuple[int, ...], Tensor]) -> None:
+    shape, mask = case
+    assume(mask.shape != shape[-mask.ndim :] or mask.ndim == len(shape))
+    expected = torch.zeros(shape, dtype=torch.bool)
+    expected[mask] = True
+    assert select(mask, torch.zeros(shape)).equal(expected)
+    assert select(mask.numpy(), torch.zeros(shape)).equal(expected)
+
+
+def test_a_mask_of_as_many_dimensions_broadcasts() -> None:
+    mask = torch.tensor([[True], [False]])
+    assert select(mask, torch.zeros(2, 3)).tolist() == [[True] * 3, [False] * 3]
+    assert select(torch.ones(2).bool(), torch.zeros(2, 2)).all()  # rows or columns: the same
 
 
 def test_a_mask_is_copied_so_that_later_writes_to_it_change_nothing() -> None:
@@ -427,16 +550,44 @@ _MISFITS: list[tuple[str, Any, tuple[int, ...], str]] = [
     ("nm of a vector", nm(2, 4), (4,), "pattern `nm` needs a tensor of 2 or more dimensions, found 1"),
     ("nm of another width", nm(2, 4), (4, 6), "pattern `nm(2, 4)` needs dimension 1 to be a multiple of 4, found 6"),
     ("smallest of too few", smallest(0.01), (3,), "the region selects no entry"),
-    ("mask of another shape", _TRUE, (4, 3), "a mask must have the parameter's shape (4, 3), found (3, 4)"),
-    ("mask that would broadcast", _TRUE[:1], (3, 4), "a mask must have the parameter's shape (3, 4), found (1, 4)"),
-    ("mask of integers", _TRUE.int(), (3, 4),
-     "a mask must be a bool tensor, found dtype torch.int32; give True where an entry is frozen, as in `mask == 0`"),
+    ("mask of another shape", _TRUE, (4, 3),
+     "a mask must have the parameter's shape (4, 3) or that of its first dimensions, found (3, 4); "
+     "transpose it: `mask.T`"),
+    ("mask of a kernel", torch.ones(3, 3).bool(), (8, 4, 3, 3),
+     "a mask must have the parameter's shape (8, 4, 3, 3) or that of its first dimensions, found (3, 3); give "
+     "`mask[None, None]` to repeat it"),
+    ("mask of the last dimension", _TRUE[0], (3, 4),
+     "a mask must have the parameter's shape (3, 4) or that of its first dimensions, found (4,); give "
+     "`mask[None]` to repeat it"),
+    ("mask of rows or columns", torch.tensor([True, False]), (2, 2),
+     "a mask of shape (2,) fits the first and the last dimensions of (2, 2); "
+     "give `mask[:, None]` for the first, `mask[None, :]` for the last"),
+    ("mask of too many dimensions", _TRUE[None], (3, 4),
+     "a mask must have the parameter's shape (3, 4) or that of its first dimensions, found (1, 3, 4); give a "
+     "bool for each entry"),
+    ("mask of integers", _TRUE.int(), (3, 4), "a mask must be a bool tensor, found dtype torch.int32; "
+     "give `mask.bool()` if 1 means frozen, `mask == 0` if 1 means trained"),
+    ("array of floats", np.ones((3, 4)), (3, 4), "a mask must be a bool tensor, found dtype torch.float64; give `mask"),
+    ("mask of numbers", 2 * _TRUE.int(), (3, 4),
+     "a mask must be a bool tensor, found dtype torch.int32; give True where an entry is frozen, as in "
+     "`weight.abs() < 0.1`"),
+    ("chunks that do not divide", each(3, diagonal), (4, 4),
+     "pattern `each(3, diagonal)` needs dimension 0 to be a multiple of 3, found 4; choose a number of chunks"),
+    ("pattern that does not fit a chunk", each(2, center), (4, 4), "pattern `center` needs a convolution weight"),
+    ("chunks of a number", each(2, diagonal), (),
+     "pattern `each(2, diagonal)` needs a tensor with dimensions, found none"),
+    ("blocks that do not divide", block_diagonal(2), (4, 3),
+     "pattern `block_diagonal(2)` needs last two dimensions that 2 divides, found 4 x 3"),
+    ("blocks of a vector", block_diagonal(2), (4,),
+     "pattern `block_diagonal` needs a tensor of 2 or more dimensions, found 1"),
+    ("union too far", entries[:, [0, slice(2, 3), 4]], (2, 4), "index 4 is out of range for dimension 1 of size 4"),
     ("function to floats", lambda parameter: parameter, (3, 4), "a mask must be a bool tensor, found dtype torch.f"),
     ("function to a list", lambda parameter: [True], (3, 4), "a mask must be a bool tensor, found list"),
     ("mask without numbers", _TRUE.to("meta"), (3, 4),
      "a mask must be a dense tensor with numbers, found torch.strided on meta"),
     ("sparse mask", _TRUE.to_sparse(), (3, 4), "a mask must be a dense tensor with numbers, found torch.sparse_coo"),
-    ("function to another shape", lambda parameter: _TRUE, (3,), "a mask must have the parameter's shape (3,), found"),
+    ("function to another shape", lambda parameter: _TRUE, (3,),
+     "a mask must have the parameter's shape (3,) or that of its first dimensions, found"),
 ]  # fmt: skip
 
 
@@ -450,7 +601,7 @@ def test_a_region_that_does_not_fit_is_refused(region: Any, shape: tuple[int, ..
 
 @pytest.mark.parametrize(
     ("region", "found"),
-    [(0, "int"), ("center", "str"), (slice(2), "slice"), ([True, False], "list"), (np.ones(2, dtype=bool), "ndarray"),
+    [(0, "int"), ("center", "str"), (slice(2), "slice"), ([True, False], "list"),
      (None, "NoneType"), (Region(), "Region")],
     ids=lambda part: part if isinstance(part, str) else "",
 )  # fmt: skip
@@ -471,7 +622,7 @@ _UNMADE: list[tuple[str, Callable[[], Any], str]] = [
     ("nested list", lambda: entries[[[0]]], "an index holds integers, slices, `...` and lists of integers, found [0]"),
     ("unknown pattern", lambda: pattern_named("middle"),
      "unknown pattern `middle`; use one of center, cross, border, "),
-    ("argument of center", lambda: center(1), "pattern `center` got 1 arguments; write `center`"),
+    ("argument of center", lambda: center(1), "pattern `center` got 1 argument; write `center`"),
     ("two arguments of triu", lambda: pattern_named("triu", (1, 2)),
      "pattern `triu` got 2 arguments; write `triu(k=0)`"),
     ("no arguments of nm", lambda: pattern_named("nm"), "pattern `nm` got 0 arguments; write `nm(n, m)`"),

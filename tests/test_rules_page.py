@@ -142,9 +142,11 @@ def test_every_message_is_preceded_by_what_to_do() -> None:
 # No message is missing
 
 SOURCES: Final = [
-    *("_rules/region", "_rules/rule", "_rules/reader", "_rules/parser", "_rules/spec", "_entries/select"),
-    *(f"_rules/patterns/{name}" for name in ("__init__", "pattern", "kernels", "matrices", "magnitudes")),
+    *("_rules/region", "_rules/rule", "_rules/reader", "_rules/parser", "_rules/spec", "_rules/ties"),
+    *(f"_rules/patterns/{name}" for name in ("__init__", "pattern", "kernels", "matrices", "magnitudes", "within")),
     *(
+        "_entries/select",
+        "_held/copies",
         "_held/fixed",
         "_held/tied",
         "_held/parameter",
@@ -169,6 +171,9 @@ RAISE: Final = {
 NO_MESSAGE: Final = {
     "a shape in a rule's text": "<{} of shape {}>",
     "how a violation prints, which a drift error lists": "`{}[{}]` holds {} instead of {} ({} drifted)",
+    "what to do about it": "give fewer lists",
+    "labels without a shape, as a nested tensor has them": "labels must be a dense tensor of integers, found {}",
+    "a list of values too deep for any tensor": "a list of values is nested {} deep at most",
     "the topic of a comparison between ranks, which no message shows": "in the first forward",
 }
 

@@ -25,7 +25,9 @@ from freezehooks import (
     UnsupportedParameterError,
     entries,
     freeze_entries,
+    mirrored,
     parse_rule,
+    symmetric,
     tied,
 )
 from freezehooks.layers import SharedKernelConv2d
@@ -57,6 +59,14 @@ def _step(layer: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None
     optimizer.zero_grad()
     _loss(layer, seed).backward()
     optimizer.step()
+
+
+def _momentum(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+
+
+def _adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
 
 
 @pytest.mark.parametrize("case", ELEMENTWISE, ids=[case.name for case in ELEMENTWISE])
@@ -175,12 +185,16 @@ def test_rules_that_do_not_fit_a_tie_are_refused(rule: str, message: str) -> Non
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: Rule("w", entries[0], tied(0)), RegionError, r"`tied\(0\)` speaks of a whole tensor, .*; leave the"),
+        (lambda: Rule("w", entries[0], tied(0)), RegionError, r"`tied\(0\)` is for a whole tensor, .*; leave the"),
         (lambda: tied(0, start="median"), RegionError, "`start` of `tied` must be first or mean, found 'median'"),
         (lambda: tied(0.5), SpecError, r"`dim` of `tied` must be an integer, found 0\.5; write"),  # type: ignore[arg-type]
-        (lambda: parse_rule("w = tied"), RuleSyntaxError, r"column 9: expected `\(` and a dimension, found the end"),
-        (lambda: parse_rule("w = tied(x)"), RuleSyntaxError, "column 10: expected a dimension, found `x`"),
-        (lambda: parse_rule("w = tied(0, stop=1)"), RuleSyntaxError, "column 13: expected `start`, found `stop`"),
+        (
+            lambda: parse_rule("w = tied"),
+            RuleSyntaxError,
+            r"column 5: `tied` takes other arguments; write `tied\(dim, groups=1\)`",
+        ),
+        (lambda: parse_rule("w = tied(x)"), RuleSyntaxError, "column 5: `dim` of `tied` must be an integer, found 'x'"),
+        (lambda: parse_rule("w = tied(0, stop=1)"), RuleSyntaxError, "column 5: `tied` takes other arguments; write"),
         (lambda: parse_rule("w = tied(0, start=all)"), RuleSyntaxError, "column 5: `start` of `tied` must be first or"),
         (
             lambda: freeze_entries(nn.Linear(2, 2), "weight = tied(2)"),
@@ -367,3 +381,109 @@ def test_a_gradient_set_by_hand_before_a_state_is_loaded_is_summed() -> None:
     frozen.load_state_dict(frozen.state_dict())
     optimizer.step()
     assert torch.allclose(before - layer.weight, torch.full((2, 3), 3.0))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Which entries are one
+
+_LABELS = torch.tensor([[0, 7, -1, 0], [7, 2, -1, 2], [-1, -1, -1, 5], [0, 7, 7, 2]])
+_WAYS: list[tuple[str, Any, list[list[int]]]] = [
+    ("groups", tied(0, groups=2, start="first"), [[0, 1, 2, 3], [0, 1, 2, 3], [8, 9, 10, 11], [8, 9, 10, 11]]),
+    ("groups of the last", tied(-1, groups=2, start="first"), [[n, n, n + 2, n + 2] for n in (0, 4, 8, 12)]),
+    ("mirrored", mirrored(0, start="first"), [[0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7], [0, 1, 2, 3]]),
+    ("mirrored last", mirrored(-1, start="first"), [[n, n + 1, n + 1, n] for n in (0, 4, 8, 12)]),
+    ("symmetric", symmetric(start="first"), [[0, 1, 2, 3], [1, 5, 6, 7], [2, 6, 10, 11], [3, 7, 11, 15]]),
+    ("labels", tied(_LABELS, start="first"), [[0, 1, 2, 0], [1, 5, 6, 5], [8, 9, 10, 11], [0, 1, 1, 5]]),
+]
+
+
+@pytest.mark.parametrize(("tie", "first"), [way[1:] for way in _WAYS], ids=[way[0] for way in _WAYS])
+@pytest.mark.parametrize("make", [_momentum, _adamw], ids=["SGD", "AdamW"])
+def test_entries_that_are_one_train_as_one(tie: Any, first: list[list[int]], make: Any) -> None:
+    torch.manual_seed(4)
+    layer = nn.Linear(4, 4, bias=False)
+    one = nn.Parameter(
+        layer.weight.detach().flatten()[torch.tensor(first)].flatten().clone()
+    )  # of which the first count
+    frozen = freeze_entries(layer, Rule("weight", value=tie))
+    optimizer, plain = MaskedOptimizer(make([layer.weight]), frozen), make([one])
+    where = torch.tensor(first).flatten()
+    for seed in range(20):
+        images = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+        for weight, each in ((layer.weight, optimizer), (one[where].view(4, 4), plain)):
+            each.zero_grad()
+            torch.tanh(images @ weight.T).pow(3).sum().backward()
+            each.step()
+        assert same_bits(layer.weight, layer.weight.flatten()[where].view(4, 4))
+        torch.testing.assert_close(layer.weight.flatten(), one[where], rtol=1e-4, atol=1e-6)  # another order of sums
+    frozen.assert_frozen()
+
+
+@pytest.mark.parametrize(("tie", "first"), [way[1:] for way in _WAYS], ids=[way[0] for way in _WAYS])
+def test_the_gradient_of_entries_that_are_one_is_their_sum(tie: Any, first: list[list[int]]) -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    frozen = freeze_entries(layer, Rule("weight", value=tie))
+    numbers = torch.arange(16.0).view(4, 4) ** 2  # whole numbers: exact in any order
+    (layer.weight * numbers).sum().backward()
+    where = torch.tensor(first).flatten()
+    sums = torch.zeros(16).index_add(0, where, numbers.flatten())
+    assert same_bits(layer.weight.grad, sums[where].view(4, 4))  # type: ignore[arg-type]  # it has one
+    frozen.remove()
+
+
+@pytest.mark.parametrize(("tie", "first"), [way[1:] for way in _WAYS], ids=[way[0] for way in _WAYS])
+def test_entries_that_are_one_start_from_their_mean(tie: Any, first: list[list[int]]) -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    layer.weight.data.copy_(torch.arange(16.0).view(4, 4))
+    freeze_entries(layer, Rule("weight", value=tie.starting_from("mean")))
+    where = torch.tensor(first).flatten()
+    counts = torch.zeros(16).index_add(0, where, torch.ones(16))
+    means = torch.zeros(16).index_add(0, where, torch.arange(16.0)) / counts
+    torch.testing.assert_close(layer.weight.flatten(), means[where])
+
+
+@pytest.mark.parametrize(
+    ("tie", "shape", "message"),
+    [
+        (
+            tied(0, groups=3),
+            (4, 4),
+            r"`tied\(0, groups=3\)` needs dimension 0 to be a multiple of 3, found 4 .*; choose",
+        ),
+        (mirrored(2), (4, 4), r"dimension 2 is out of range for a tensor of 2 .*; use 0 to 1"),
+        (mirrored(0), (1, 4), "dimension 0 has no two slices to mirror"),
+        (symmetric, (4, 3), "`symmetric` needs square last two dimensions of 2 or more, found 4 x 3"),
+        (symmetric, (4,), "`symmetric` needs square last two dimensions of 2 or more, found 4"),
+        (tied(_LABELS[:2]), (4, 4), r"labels must have the parameter's shape \(4, 4\), found \(2, 4\) .*; give"),
+        (tied(_LABELS.float()), (4, 4), r"labels must be integers from -1 on, found torch\.float32 .*; give"),
+        (tied(_LABELS - 1), (4, 4), "labels must be integers from -1 on, found torch.int64"),
+        (tied(torch.arange(16).view(4, 4)), (4, 4), r"no two entries are tied .*; correct the labels"),
+    ],
+)
+def test_entries_that_cannot_be_one_are_refused(tie: Any, shape: tuple[int, ...], message: str) -> None:
+    weight = torch.zeros(shape, requires_grad=True)
+    with pytest.raises(RegionError, match=message):
+        freeze_entries({"w": weight}, Rule("w", value=tie))
+
+
+def test_groups_are_for_slices_and_not_for_labels() -> None:
+    with pytest.raises(
+        RegionError, match="`groups` of `tied` is for slices along a dimension; say groups in the labels"
+    ):
+        tied(_LABELS, groups=2)
+
+
+def test_a_symmetric_matrix_composes_with_a_frozen_diagonal() -> None:
+    layer = nn.Linear(3, 3, bias=False)
+    frozen = freeze_entries(layer, "weight = symmetric(start=mean)\nweight[diagonal] = 0")
+    optimizer = MaskedOptimizer(_adamw(layer.parameters()), frozen)
+    for seed in range(3):
+        optimizer.zero_grad()
+        layer(torch.randn(2, 3, generator=torch.Generator().manual_seed(seed))).pow(2).sum().backward()
+        optimizer.step()
+    assert same_bits(layer.weight, layer.weight.T)
+    assert same_bits(layer.weight.diagonal(), torch.zeros(3))
+    with pytest.raises(
+        RuleConflictError, match=r"disagree about entry .* in each entry of the last two dimensions and"
+    ):
+        freeze_entries(nn.Linear(3, 3), "weight = symmetric(start=mean)\nweight[0, 1] = 0")

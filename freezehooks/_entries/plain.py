@@ -1,12 +1,24 @@
-"""Tensors that are given as masks or values: whether their numbers lie in memory as those of a plain tensor do."""
+"""What is given as a mask or as values: as a tensor, and whether its numbers lie in memory as those of a plain one."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .._torch import is_tensor_subclass
+
+
+def as_tensor(given: Any) -> Any:
+    """Return an array as a tensor; whatever cannot be one as it is."""
+    if isinstance(given, Tensor) or not hasattr(type(given), "__array__"):
+        return given
+    try:
+        return torch.as_tensor(given, device="cpu")
+    except (TypeError, ValueError, RuntimeError):  # an array of objects, or of dtypes that torch has not
+        return given
 
 
 def oddity_of(tensor: Tensor) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from types import EllipsisType
-from typing import Any, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -13,26 +13,35 @@ from torch import Tensor
 from .._counted import counted
 from .._errors import RegionError, SpecError
 from .._rules.patterns.pattern import Pattern
-from .._rules.region import And, Index, IndexItem, Not, Or, Region, Slice
-from .plain import oddity_of
+from .._rules.region import And, Index, IndexItem, Not, Or, Region, Slice, Union
+from .plain import as_tensor, oddity_of
+
+Item: TypeAlias = "int | Slice | tuple[int, ...] | Union"
+"""What an index says of one dimension."""
 
 
 def select(region: Any, parameter: Tensor) -> Tensor:
     """Return the bool tensor, of the parameter's shape and on its device, that is True inside `region`.
 
     Args:
-        region: A `Region`, a bool tensor of the parameter's shape, or a function from the parameter to one.
+        region: A `Region`; a bool tensor or array of the parameter's shape or of its leading dimensions, or one that
+            broadcasts to it with as many dimensions; or a function from the parameter to one of these.
         parameter: The tensor the region is to be cut from; its numbers matter to some patterns and functions alone.
 
     Raises:
         RegionError: The region does not fit the parameter's shape, or selects no entry.
         SpecError: `region` is none of the three.
     """
-    with torch.no_grad():
-        frozen = _select(region, parameter.detach())
+    frozen = select_perhaps_nothing(region, parameter)
     if not bool(frozen.any()):
         raise RegionError("the region selects no entry", "correct it, or leave the rule out")
     return frozen
+
+
+def select_perhaps_nothing(region: Any, parameter: Tensor) -> Tensor:
+    """Do what `select` does, for a region that may select no entry."""
+    with torch.no_grad():
+        return _select(region, parameter.detach())
 
 
 def _select(region: Any, parameter: Tensor) -> Tensor:
@@ -47,7 +56,7 @@ def _select(region: Any, parameter: Tensor) -> Tensor:
             return _select(left, parameter) & _select(right, parameter)
         case Or(left=left, right=right):
             return _select(left, parameter) | _select(right, parameter)
-        case Tensor():
+        case _ if hasattr(type(region), "__array__"):
             return _checked_mask(region, parameter)
         case _ if _is_function(region):
             return _checked_mask(region(parameter), parameter)
@@ -72,10 +81,20 @@ def _is_function(region: Any) -> TypeGuard[Callable[[Tensor], Any]]:
 
 
 def _checked_mask(mask: Any, parameter: Tensor) -> Tensor:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        found = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+    """Return a mask in the parameter's shape: read as torch reads it, along the leading dimensions, or broadcast.
+
+    Raises:
+        RegionError: It is no dense bool tensor, fits in neither way, or in both and means two things.
+    """
+    mask = as_tensor(mask)
+    _check_is_mask(mask)
+    return _in_shape(mask.detach().to(parameter.device), parameter.shape).clone()
+
+
+def _check_is_mask(mask: Any) -> None:
+    if not isinstance(mask, Tensor):
         raise RegionError(
-            f"a mask must be a bool tensor, found {found}", "give True where an entry is frozen, as in `mask == 0`"
+            f"a mask must be a bool tensor, found {type(mask).__name__}", "give True where an entry is frozen"
         )
     oddity = oddity_of(mask)
     if oddity:
@@ -83,12 +102,47 @@ def _checked_mask(mask: Any, parameter: Tensor) -> Tensor:
             f"a mask must be a dense tensor with numbers, found {oddity}",
             "convert it with `to_dense()`, or make it on a real device",
         )
-    if mask.shape != parameter.shape:
+    if mask.dtype != torch.bool:
+        is_binary = not mask.is_complex() and bool(((mask == 0) | (mask == 1)).all())
+        both_ways = "`mask.bool()` if 1 means frozen, `mask == 0` if 1 means trained"
         raise RegionError(
-            f"a mask must have the parameter's shape {_show(parameter)}, found {_show(mask)}",
-            "give a bool for each entry of the parameter, or expand the mask to its shape",
+            f"a mask must be a bool tensor, found dtype {mask.dtype}",
+            f"give {both_ways}" if is_binary else "give True where an entry is frozen, as in `weight.abs() < 0.1`",
         )
-    return mask.detach().to(parameter.device, copy=True)
+
+
+def _in_shape(mask: Tensor, shape: torch.Size) -> Tensor:
+    """Return a mask of the leading dimensions, or of as many as the parameter has, expanded to the whole shape.
+
+    Raises:
+        RegionError: It is neither, or may be of the last dimensions as well.
+    """
+    if mask.shape == shape:
+        return mask
+    if 0 < mask.ndim < len(shape) and mask.shape == shape[: mask.ndim]:
+        leading = mask[(..., *[None] * (len(shape) - mask.ndim))].expand(shape)
+        if mask.shape == shape[-mask.ndim :] and not bool((leading == mask).all()):
+            full, new = ", ".join([":"] * mask.ndim), ", ".join(["None"] * (len(shape) - mask.ndim))
+            raise RegionError(
+                f"a mask of shape {_show(mask)} fits the first and the last dimensions of {tuple(shape)}",
+                f"give `mask[{full}, {new}]` for the first, `mask[{new}, {full}]` for the last",
+            )
+        return leading
+    if mask.ndim == len(shape) and all(size in (1, full) for size, full in zip(mask.shape, shape, strict=True)):
+        return mask.expand(shape)
+    raise RegionError(
+        f"a mask must have the parameter's shape {tuple(shape)} or that of its first dimensions, found {_show(mask)}",
+        _mask_advice(mask, shape),
+    )
+
+
+def _mask_advice(mask: Tensor, shape: torch.Size) -> str:
+    missing = len(shape) - mask.ndim
+    if mask.ndim >= 2 and mask.mT.shape == shape:
+        return "transpose it: `mask.T`" if mask.ndim == 2 else "transpose its last two dimensions: `mask.mT`"
+    if missing > 0 and all(size in (1, full) for size, full in zip(mask.shape, shape[missing:], strict=True)):
+        return f"give `mask[{', '.join(['None'] * missing)}]` to repeat it over the leading dimensions"
+    return "give a bool for each entry of the parameter, or one for each row"
 
 
 def _show(tensor: Tensor) -> str:
@@ -106,8 +160,18 @@ def select_pattern(pattern: Pattern, parameter: Tensor) -> Tensor:
         RegionError: The pattern does not fit the parameter's shape.
     """
     pattern.check(parameter.shape)
-    frozen: Tensor = pattern.select(parameter, coordinates)
+    frozen: Tensor = pattern.select(parameter, _Selector())
     return frozen if frozen.shape == parameter.shape else frozen.expand(parameter.shape).clone()
+
+
+class _Selector:
+    """What patterns, which import no torch, are given to select with."""
+
+    def coordinates(self, parameter: Tensor, dims: int) -> list[Tensor]:
+        return coordinates(parameter, dims)
+
+    def select(self, region: Region, parameter: Tensor) -> Tensor:
+        return _select(region, parameter)
 
 
 def coordinates(parameter: Tensor, dims: int) -> list[Tensor]:
@@ -129,15 +193,45 @@ def coordinates(parameter: Tensor, dims: int) -> list[Tensor]:
 def select_index(index: Index, shape: torch.Size, device: torch.device) -> Tensor:
     """Return the bool tensor of the given shape that is True at `index`."""
     frozen = torch.zeros(shape, dtype=torch.bool, device=device)
-    frozen[as_key(index, shape)] = True
+    if any(isinstance(item, Union) for item in index.items):
+        frozen.view(-1)[positions(index, shape).to(device)] = True
+    else:
+        frozen[as_key(index, shape)] = True
     return frozen
 
 
 def positions(index: Index, shape: torch.Size) -> Tensor:
-    """Return, in the shape and order of ``tensor[index]``, where its entries lie in the flattened tensor."""
+    """Return, in the shape and order of ``tensor[index]``, where its entries lie in the flattened tensor.
+
+    A union gives its dimension as many positions as it has, each once, whatever the index holds elsewhere.
+    """
     count = torch.arange(shape.numel(), device="cpu").view(shape)
-    backward = [d for d, item in _by_dimension(index, shape) if isinstance(item, Slice) and (item.step or 1) < 0]
-    return count.flip(backward)[as_key(index, shape, flipped=True)] if backward else count[as_key(index, shape)]
+    by_dimension = _by_dimension(index, shape)
+    for dimension, item in by_dimension:
+        if isinstance(item, Union):
+            count = count.index_select(
+                dimension, torch.tensor(_joined(item, dimension, shape[dimension]), dtype=torch.int64, device="cpu")
+            )
+    full = Slice(None, None, None)
+    plain = Index(tuple(full if isinstance(item, Union) else item for _, item in by_dimension))
+    backward = [d for d, item in by_dimension if isinstance(item, Slice) and (item.step or 1) < 0]
+    return (
+        count.flip(backward)[as_key(plain, count.shape, flipped=True)]
+        if backward
+        else count[as_key(plain, count.shape)]
+    )
+
+
+def _joined(union: Union, dimension: int, size: int) -> list[int]:
+    """Return the positions of a union, each once."""
+    found: dict[int, None] = {}
+    for part in union.parts:
+        if isinstance(part, Slice):
+            found.update(dict.fromkeys(range(*slice(part.start, part.stop, part.step).indices(size))))
+        else:
+            _check_range(part, dimension, size)
+            found[part % size] = None
+    return list(found)
 
 
 def as_key(index: Index, shape: torch.Size, flipped: bool = False) -> tuple[Any, ...]:
@@ -151,14 +245,14 @@ def as_key(index: Index, shape: torch.Size, flipped: bool = False) -> tuple[Any,
         size = shape[dimension]
         if isinstance(item, Slice):
             key.append(_forward(item, size, flipped))
-        else:
+        elif not isinstance(item, Union):
             _check_range(item, dimension, size)
             key.append(list(item) if isinstance(item, tuple) else item)
     _check_lists([item for item in key if isinstance(item, list)])
     return tuple(key)
 
 
-def _by_dimension(index: Index, shape: torch.Size) -> list[tuple[int, int | Slice | tuple[int, ...]]]:
+def _by_dimension(index: Index, shape: torch.Size) -> list[tuple[int, Item]]:
     """Pair every dimension that `index` speaks of with its item; ``...`` stands for the full ones between."""
     items: list[IndexItem] = list(index.items)
     split = items.index(...) if ... in items else len(items)
@@ -174,7 +268,7 @@ def _by_dimension(index: Index, shape: torch.Size) -> list[tuple[int, int | Slic
     return list(enumerate(filled))
 
 
-def _without_ellipsis(items: list[IndexItem]) -> list[int | Slice | tuple[int, ...]]:
+def _without_ellipsis(items: list[IndexItem]) -> list[Item]:
     return [item for item in items if not isinstance(item, EllipsisType)]
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .._counted import counted
 from .._errors import ParameterChangedError
 from .parameter import FrozenParameter
 from .parameters import FrozenParameters
@@ -73,6 +74,14 @@ class HeldParameters:
         if not names:
             return "removed: another handle has let all of it go"
         return "removed: none of it is held" if len(released) == len(names) else f"removed: {', '.join(released)}"
+
+    @property
+    def skips(self) -> list[str]:
+        """Which rules with wildcards found parameters without any entry of their region, in words."""
+        return [
+            f"`{rule}` skipped {counted(count, 'parameter that has', 'parameters that have')} no such entry"
+            for rule, count in self.frozen.skipped.items()
+        ]
 
     def known_sites(self) -> Iterator[tuple[str, Site]]:
         """Yield the places of what is frozen still: another handle may have thawed some."""

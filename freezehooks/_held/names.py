@@ -5,13 +5,16 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping
-from typing import Final
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .._errors import SpecError, TargetError, UnsupportedParameterError, shown
+from .._errors import RegionError, SpecError, TargetError, UnsupportedParameterError, shown
+from .._rules.patterns.pattern import patterns_in
+from .._rules.rule import Rule
 from .._torch import is_scripted
 from .site import Site
 
@@ -27,6 +30,7 @@ class Targets:
         self._model = model
         self.sites: dict[str, Site] = dict(_sites(model))
         self._computed = dict(_computed_tensors(model))
+        self._modules = dict(model.named_modules(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
         by_tensor: dict[int, list[str]] = {}
         for name, site in self.sites.items():
             by_tensor.setdefault(id(site.find()), []).append(name)
@@ -36,6 +40,31 @@ class Targets:
         """Return every name of the parameter that `name` stands for; a tied parameter has several."""
         return self._aliases[name]
 
+    def named(self, rule: Rule) -> Rule:
+        """Return a rule whose target is a parameter or a module of the model with its name instead.
+
+        Raises:
+            TargetError: It is none of this model's.
+        """
+        if isinstance(rule.target, str):
+            return rule
+        names = [name for name, site in self.sites.items() if site.find() is rule.target]
+        paths = [path for path, module in self._modules.items() if module is rule.target]
+        if not names and not paths:
+            raise TargetError(
+                f"the {type(rule.target).__name__} that a rule names is not in the model",
+                "give a parameter or a module of the model that is frozen, or its name",
+            )
+        return replace(rule, target=names[0] if names else f"{paths[0]}.weight".lstrip("."))
+
+    def classes_that_fit(self, rule: Rule) -> list[str]:
+        """Return the classes of the modules that a rule with wildcards meets, and whose parameters its patterns fit."""
+        if not is_wild(rule.target) or TypedTarget.read(rule.target) is not None:
+            return []
+        sites = [self.sites[name] for name in self.find(rule.target)]
+        fitting = [site.owner for site in sites if _fit(rule.region, site.tensor().shape)]
+        return sorted({type(owner).__name__ for owner in fitting if isinstance(owner, nn.Module)})
+
     def find(self, target: str) -> list[str]:
         """Return the names of the parameters that a rule's target speaks of, each parameter once.
 
@@ -43,7 +72,11 @@ class Targets:
             TargetError: It speaks of none.
             UnsupportedParameterError: It speaks of a tensor that is computed from other parameters.
         """
-        names = matching(target, [*self.sites, *self._computed]) or self._matching_unwrapped(target)
+        names = (
+            matching(target, [*self.sites, *self._computed])
+            or self._matching_unwrapped(target)
+            or self._of_classes(target)
+        )
         for name in names:
             if name in self._computed:
                 fact, advice = self._computed[name]
@@ -66,6 +99,23 @@ class Targets:
                 raise TargetError(f"`{target}` may be `{other}` or `{name}`", "write the whole name")
         return found
 
+    def _of_classes(self, target: str) -> list[str]:
+        """Return what a target with classes of modules in it names.
+
+        Raises:
+            TargetError: No module of the model is of one of them.
+        """
+        typed = TypedTarget.read(target)
+        if typed is None:
+            return []
+        if not any(typed.takes(module) for module in self._modules.values()):
+            known = sorted({type(module).__name__ for module in self._modules.values() if module._parameters})
+            raise TargetError(
+                f"`{target}` names classes of which the model has no module", f"its modules are {', '.join(known)}"
+            )
+        known_names = [*self.sites, *self._computed]
+        return [name for name in known_names if any(typed.names(*each, name) for each in self._modules.items())]
+
     def _unknown(self, target: str) -> TargetError:
         for name, kind in _untrained_tensors(self._model):
             if matching(target, [name]) or matching_unwrapped(target, [name]):
@@ -78,6 +128,67 @@ class Targets:
         close = difflib.get_close_matches(target, known, n=3) or known[:5]
         listed = ", ".join(f"`{name}`" for name in close)
         return TargetError(f"`{target}` {kind}", f"did you mean {listed}?" if close else "the model has no parameters")
+
+
+@dataclass(frozen=True, slots=True)
+class TypedTarget:
+    """A target whose module names its classes: ``features.*(Conv2d, Conv3d).weight``.
+
+    Attributes:
+        path: The modules' names, in which ``*`` and ``?`` stand for characters.
+        classes: The names of classes; subclasses count.
+        key: The parameters' names below the modules; ``weight`` where left out.
+    """
+
+    path: str
+    classes: frozenset[str]
+    key: str
+
+    @staticmethod
+    def read(target: str) -> TypedTarget | None:
+        """Return what a target says, or None where it names no classes."""
+        found = _TYPED.fullmatch(target)
+        if found is None:
+            return None
+        path, classes, key = found.groups()
+        return TypedTarget(path, frozenset(re.findall(r"\w+", classes)), key or "weight")
+
+    def takes(self, module: nn.Module) -> bool:
+        """Return whether a module is of one of the classes."""
+        return not self.classes.isdisjoint(kind.__name__ for kind in type(module).__mro__)
+
+    def names(self, path: str, module: nn.Module, name: str) -> bool:
+        """Return whether the target names a parameter that lies below a module, both with their names in the model."""
+        prefix = f"{path}." if path else ""
+        if not name.startswith(prefix) or not self.takes(module):
+            return False
+        is_here = any(fnmatch.fnmatchcase(each, self.path) for each in (path, unwrapped(f"{path}.").rstrip(".")))
+        return is_here and fnmatch.fnmatchcase(name.removeprefix(prefix), self.key)
+
+
+_TYPED: Final = re.compile(r"([^()]*)\(([\w\s,]+)\)(?:\.(.+))?")
+
+
+def is_wild(target: str) -> bool:
+    """Return whether a target may name several parameters."""
+    return bool({"*", "?"} & set(target)) or TypedTarget.read(target) is not None
+
+
+def typed(rule: Rule, classes: Iterable[str]) -> Rule:
+    """Return a rule with wildcards for parameters of some classes of modules alone."""
+    path, _, key = rule.target.rpartition(".")
+    if not path or is_wild(key):
+        path, key = rule.target, ""
+    return replace(rule, target=f"{path}({', '.join(classes)}){f'.{key}' if key else ''}")
+
+
+def _fit(region: Any, shape: Sequence[int]) -> bool:
+    try:
+        for pattern in patterns_in(region):
+            pattern.check(shape)
+    except RegionError:
+        return False
+    return True
 
 
 _WRAPPERS: Final = re.compile(r"(^|(?<=\.))(module|_orig_mod|_checkpoint_wrapped_module)\.")

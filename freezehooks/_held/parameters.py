@@ -28,6 +28,7 @@ class FrozenParameters:
         changes: How often something of it has changed, or a parameter was found elsewhere than before: whoever has
             planned a write looks again then.
         guards: What guards an optimizer for these parameters.
+        skipped: How many parameters a rule with wildcards found without any entry of its region, by the rule's text.
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,7 @@ class FrozenParameters:
         self.released: set[str] = set()
         self.changes = 0
         self.guards: list[weakref.ref[Any]] = []
+        self.skipped: dict[str, int] = {}
         self._sharded: dict[str, Tensor] = {}
 
     def is_held(self, name: str) -> bool:
@@ -131,7 +133,7 @@ class FrozenParameters:
             guard.check()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"by_name": self.by_name, "released": self.released}
+        return {"by_name": self.by_name, "released": self.released, "skipped": self.skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]  # a copied model has optimizers and shards of its own

@@ -7,14 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._errors import error_context, shortened
+from .._entries.select import select_perhaps_nothing
+from .._errors import RegionError, error_context, shortened
 from .._ranks.agreement import check_same_on_ranks
 from .._ranks.sharding import whole
+from .._rules.patterns.pattern import depends_on_numbers
 from .._rules.rule import Rule
 from . import saved
+from .constraint import Constraint
 from .held import HeldParameters, Model
 from .max_norm import check_rows
-from .names import Targets
+from .names import Targets, is_wild, typed, unwrapped
 from .parameter import FrozenParameter
 from .parameters import FrozenParameters
 from .saved import Asked, Chosen
@@ -37,10 +40,12 @@ def resolve(model: Model, rules: Iterable[Rule], state: Any = None) -> HeldParam
     """
     check_wrappers(model)
     targets = Targets(model)
+    rules = [targets.named(rule) for rule in rules]
     asked = _asked(targets, rules)
     check_same_on_ranks(model, asked)
     frozen = FrozenParameters()
-    for name, constraints in _chosen(asked) if state is None else saved.load(asked, state):
+    asked, frozen.skipped = _without_empty(asked, state)
+    for name, constraints in _chosen(asked, targets) if state is None else saved.load(asked, state):
         frozen.by_name[name] = FrozenParameter(targets.names_of(name), asked[name][0], constraints)
         _check_embeddings(frozen.by_name[name], targets)
         frozen.adopt(name, asked[name][0])
@@ -68,10 +73,57 @@ def _asked(targets: Targets, rules: Iterable[Rule]) -> Asked:
     return asked
 
 
-def _chosen(asked: Asked) -> Chosen:
+def _without_empty(asked: Asked, state: Any) -> tuple[Asked, dict[str, int]]:
+    """Leave out parameters of which a rule with wildcards, by their numbers, selects nothing; not where all are so.
+
+    Returns:
+        What is asked of the others, and how many were left out, by the rule's text.
+    """
+    empty = [
+        (name, rule)
+        for name, (parameter, rules) in asked.items()
+        for rule in rules
+        if is_wild(rule.target)
+        and depends_on_numbers(rule.region)
+        and _selects_nothing(rule, name, parameter, asked, state)
+    ]
+    found = {rule: [name for name, each in empty if each is rule] for _, rule in empty}
+    skipped = {rule: names for rule, names in found.items() if len(names) < _count_of(rule, asked)}
+    kept = {
+        name: (parameter, [rule for rule in rules if name not in skipped.get(rule, ())])
+        for name, (parameter, rules) in asked.items()
+    }
+    counts = {str(rule): len(names) for rule, names in skipped.items()}
+    return {name: item for name, item in kept.items() if item[1]}, counts
+
+
+def _count_of(rule: Rule, asked: Asked) -> int:
+    return sum(rule in rules for _, rules in asked.values())
+
+
+def _selects_nothing(rule: Rule, name: str, parameter: Tensor, asked: Asked, state: Any) -> bool:
+    if state is not None:
+        return unwrapped(str(rule)) not in saved.rules_in(state, asked).get(name, [])
+    try:
+        return not bool(select_perhaps_nothing(rule.region, whole(parameter)).any())
+    except RegionError:  # it does not fit, which is for whoever resolves it to say
+        return False
+
+
+def _chosen(asked: Asked, targets: Targets) -> Chosen:
     for name, (parameter, rules) in asked.items():
         full = whole(parameter)
-        yield name, [saved.chosen(rule, name, full) for rule in rules]
+        yield name, [_chosen_by(rule, name, full, targets) for rule in rules]
+
+
+def _chosen_by(rule: Rule, name: str, parameter: Tensor, targets: Targets) -> Constraint:
+    try:
+        return saved.chosen(rule, name, parameter)
+    except RegionError as error:
+        classes = targets.classes_that_fit(rule)
+        if not classes:
+            raise
+        raise RegionError(error.fact, f"name classes of modules: `{typed(rule, classes)}`") from None
 
 
 def read(held: HeldParameters, state: Any) -> dict[str, FrozenParameter]:

@@ -6,7 +6,7 @@ stands under its name as ``{"shape": [...], "constraints": [{"rule": ..., "entri
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, TypeAlias
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from .._entries.entry_set import EntrySet
 from .._errors import FreezeError, StateMismatchError, error_context, shortened, shown
 from .._ranks.sharding import whole
-from .._rules.rule import Rule, Tied
+from .._rules.rule import Rule
+from .._rules.ties import Tie
 from .constraint import Constraint
 from .fixed import FixedEntries
 from .names import unwrapped
@@ -24,6 +25,8 @@ from .parameter import FrozenParameter
 from .tied import TiedEntries
 
 FORMAT: Final = 2
+
+_GIVE_A_STATE: Final = "pass what FrozenEntries.state_dict() returned"
 
 Asked: TypeAlias = "Mapping[str, tuple[Tensor, Sequence[Rule]]]"
 """What is to be frozen: for each parameter's name the parameter and the rules that name it."""
@@ -43,7 +46,7 @@ def load(asked: Asked, state: Any) -> Chosen:
     Raises:
         StateMismatchError: The state was made under other rules or for another model, or cannot be read.
     """
-    with readable("the state", "pass what FrozenEntries.state_dict() returned"):
+    with readable("the state", _GIVE_A_STATE):
         check_format("the state", state)
         parameters = _under_present_names(state["parameters"], asked)
         _check_same_rules(asked, parameters)
@@ -51,6 +54,18 @@ def load(asked: Asked, state: Any) -> Chosen:
             full = whole(parameter)
             saved = zip(rules, parameters[name]["constraints"], strict=True)
             yield name, [_constraint(rule, name, full, item) for rule, item in saved]
+
+
+def rules_in(state: Any, asked: Collection[str]) -> dict[str, list[str]]:
+    """Return the rules that a state holds, as text, by the names that parameters have now.
+
+    Raises:
+        StateMismatchError: The state cannot be read.
+    """
+    with readable("the state", _GIVE_A_STATE):
+        check_format("the state", state)
+        parameters = _under_present_names(state["parameters"], asked)
+        return {name: [unwrapped(item["rule"]) for item in held["constraints"]] for name, held in parameters.items()}
 
 
 def check_format(what: str, state: Any) -> None:
@@ -77,14 +92,14 @@ def readable(what: str, advice: str) -> Iterator[None]:
         raise StateMismatchError(f"{what} cannot be read ({type(error).__name__}: {error})", advice) from error
 
 
-def _under_present_names(saved: dict[str, Any], asked: Asked) -> dict[str, Any]:
+def _under_present_names(saved: dict[str, Any], asked: Collection[str]) -> dict[str, Any]:
     """Return what was saved under the names that the parameters have now: a wrapper may have come or gone since."""
     present = {unwrapped(name): name for name in asked}
     return {name if name in asked else present.get(unwrapped(name), name): item for name, item in saved.items()}
 
 
 def _constraint(rule: Rule, name: str, parameter: Tensor, item: dict[str, Any]) -> Constraint:
-    if isinstance(rule.value, Tied):
+    if isinstance(rule.value, Tie):
         return chosen(rule, name, parameter)
     with error_context(f"rule `{shortened(rule)}`", f"parameter `{name}`"):
         return FixedEntries.from_state(rule, item, parameter)
@@ -97,7 +112,7 @@ def chosen(rule: Rule, name: str, parameter: Tensor) -> Constraint:
         FreezeError: The rule does not fit the parameter.
     """
     with error_context(f"rule `{shortened(rule)}`", f"parameter `{name}` of shape {tuple(parameter.shape)}"):
-        if isinstance(rule.value, Tied):
+        if isinstance(rule.value, Tie):
             return TiedEntries.resolve(rule, rule.value, parameter)
         return FixedEntries.resolve(rule, parameter)
 

@@ -22,11 +22,10 @@ def misread_stacks(held: HeldParameters) -> Iterator[str]:
             pattern = _matrix_pattern(rule.region)
             if pattern is not None:
                 rows, columns = held.frozen.by_name[name].shape
-                matrix = f"({rows // count}, {columns})"
                 yield (
-                    f"rule `{shortened(rule)}`: `{name}` stacks {count} {what} of shape {matrix}, and `{pattern}` is "
-                    f"that of the whole of shape ({rows}, {columns}); for the same in each make a bool mask of shape "
-                    f"{matrix} and give `mask.repeat({count}, 1)` as the region"
+                    f"rule `{shortened(rule)}`: `{name}` stacks {count} {what} of shape ({rows // count}, {columns}), "
+                    f"and `{pattern}` is that of the whole of shape ({rows}, {columns}); write "
+                    f"`each({count}, {pattern})` for the same in each"
                 )
 
 

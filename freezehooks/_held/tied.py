@@ -1,4 +1,4 @@
-"""Copies of one kernel in one parameter: all slices along a dimension are one."""
+"""Entries of one parameter that one rule makes one: copies of one kernel, a symmetric matrix."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from .._entries.entry_set import EntrySet
 from .._entries.writes import Writes
-from .._errors import FrozenValueError, RegionError, RuleConflictError, UnsupportedParameterError, shortened
-from .._rules.rule import Rule, Tied
+from .._errors import FrozenValueError, RuleConflictError, UnsupportedParameterError, shortened
+from .._rules.rule import Rule
+from .._rules.ties import Tie
 from .constraint import Constraint
+from .copies import Copies
 
 
 class TiedEntries(Constraint):
@@ -23,36 +25,28 @@ class TiedEntries(Constraint):
     kernels round differently between copies is set right after the step, from the first copy.
 
     Attributes:
-        dim: The dimension along which the copies lie.
-        start: How copies that differ become one: "first", "mean", or None to refuse them.
+        tie: What the rule says.
     """
 
     is_tie = True
 
-    def __init__(self, rule: Rule, tied: Tied, parameter: Tensor) -> None:
+    def __init__(self, rule: Rule, tie: Tie, parameter: Tensor) -> None:
         self.rule = rule
+        self.tie = tie
         self.entries = EntrySet.of(torch.zeros_like(parameter, dtype=torch.bool, requires_grad=False))
-        self.dim = tied.dim
-        self.start = tied.start
+        self._copies = Copies.of(tie, parameter)
 
     @staticmethod
-    def resolve(rule: Rule, tied: Tied, parameter: Tensor) -> TiedEntries:
+    def resolve(rule: Rule, tie: Tie, parameter: Tensor) -> TiedEntries:
         """Work out what `rule` ties of a parameter, without changing it.
 
         Raises:
-            RegionError: The parameter has no such dimension.
+            RegionError: The tie does not fit the parameter's shape.
             FrozenValueError: The copies differ, and the rule does not say which to take.
         """
-        if not -parameter.ndim <= tied.dim < parameter.ndim:
-            raise RegionError(
-                f"dimension {tied.dim} is out of range for a tensor of {parameter.ndim}",
-                f"use 0 to {parameter.ndim - 1}" if parameter.ndim else "name a tensor with dimensions",
-            )
-        if not parameter.shape[tied.dim]:
-            raise RegionError(f"dimension {tied.dim} has size 0: there is no slice to tie", "leave the rule out")
-        tie = TiedEntries(rule, tied, parameter)
-        tie._check_copies(parameter)
-        return tie
+        found = TiedEntries(rule, tie, parameter)
+        found._check_copies(parameter)
+        return found
 
     def check_start(self, parameter: Tensor) -> None:
         self._check_copies(parameter)
@@ -61,28 +55,24 @@ class TiedEntries(Constraint):
 
     def _check_copies(self, parameter: Tensor) -> None:
         """Refuse copies that differ, where the rule does not say which to take."""
-        gap = (parameter.detach() - self._first(parameter.detach())).abs()
-        if self.start is None and bool((gap != 0).any()):
-            copies, worst = parameter.shape[self.dim], gap.max().item()
+        gap = (parameter.detach() - self._copies.first(parameter.detach())).abs()
+        if self.tie.start is None and bool((gap != 0).any()):
+            first, mean = self.tie.starting_from("first"), self.tie.starting_from("mean")
             raise FrozenValueError(
-                f"the {copies} slices along dimension {self.dim} differ, by up to {worst:g}",
-                f"write `tied({self.dim}, start=first)` or `tied({self.dim}, start=mean)`",
+                f"{self.tie.in_words(parameter.shape)} differ, by up to {gap.max().item():g}",
+                f"write `{first}` or `{mean}`",
             )
 
     def begin_(self, tensor: Tensor) -> None:
-        if self.start == "mean":
-            self._first(tensor).copy_(tensor.mean(self.dim, keepdim=True))
+        if self.tie.start == "mean":
+            tensor.copy_(self._copies.mean(tensor))
         self.impose_(tensor)
 
     def impose_(self, tensor: Tensor) -> None:
-        others = tensor.narrow(self.dim, 1, tensor.shape[self.dim] - 1)
-        others.copy_(self._first(tensor).expand(others.shape))
+        self._copies.spread_(tensor)
 
     def add_impose(self, writes: Writes, tensor: Tensor) -> None:
         writes.call(partial(self.impose_, tensor))
-
-    def _first(self, tensor: Tensor) -> Tensor:
-        return tensor.narrow(self.dim, 0, 1)
 
     def summed(self, gradient: Tensor) -> Tensor:
         """Return the gradient of the one tensor, at every copy of it.
@@ -91,7 +81,7 @@ class TiedEntries(Constraint):
             UnsupportedParameterError: The gradient is sparse, and the sum at every copy would not be.
         """
         self._check_dense(gradient)
-        return gradient.sum(self.dim, keepdim=True).expand(gradient.shape)
+        return self._copies.sum(gradient)
 
     def complete_gradient(self, parameter: Tensor) -> None:
         """Sum a gradient that came without the hook: set by hand, or from before the copies were tied.
@@ -99,7 +89,7 @@ class TiedEntries(Constraint):
         One that was summed is the same at every copy, to the bit, and stays as it is.
         """
         gradient = parameter.grad
-        if gradient is not None and not gradient.is_meta and bool((gradient != self._first(gradient)).any()):
+        if gradient is not None and not gradient.is_meta and bool((gradient != self._copies.first(gradient)).any()):
             parameter.grad = self.summed(gradient).clone(memory_format=torch.preserve_format)
 
     def _check_dense(self, gradient: Tensor) -> None:
@@ -110,9 +100,7 @@ class TiedEntries(Constraint):
             )
 
     def decided(self, device: torch.device) -> Tensor:
-        copies = torch.ones(self.entries.shape, dtype=torch.bool, device=device)
-        self._first(copies).fill_(False)  # what the others are equal to
-        return copies
+        return self._copies.others(self.entries.shape, device)
 
     def for_shard(self, shard: Tensor, cut: Callable[[Tensor], Tensor]) -> TiedEntries:
         """Refuse: the copies would lie on several ranks.
@@ -137,10 +125,10 @@ class TiedEntries(Constraint):
             )
         frozen, held = other.entries.mask(like.device), other.held_in(like)
         for tensor in (frozen, torch.where(frozen, held, held.new_zeros(()))):
-            differing = (tensor != self._first(tensor)).nonzero()
+            differing = (tensor != self._copies.first(tensor)).nonzero()
             if len(differing):
                 raise RuleConflictError(
                     f"rules `{shortened(other.rule)}` and `{self.rule}` disagree about entry "
                     f"{differing[0].tolist()} of `{name}`",
-                    f"freeze the same entries, at the same values, in every slice along dimension {self.dim}",
+                    f"freeze the same entries, at the same values, in {self.tie.in_words()}",
                 )

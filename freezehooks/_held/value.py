@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from .._entries.entry_set import EntrySet
-from .._entries.plain import oddity_of
+from .._entries.plain import as_tensor, oddity_of
 from .._entries.select import positions
 from .._errors import FrozenValueError, SpecError
 from .._rules.patterns.kernels import Center
 from .._rules.region import Index
-from .._rules.rule import Keep, Rule
+from .._rules.rule import Keep, Numbers, Rule
 from .rounding import rounded
 
 
@@ -30,13 +30,7 @@ def value_of(rule: Rule, entries: EntrySet, frozen: Tensor, parameter: Tensor) -
     if isinstance(value, float):
         _check_finite(torch.tensor(value, dtype=torch.float64, device="cpu"), parameter)
         return value
-    if isinstance(value, complex):
-        value = torch.tensor(value, dtype=torch.complex128, device="cpu")
-    if not isinstance(value, Tensor):
-        raise SpecError(
-            f"a value is a number, `keep` or a tensor, found {type(value).__name__}",
-            "give a number, or convert it with torch.as_tensor",
-        )
+    value = _as_tensor(value)
     oddity = oddity_of(value)
     if oddity:
         raise FrozenValueError(
@@ -49,6 +43,21 @@ def value_of(rule: Rule, entries: EntrySet, frozen: Tensor, parameter: Tensor) -
     source = entries.read(torch.empty_like(parameter, dtype=spread.dtype).copy_(spread))  # laid out like the parameter
     _check_finite(source, parameter)
     return source
+
+
+def _as_tensor(value: Any) -> Tensor:
+    if isinstance(value, Numbers):
+        dtype = torch.complex128 if value.is_complex else torch.float64
+        return torch.tensor(value.items, dtype=dtype, device="cpu")
+    if isinstance(value, complex):
+        return torch.tensor(value, dtype=torch.complex128, device="cpu")
+    value = as_tensor(value)
+    if not isinstance(value, Tensor):
+        raise SpecError(
+            f"a value is a number, a list of numbers, `keep` or a tensor, found {type(value).__name__}",
+            "give a number, or convert it with torch.as_tensor",
+        )
+    return value
 
 
 def _numbers(value: Tensor) -> Tensor:
@@ -75,7 +84,7 @@ def _spread(value: Tensor, region: Any, frozen: Tensor, parameter: Tensor) -> Te
     """Return a tensor of the parameter's shape that holds the value's numbers inside the region, where it is frozen."""
     spread = torch.zeros(parameter.shape, dtype=value.dtype, device=parameter.device)
     region = region.index(parameter.shape) if isinstance(region, Center) else region
-    if isinstance(region, Index):
+    if isinstance(region, Index):  # in the index's own order and shape, others row by row
         where = positions(region, parameter.shape).to(parameter.device)
     else:
         where = frozen.flatten().nonzero().flatten()

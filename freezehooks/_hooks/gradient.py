@@ -234,7 +234,7 @@ def watching(parameter: Tensor) -> list[FrozenParameter]:
 def _is_summed(parameter: Tensor, tie: TiedEntries) -> bool:
     """Return whether some handle, of two that tie the parameter, already sums the gradient."""
     hooks = tensor_hooks(parameter).values()
-    return any(isinstance(hook, SumTiedGradient) and hook.tie.dim == tie.dim for hook in hooks)
+    return any(isinstance(hook, SumTiedGradient) and hook.tie.tie == tie.tie for hook in hooks)
 
 
 def _is_of(hook: Any, frozen: FrozenParameters, name: str) -> bool:

@@ -60,10 +60,12 @@ class Report:
     Attributes:
         parts: What is frozen of each parameter, by its name.
         removed: Which of them are not held at present, in words; empty where all are.
+        skipped: Which rules with wildcards found parameters without any entry of their region, in words.
     """
 
     parts: Mapping[str, PartReport]
     removed: str = ""
+    skipped: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -77,13 +79,14 @@ class Report:
     def __str__(self) -> str:
         if not self.parts:
             return self.removed or "nothing is frozen"
-        return f"{aligned([_HEADINGS, *map(_cells, self.parts.values())], _NUMBERS)}\n{self._verdict()}"
+        table = aligned([_HEADINGS, *map(_cells, self.parts.values())], _NUMBERS)
+        return "\n".join([table, self._verdict(), *self.skipped])
 
     def _repr_html_(self) -> str:
         headings = "".join(f"<th>{heading}</th>" for heading in _HEADINGS)
         rows = "".join(f"<tr>{_html_row(_cells(part))}</tr>" for part in self.parts.values())
-        verdict = html.escape(self._verdict())
-        return f"<table><thead><tr>{headings}</tr></thead><tbody>{rows}</tbody></table><p>{verdict}</p>"
+        lines = "".join(f"<p>{html.escape(line)}</p>" for line in (self._verdict(), *self.skipped))
+        return f"<table><thead><tr>{headings}</tr></thead><tbody>{rows}</tbody></table>{lines}"
 
     def _verdict(self) -> str:
         if self.holds:

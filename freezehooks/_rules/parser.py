@@ -2,26 +2,35 @@
 
     rule    =  target [ "[" region "]" ] [ "=" value ]
     region  =  index | pattern | "~" region | region "&" region | region "|" region | "(" region ")"
-    index   =  item { "," item }            an item is an integer, a slice, "..." or a list of integers
-    pattern =  name [ "(" numbers ")" ]     each name is a class in `patterns`
-    value   =  number | "keep" | "tied" "(" dimension [ "," "start" "=" ( "first" | "mean" ) ] ")"
+    index   =  item { "," item }            an item is "...", a list of integers, or a union: span { "|" span }
+    span    =  integer | slice
+    pattern =  name [ "(" arguments ")" ]   each name is a class in `patterns`; an argument is a number or a region
+    value   =  number | list | "keep" | tie
+    tie     =  name [ "(" arguments ")" ]   each name is a class in `ties`; an argument is a number or a word
+
+An argument may be named, as in `random(0.5, seed=1)` and `tied(0, start=mean)`.
 
 `parse_rule(str(rule)) == rule` holds for every rule that text can say.
 """
 
 from __future__ import annotations
 
-import math
+import cmath
 from collections.abc import Callable
-from typing import Any, TypeVar
+from types import EllipsisType
+from typing import Any, TypeAlias, TypeVar
 
-from .._errors import RegionError
+from .._errors import FrozenValueError, RegionError, RuleSyntaxError, SpecError
 from .patterns import pattern_named
 from .reader import Reader
-from .region import MOST_DIGITS, WHOLE, And, Index, IndexItem, Not, Or, Region, Slice
-from .rule import TARGET, Keep, Rule, Tied, keep
+from .region import MOST_DIGITS, WHOLE, And, Index, IndexItem, Not, Or, Region, Slice, Union, indexed
+from .rule import MOST_DIMENSIONS, TARGET, Keep, Numbers, Rule, keep
+from .ties import Tie, tie_named
 
 _Part = TypeVar("_Part")
+
+Value: TypeAlias = "Keep | Tie | Numbers | float | complex"
+"""What text can say of a value."""
 
 
 class _Parser(Reader):
@@ -55,22 +64,41 @@ class _Parser(Reader):
         if self.peek().text != ",":
             return first
         self._refuse_operators(start)
-        items = list(first.items) if isinstance(first, Index) else []
+        items: list[IndexItem] = [self._as_item(first, start)]
         while self.take(","):
             if self.peek().text in ("]", ")", ""):
                 break
-            items.append(self._item())
-        if self.peek().text in ("|", "&"):
+            items.append(self._union())
+        if self.peek().text == "&":
             self._refuse_operators(start, through=self.next)
-        return self._built(Index, tuple(items), at=start)
+        return self._built(indexed, tuple(items), at=start)
 
     def _refuse_operators(self, start: int, through: int | None = None) -> None:
         """Raise where an operator or a pattern stands beside a comma: which binds tighter is anybody's guess."""
         tokens = self.tokens[start : self.next if through is None else through + 1]
         for token in tokens:
-            if token.text in ("~", "|", "&", "(") or token.kind == "name":
+            if token.text in ("~", "&", "(") or token.kind == "name":
                 advice = "put an index with commas into parentheses, as in `~(0, 1)` or `(0, 1) | (2, 3)`"
                 raise self.error(token.column, f"`{token.text}` beside a comma is ambiguous", advice)
+
+    def _as_item(self, region: Region, start: int) -> IndexItem:
+        """Return the first item of an index with commas, which was read as a region of its own."""
+        items = [item for leaf in region.leaves() if isinstance(leaf, Index) for item in leaf.items]
+        return items[0] if len(items) == 1 else self._joined(items, start)
+
+    def _union(self) -> IndexItem:
+        start, items = self.next, [self._item()]
+        while self.take("|"):
+            items.append(self._item())
+        return items[0] if len(items) == 1 else self._joined(items, start)
+
+    def _joined(self, items: list[IndexItem], start: int) -> Union:
+        parts: list[int | Slice] = []
+        for item in items:
+            if isinstance(item, EllipsisType | Union):
+                raise self.error(self.tokens[start].column, "`...` cannot be part of a union", "write `:`")
+            parts.extend(item if isinstance(item, tuple) else (item,))
+        return Union(tuple(parts))
 
     def _either(self) -> Region:
         region = self._both()
@@ -103,16 +131,31 @@ class _Parser(Reader):
             return self._built(pattern_named, *self._pattern(), at=start)
         return self._built(Index, (self._item(),), at=start)
 
-    def _pattern(self) -> tuple[str, tuple[float, ...]]:
-        name = self.advance().text
-        arguments: list[float] = []
+    def _pattern(self) -> tuple[str, list[Any], dict[str, Any]]:
+        return self.advance().text, *self._arguments(self._pattern_argument, "the pattern's arguments")
+
+    def _arguments(self, read: Callable[[], Any], what: str) -> tuple[list[Any], dict[str, Any]]:
+        """Read arguments in parentheses, where there are some: those without and those with a name."""
+        unnamed: list[Any] = []
+        named: dict[str, Any] = {}
         if self.take("("):
             while self.peek().text != ")":
-                arguments.append(self._number("a number"))
+                if self.peek().kind == "name" and self.peek(1).text == "=":
+                    name = self.advance().text
+                    self.advance()
+                    named[name] = read()
+                else:
+                    unnamed.append(read())
                 if not self.take(","):
                     break
-            self.expect(")", "`)` to close the pattern's arguments")
-        return name, tuple(arguments)
+            self.expect(")", f"`)` to close {what}")
+        return unnamed, named
+
+    def _pattern_argument(self) -> Any:
+        is_signed = self.peek().text in ("+", "-")
+        if self.peek(is_signed).kind in ("number", "integer") and self.peek(is_signed + 1).text in (",", ")"):
+            return self._number("a number")
+        return self._either()
 
     def _item(self) -> IndexItem:
         if self.take("..."):
@@ -153,30 +196,55 @@ class _Parser(Reader):
             raise self.error(token.column, f"an integer of more than {MOST_DIGITS} digits is no position in a tensor")
         return sign * int(token.text)
 
-    def value(self) -> Keep | Tied | float:
+    def value(self) -> Value:
         start = self.next
         if self.take("keep"):
             return keep
-        if self.take("tied"):
-            return self._built(Tied, *self._tied(), at=start)
-        number = self._number("a value: a number, `keep` or `tied(dim)`", float)
-        if math.isinf(number):
+        if self.peek().text in Tie.known:
+            name = self.advance().text
+            arguments, named = self._arguments(self._tie_argument, f"`{name}`")
+            return self._built(tie_named, name, arguments, named, at=start)
+        if self.take("["):
+            return self._built(Numbers.of, self._values(), at=start)
+        return self._finite_number("a value: a number, a list of numbers, `keep` or `tied(dim)`")
+
+    def _tie_argument(self) -> int | str:
+        if self.peek().kind == "name":
+            return self.advance().text
+        integer = self._optional_integer()
+        if integer is None:
+            raise self.unexpected("a dimension")
+        return integer
+
+    def _values(self, depth: int = 1) -> list[Any]:
+        """Read what stands between the brackets of a list: numbers, or lists of them."""
+        values: list[Any] = []
+        if depth > MOST_DIMENSIONS:
+            raise self.error(self.peek().column, f"a list of values is nested {MOST_DIMENSIONS} deep at most")
+        while self.peek().text != "]":
+            values.append(self._values(depth + 1) if self.take("[") else self._finite_number("a number"))
+            if not self.take(","):
+                break
+        self.expect("]", "`]` to close the list")
+        return values
+
+    def _finite_number(self, expected: str) -> float | complex:
+        """Read a number, which may be complex."""
+        number = self._real_or_imaginary(expected)
+        if isinstance(number, float) and self.peek().text in ("+", "-") and self.peek(1).kind == "imaginary":
+            number = complex(number, self._real_or_imaginary(expected).imag)
+        if not cmath.isfinite(number):
             token = self.tokens[self.next - 1]
             raise self.error(token.column, f"`{token.text}` is too large for any floating-point number")
         return number
 
-    def _tied(self) -> tuple[int, str | None]:
-        self.expect("(", "`(` and a dimension")
-        dim = self._optional_integer()
-        if dim is None:
-            raise self.unexpected("a dimension")
-        start = None
-        if self.take(","):
-            self.expect("start", "`start`")
-            self.expect("=", "`=`")
-            start = self.advance().text
-        self.expect(")", "`)` to close `tied`")
-        return dim, start
+    def _real_or_imaginary(self, expected: str) -> float | complex:
+        is_signed = self.peek().text in ("+", "-")
+        if self.peek(is_signed).kind != "imaginary":
+            return self._number(expected, float)
+        sign = "-" if self.peek().text == "-" else "+"
+        self.next += is_signed
+        return complex(0.0, float(sign + self.advance().text[:-1]))
 
     def _number(self, expected: str, of_integer: Callable[[str], float] = int) -> float:
         sign = "-" if self.take("-") else "+"
@@ -192,7 +260,9 @@ class _Parser(Reader):
         """Build a region or a value; where it refuses its parts, say at which column they stand."""
         try:
             return kind(*parts)
-        except RegionError as error:
+        except RuleSyntaxError:
+            raise
+        except (RegionError, FrozenValueError, SpecError) as error:
             raise self.error(self.tokens[at].column, error.fact, error.advice) from None
 
 
@@ -229,8 +299,8 @@ def parse_region(text: str) -> Region:
     return _Parser(text, "region").only(_Parser.region)
 
 
-def parse_value(text: str) -> Keep | Tied | float:
-    """Read what stands behind a rule's ``=``: a number, `keep` or `tied(dim)`.
+def parse_value(text: str) -> Value:
+    """Read what stands behind a rule's ``=``: a number, a list of numbers, `keep` or `tied(dim)`.
 
     Raises:
         RuleSyntaxError: The text is neither; the message names the column, counted from 1.

@@ -9,6 +9,7 @@ from .._errors import RuleSyntaxError, SpecError, shortened
 
 _TOKEN: Final = re.compile(
     r"""(?P<space>\s+)
+      | (?P<imaginary>(?:\d+\.\d*|\.\d+|\d+)(?:[eE][+-]?\d+)?[jJ])
       | (?P<number>(?:\d+\.\d*|\.\d+)(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+)
       | (?P<integer>\d+)
       | (?P<name>[^\W\d]\w*)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from types import EllipsisType
 from typing import Any, ClassVar, Final, TypeAlias
 
@@ -75,19 +76,33 @@ class Slice:
         return f"{start}:{stop}:{step}" if step else f"{start}:{stop}"
 
 
-IndexItem: TypeAlias = "int | Slice | EllipsisType | tuple[int, ...]"
+@dataclass(frozen=True, slots=True)
+class Union:
+    """Positions along one dimension: those of several integers and slices, each once, in the order given."""
+
+    parts: tuple[int | Slice, ...]
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.parts))
+
+
+IndexItem: TypeAlias = "int | Slice | EllipsisType | tuple[int, ...] | Union"
 
 
 @dataclass(frozen=True, slots=True)
 class Index(Region):
-    """An index as Python writes it: integers, slices, ``...`` and lists of integers, one a dimension."""
+    """An index as Python writes it: integers, slices, ``...`` and lists of integers, one a dimension.
+
+    Beyond Python, an item may be a union of integers and slices, as in ``:, 0:4 | 8:12``.
+    """
 
     items: tuple[IndexItem, ...]
 
     def __post_init__(self) -> None:
         if self.items.count(...) > 1:
             raise RegionError("an index takes one `...` at most", "write the other dimensions out as `:`")
-        if any(isinstance(item, Slice) and item.step == 0 for item in self.items):
+        spans = [part for item in self.items for part in (item.parts if isinstance(item, Union) else (item,))]
+        if any(isinstance(span, Slice) and span.step == 0 for span in spans):
             raise RegionError("a slice step must not be 0", "leave it out to take every position")
 
     def as_operand(self, binding: int) -> str:
@@ -99,7 +114,7 @@ class Index(Region):
 
 
 def _item_text(item: IndexItem) -> str:
-    if isinstance(item, Slice | int):
+    if isinstance(item, Slice | int | Union):
         return str(item)
     return "..." if item is ... else str(list(item))
 
@@ -163,14 +178,23 @@ class Described(Region):
         return self.text
 
 
+def indexed(items: tuple[IndexItem, ...]) -> Region:
+    """Return the region that an index with the given items selects; a single union is one of regions."""
+    if len(items) == 1 and isinstance(items[0], Union):
+        return reduce(Or, [Index((part,)) for part in items[0].parts])
+    return Index(items) if items else WHOLE
+
+
 class Entries:
-    """``entries[...]`` is a region written as an index: ``entries[:, :, 1, 1]`` or ``entries[[0, 2]]``."""
+    """``entries[...]`` is a region written as an index: ``entries[:, :, 1, 1]`` or ``entries[[0, 2]]``.
+
+    A list with slices in it is a union along its dimension: ``entries[:, [slice(0, 4), slice(8, 12)]]``.
+    """
 
     __slots__ = ()
 
-    def __getitem__(self, key: Any) -> Index:
-        items = tuple(map(_index_item, key if isinstance(key, tuple) else (key,)))
-        return Index(items) if items else WHOLE
+    def __getitem__(self, key: Any) -> Region:
+        return indexed(tuple(map(_index_item, key if isinstance(key, tuple) else (key,))))
 
 
 entries: Final = Entries()
@@ -180,8 +204,10 @@ def _index_item(item: Any) -> IndexItem:
     if item is ...:
         return item
     if isinstance(item, slice):
-        return Slice(*(None if part is None else _integer(part) for part in (item.start, item.stop, item.step)))
+        return _slice(item)
     listed = _listed(item)
+    if isinstance(listed, list) and any(isinstance(part, slice) for part in listed):
+        return Union(tuple(_slice(part) if isinstance(part, slice) else _integer(part) for part in listed))
     return tuple(map(_integer, listed)) if isinstance(listed, list | range) else _integer(listed)
 
 
@@ -191,6 +217,10 @@ def _listed(item: Any) -> Any:
         return item.tolist()
     except Exception:  # sparse, quantized, nested and meta tensors each raise their own, as does what is no array
         return item
+
+
+def _slice(item: slice) -> Slice:
+    return Slice(*(None if part is None else _integer(part) for part in (item.start, item.stop, item.step)))
 
 
 def _integer(item: Any) -> int:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import cmath
 import enum
 import math
 import numbers
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from .._errors import FrozenValueError, RegionError, SpecError, shown
-from .region import WHOLE, Described, Region, is_printable
+from .region import WHOLE, Described, Region
+from .ties import Tie
 
-TARGET: Final = re.compile(r"[^\s\[\]=#]+")
-"""What a target is made of: no spaces, no brackets, no ``=`` and no ``#``."""
+TARGET: Final = re.compile(r"(?:\(\s*\w+(?:\s*,\s*\w+)*\s*\)|[^\s\[\]=#])+")
+"""What a target is made of: no spaces, no brackets, no ``=`` and no ``#``; classes in parentheses may have spaces."""
+
+MOST_DIMENSIONS: Final = 64
+"""Of a list of values: as many as a tensor of torch has."""
 
 
 class Keep(enum.Enum):
@@ -31,42 +37,46 @@ keep: Final = Keep.KEEP
 
 
 @dataclass(frozen=True, slots=True)
-class Tied:
-    """The value of a rule that makes all slices of a tensor along one dimension one. Made by `tied`."""
+class Numbers:
+    """The value of a rule that is a list of numbers, perhaps of lists: ``[1, 2, 3]``."""
 
-    dim: int
-    start: str | None = None
+    items: tuple[Any, ...]
 
-    def __post_init__(self) -> None:
-        if isinstance(self.dim, bool) or not isinstance(self.dim, int) or not is_printable(self.dim):
-            raise SpecError(f"`dim` of `tied` must be an integer, found {shown(self.dim)}", "write `tied(0)`")
-        if self.start is not None and not (isinstance(self.start, str) and self.start in ("first", "mean")):
-            raise RegionError(f"`start` of `tied` must be first or mean, found {shown(self.start)}", "or leave it out")
+    @staticmethod
+    def of(items: Sequence[Any]) -> Numbers:
+        """Return the value for a list of numbers, or of lists of one length each.
+
+        Raises:
+            FrozenValueError: It holds anything else, or infinite numbers.
+        """
+        return Numbers(_nested(items, MOST_DIMENSIONS))
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether one of the numbers is complex."""
+        return "j" in str(self)
 
     def __str__(self) -> str:
-        return f"tied({self.dim})" if self.start is None else f"tied({self.dim}, start={self.start})"
+        return _value_text(self.items)
 
 
-def tied(dim: int, *, start: str | None = None) -> Tied:
-    """Say that all slices of a tensor along a dimension are one: its copies have one value and one gradient.
+def _nested(items: Sequence[Any], deepest: int) -> tuple[Any, ...]:
+    if not deepest:
+        raise FrozenValueError(f"a list of values is nested {MOST_DIMENSIONS} deep at most", "give fewer lists")
+    found = tuple(
+        _nested(item, deepest - 1) if isinstance(item, list | tuple) else _finite("a list of values", item)
+        for item in items
+    )
+    if len({_shape(item) for item in found}) != 1:
+        raise FrozenValueError(
+            "a list of values holds numbers, or lists of one length, and at least one",
+            "write for instance `[1, 2]` or `[[1, 2], [3, 4]]`",
+        )
+    return found
 
-    The gradient at every copy is the sum over the copies, so that a plain depthwise convolution whose weight is
-    ``tied(0)`` trains like a layer with one kernel, under every elementwise optimizer.
 
-    Args:
-        dim: The dimension along which the copies lie.
-        start: What copies that differ start from: "first" (the first of them) or "mean". Left out: they are refused.
-
-    Raises:
-        SpecError: `dim` is no integer.
-        RegionError: `start` is none of the two.
-
-    Example:
-        >>> from freezehooks import Rule, tied
-        >>> str(Rule("conv.weight", value=tied(0, start="mean")))
-        'conv.weight = tied(0, start=mean)'
-    """
-    return Tied(dim, start)
+def _shape(item: Any) -> tuple[int, ...]:
+    return (len(item), *_shape(item[0])) if isinstance(item, tuple) else ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,11 +85,13 @@ class Rule:
 
     Args:
         target: A parameter's qualified name, in which ``*`` and ``?`` stand for any characters and any one character;
-            a module's name stands for its ``weight``.
+            a module's name stands for its ``weight``, and may be followed by classes of modules in parentheses, as in
+            ``*(Conv2d).weight``. Or a parameter or a module itself.
         region: Which entries: a region of this library, a bool tensor of the parameter's shape (True = frozen), or a
             function from the parameter to one. Left out: the whole tensor.
-        value: A finite number, a tensor that fits the region or has the parameter's shape, `keep` (what the entries
-            hold at the moment of freezing), or `tied` (of the whole tensor). Left out: `keep`.
+        value: A finite number, a list of numbers or a tensor that fits the region or has the parameter's shape, `keep`
+            (what the entries hold at the moment of freezing), or of a whole tensor `tied`, `mirrored` or `symmetric`.
+            Left out: `keep`.
 
     Raises:
         SpecError: The target is not a name.
@@ -92,22 +104,24 @@ class Rule:
         'features.*.weight[~center] = 0'
     """
 
-    target: str
+    target: Any
     region: Any = WHOLE
     value: Any = keep
 
     def __post_init__(self) -> None:
-        if not isinstance(self.target, str) or not TARGET.fullmatch(self.target):
+        if not is_of_model(self.target) and not (isinstance(self.target, str) and TARGET.fullmatch(self.target)):
             raise SpecError(
                 f"a target is a parameter's name without spaces, brackets, `=` or `#`, found {shown(self.target)}",
                 'write the region apart, as in Rule("conv.weight", entries[0], 1) or "conv.weight[0] = 1"',
             )
         if self.region is ...:
             object.__setattr__(self, "region", WHOLE)
-        if isinstance(self.value, Tied) and self.region != WHOLE:
-            raise RegionError(f"`{self.value}` speaks of a whole tensor, found a region", "leave the brackets out")
-        if isinstance(self.value, numbers.Real) and not isinstance(self.value, bool):
-            object.__setattr__(self, "value", _finite(self.target, self.value))
+        if isinstance(self.value, Tie) and self.region != WHOLE:
+            raise RegionError(f"`{self.value}` is for a whole tensor, found a region", "leave the brackets out")
+        if isinstance(self.value, list | tuple):
+            object.__setattr__(self, "value", Numbers.of(self.value))
+        elif isinstance(self.value, numbers.Complex) and not isinstance(self.value, bool):
+            object.__setattr__(self, "value", _finite(f"the value of `{_target_text(self.target)}`", self.value))
 
     def __eq__(self, other: object) -> bool:
         return self._identity == other._identity if isinstance(other, Rule) else NotImplemented
@@ -117,10 +131,11 @@ class Rule:
 
     @property
     def _identity(self) -> tuple[Any, ...]:
-        """Regions, numbers and `keep` compare by what they say; tensors and functions by which object they are."""
+        """Regions and values compare by what they say, numbers by their text: -0.0 is not 0.0; tensors by identity."""
         region = self.region if isinstance(self.region, Region) else id(self.region)
-        value = str(self.value) if isinstance(self.value, float | Keep | Tied) else id(self.value)  # -0.0 is not 0.0
-        return self.target, region, value
+        is_said = isinstance(self.value, float | complex | Keep | Numbers)
+        value = _value_text(self.value) if is_said else self.value if isinstance(self.value, Tie) else id(self.value)
+        return self.target if isinstance(self.target, str) else id(self.target), region, value
 
     def __reduce__(self) -> Any:
         region = self.region
@@ -130,32 +145,52 @@ class Rule:
 
     def __str__(self) -> str:
         region = "" if isinstance(self.region, Region) and self.region == WHOLE else f"[{_foreign_text(self.region)}]"
-        return f"{self.target}{region} = {_foreign_text(self.value)}"
+        return f"{_target_text(self.target)}{region} = {_foreign_text(self.value)}"
 
 
-def _finite(target: str, value: numbers.Real) -> float:
+def is_of_model(target: Any) -> bool:
+    """Return whether a target is a parameter or a module itself, and no name."""
+    return hasattr(target, "requires_grad_")
+
+
+def _target_text(target: Any) -> str:
+    return f"<{type(target).__name__}>" if is_of_model(target) else str(target)
+
+
+def _finite(what: str, value: Any) -> float | complex:
+    """Return a number as Python's own.
+
+    Raises:
+        FrozenValueError: It is infinite or nan, or no number.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Complex):
+        raise FrozenValueError(f"{what} must hold numbers, found {type(value).__name__}", "give finite numbers")
     try:
-        number = float(value)
+        number = float(value) if isinstance(value, numbers.Real) else complex(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
-        raise FrozenValueError(f"the value of `{target}` must be finite, found {shown(value)}", "give a finite number")
+    if not cmath.isfinite(number):
+        raise FrozenValueError(f"{what} must be finite, found {shown(value)}", "give a finite number")
     return number
 
 
 def _foreign_text(part: Any) -> str:
     """Return the text of a region or a value; one that text cannot say shows as ``<what it is>``."""
-    if isinstance(part, Region | Keep | Tied):
+    if isinstance(part, Region):
         return str(part)
-    if isinstance(part, float):
-        return _number_text(part)
-    if isinstance(part, complex):
-        return str(part)
+    if isinstance(part, float | complex | tuple | Keep | Tie | Numbers):
+        return _value_text(part)
     try:
         return f"<{type(part).__name__.lower()} of shape {tuple(part.shape)}>"
     except Exception:  # it has none: nested tensors and lazy parameters say so each in their own way
         return f"<{getattr(part, '__name__', type(part).__name__)}>"
 
 
-def _number_text(number: float) -> str:
-    return repr(number).removesuffix(".0")
+def _value_text(value: Any) -> str:
+    """Return the text of a value that text can say."""
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
+    if isinstance(value, complex):
+        sign = "" if math.copysign(1, value.imag) < 0 else "+"
+        return f"{_value_text(value.real)}{sign}{_value_text(value.imag)}j"
+    return f"[{', '.join(map(_value_text, value))}]" if isinstance(value, tuple) else str(value)

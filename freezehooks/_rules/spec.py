@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from .._errors import SpecError, shown
 from .parser import parse_region, parse_rule, parse_value
-from .region import WHOLE
-from .rule import Rule, Tied, keep
+from .region import WHOLE, entries
+from .rule import Rule, keep
+from .ties import Tie
 
 Spec: TypeAlias = "str | Rule | Mapping[str, Any] | Iterable[Any]"
 """What rules can be read from: text, a rule, {target: region} or {target: (region, value)}, or several of those."""
@@ -50,19 +51,22 @@ def _iterate_rules(spec: Any) -> Iterator[Rule]:
 
 
 def _rule_of_item(target: Any, what: Any) -> Rule:
-    if isinstance(what, tuple | list):
+    region, value = what, keep
+    if isinstance(what, Tie):
+        region, value = WHOLE, what
+    elif isinstance(what, list | range) and all(isinstance(item, int) and not isinstance(item, bool) for item in what):
+        region = entries[list(what)]
+    elif isinstance(what, tuple | list):  # a list where YAML has no tuples
         if len(what) != 2:
             raise SpecError(
                 f"a mapping's item is a region or (region, value), found {len(what)} parts for {shown(target)}",
                 "write {target: (region, value)}; a list of rules takes several of one target",
             )
         region, value = what
-    elif isinstance(what, Tied):
-        region, value = WHOLE, what
-    else:
-        region, value = what, keep
-    return Rule(target, _parsed(parse_region, region), _parsed(parse_value, value))
+    return Rule(target, _region(region), parse_value(value) if isinstance(value, str) else value)
 
 
-def _parsed(parse: Callable[[str], Any], part: Any) -> Any:
-    return parse(part) if isinstance(part, str) else part
+def _region(region: Any) -> Any:
+    if isinstance(region, str):
+        return parse_region(region)
+    return entries[region] if isinstance(region, list) else region

@@ -15,12 +15,12 @@ from torch import Tensor
 from .._counted import counted
 from .._entries.select import select
 from .._errors import RegionError, SpecError, error_context
-from .._held.tied import TiedEntries
 from .._rules.patterns.matrices import MatrixPattern
 from .._rules.patterns.pattern import Pattern
 from .._rules.region import WHOLE, Not, Region
-from .._rules.rule import Keep, Rule, Tied
+from .._rules.rule import Keep, Rule
 from .._rules.spec import rules_of
+from .._rules.ties import Tie
 from .drawing import draw
 from .output import say
 from .selection import chosen_by_numbers
@@ -76,7 +76,7 @@ def _explanation(rule: Rule, shape: tuple[int, ...] | None) -> Iterator[str]:
     yield textwrap.fill(in_words(rule), _WIDTH, break_long_words=False, break_on_hyphens=False)
     if shape is not None:
         with error_context(f"rule `{rule}`", f"shape {shape}"):
-            found = _tied(rule, rule.value, shape) if isinstance(rule.value, Tied) else _frozen(rule.region, shape)
+            found = _tied(rule.value, shape) if isinstance(rule.value, Tie) else _frozen(rule.region, shape)
         size = "x".join(map(str, shape)) if len(shape) > 1 else f"shape {shape}"
         yield ""
         yield f"{size}: {counted(prod(shape), 'entry', 'entries')}, {found}"
@@ -91,9 +91,14 @@ def in_words(rule: Rule) -> str:
         'Every entry of `conv.weight` outside the middle of the kernel is held at 0.'
     """
     target, region, value = rule.target, rule.region, rule.value
-    if isinstance(value, Tied):
-        return f"All slices of `{target}` along dimension {value.dim} are one: they hold the same numbers."
-    held = "what it holds when the model is frozen" if value is Keep.KEEP else repr(value).removesuffix(".0")
+    if isinstance(value, Tie):
+        what = value.in_words()
+        return f"{what[0].upper()}{what[1:]} of `{target}` are one: they hold the same numbers."
+    held = (
+        "what it holds when the model is frozen"
+        if value is Keep.KEEP
+        else str(Rule(target, value=value)).split(" = ")[1]
+    )
     leaf, outside = _signed(region)
     if isinstance(leaf, Pattern):
         return f"Every entry of `{target}` {leaf.in_words(outside)} is held at {held}."
@@ -111,13 +116,9 @@ def _signed(region: Region) -> tuple[Region, bool]:
     return region, outside
 
 
-def _tied(rule: Rule, tied: Tied, shape: tuple[int, ...]) -> str:
-    TiedEntries.resolve(
-        rule, tied, torch.zeros([1 if size else 0 for size in shape])
-    )  # of the shape, all that it looks at
-    copies, along = shape[tied.dim], f"along dimension {tied.dim % len(shape)}"
-    slices = counted(copies, f"slice {along} is one", f"slices {along} are one")
-    return f"but the {slices}: {counted(prod(shape) // copies, 'number', 'numbers')} to train"
+def _tied(tie: Tie, shape: tuple[int, ...]) -> str:
+    tie.check(shape)
+    return f"but {tie.are_one_in_words(shape)}: {counted(tie.count(shape), 'number', 'numbers')} to train"
 
 
 def _frozen(region: Region, shape: tuple[int, ...]) -> str:

@@ -15,7 +15,8 @@ from .._held.supported import check_supported
 from .._held.tied import TiedEntries
 from .._rules.patterns.pattern import Pattern
 from .._rules.region import Region
-from .._rules.rule import Rule, Tied
+from .._rules.rule import Rule
+from .._rules.ties import Tie
 from .checkpoints import is_freezable
 
 
@@ -64,8 +65,8 @@ def frozen_by(rules: Iterable[Rule], name: str, tensor: Tensor) -> FrozenParamet
     constraints: list[Constraint] = []
     for rule in rules:
         with error_context(f"rule `{rule}`", f"parameter `{name}` of shape {tuple(tensor.shape)}"):
-            if isinstance(rule.value, Tied):
-                constraints.append(TiedEntries.resolve(rule, Tied(rule.value.dim, "first"), tensor))
+            if isinstance(rule.value, Tie):
+                constraints.append(TiedEntries.resolve(rule, rule.value.starting_from("first"), tensor))
             else:
                 constraints.append(FixedEntries.resolve(rule, tensor))
     return FrozenParameter([name], tensor, constraints)

@@ -84,10 +84,9 @@ def _range(numbers: Tensor) -> str:
 
 
 def _copies(tensor: Tensor, tie: TiedEntries) -> str:
-    count = tensor.shape[tie.dim]
     one = tensor.clone(memory_format=torch.contiguous_format)
     tie.impose_(one)
     gap = compare(tensor, one, limit=0)
     if gap.count:
-        return f"{count} copies differ, by up to {gap.gap:g} from the first"
-    return counted(count, "copy is one", "copies are one")
+        return f"{tie.tie.in_words(tensor.shape)} differ, by up to {gap.gap:g} from the first"
+    return tie.tie.are_one_in_words(tensor.shape)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..._errors import RegionError
-from . import kernels, magnitudes, matrices  # noqa: F401  # which makes their patterns known
+from . import kernels, magnitudes, matrices, randomness, within  # noqa: F401  # which makes their patterns known
 from .pattern import Pattern
 
 
-def pattern_named(name: str, arguments: Sequence[Any] = ()) -> Pattern:
+def pattern_named(name: str, arguments: Sequence[Any] = (), named: Mapping[str, Any] | None = None) -> Pattern:
     """Return the pattern of the given name.
 
     Raises:
@@ -19,4 +19,4 @@ def pattern_named(name: str, arguments: Sequence[Any] = ()) -> Pattern:
     kind = Pattern.known.get(name)
     if kind is None:
         raise RegionError(f"unknown pattern `{name}`", f"use one of {', '.join(Pattern.known)}, or an index")
-    return kind.of(*arguments)
+    return kind.of(*arguments, **(named or {}))

@@ -11,7 +11,7 @@ from typing import Final
 from ..._counted import counted
 from ..._errors import RegionError
 from ..region import Index
-from .pattern import Coordinates, Pattern, PositiveInteger, Tensor
+from .pattern import Pattern, PositiveInteger, Selector, Tensor
 
 
 class KernelPattern(Pattern):
@@ -36,10 +36,10 @@ class KernelPattern(Pattern):
             )
 
 
-def _off_middle(parameter: Tensor, dims: int, coordinates: Coordinates) -> Tensor:
+def _off_middle(parameter: Tensor, dims: int, selector: Selector) -> Tensor:
     """Return for each tap in how many of the last `dims` dimensions it lies off the middle."""
     sizes = parameter.shape[-dims:]
-    return sum(along != size // 2 for along, size in zip(coordinates(parameter, dims), sizes, strict=True))
+    return sum(along != size // 2 for along, size in zip(selector.coordinates(parameter, dims), sizes, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +58,9 @@ class Center(KernelPattern):
         self.check(shape)
         return Index((..., *(size // 2 for size in shape[2:])))
 
-    def select(self, parameter: Tensor, coordinates: Coordinates) -> Tensor:
+    def select(self, parameter: Tensor, selector: Selector) -> Tensor:
         """Return True at the middle tap."""
-        return _off_middle(parameter, parameter.ndim - 2, coordinates) == 0
+        return _off_middle(parameter, parameter.ndim - 2, selector) == 0
 
     def in_words(self, outside: bool = False) -> str:
         """Return ``in the middle of the kernel``."""
@@ -85,9 +85,9 @@ class Cross(KernelPattern):
             )
         self._check_odd(shape[-self.dims :])
 
-    def select(self, parameter: Tensor, coordinates: Coordinates) -> Tensor:
+    def select(self, parameter: Tensor, selector: Selector) -> Tensor:
         """Return True at the taps that lie off the middle in one dimension at most."""
-        return _off_middle(parameter, self.dims, coordinates) <= 1
+        return _off_middle(parameter, self.dims, selector) <= 1
 
     def in_words(self, outside: bool = False) -> str:
         """Return ``on the cross through the middle of the kernel's last two dimensions``."""
@@ -102,9 +102,9 @@ class Border(KernelPattern):
 
     name = "border"
 
-    def select(self, parameter: Tensor, coordinates: Coordinates) -> Tensor:
+    def select(self, parameter: Tensor, selector: Selector) -> Tensor:
         """Return True at the taps that lie at an end of some dimension."""
-        along_each = zip(coordinates(parameter, parameter.ndim - 2), parameter.shape[2:], strict=True)
+        along_each = zip(selector.coordinates(parameter, parameter.ndim - 2), parameter.shape[2:], strict=True)
         return reduce(or_, ((along == 0) | (along == size - 1) for along, size in along_each))
 
     def in_words(self, outside: bool = False) -> str:

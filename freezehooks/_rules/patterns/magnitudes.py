@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 from ..._errors import RegionError
 from .matrices import check_matrix
-from .pattern import Coordinates, Fraction, Pattern, PositiveInteger, Tensor
+from .pattern import Fraction, Pattern, PositiveInteger, Selector, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Zeros(Pattern):
     name = "zeros"
     depends_on_numbers = True
 
-    def select(self, parameter: Tensor, coordinates: Coordinates) -> Tensor:
+    def select(self, parameter: Tensor, selector: Selector) -> Tensor:
         """Return True where an entry is 0, of either sign."""
         return parameter.eq(0)
 
@@ -27,18 +27,20 @@ class Zeros(Pattern):
         return f"that is {'not ' if outside else ''}exactly 0"
 
 
-@dataclass(frozen=True, slots=True)
-class Smallest(Pattern):
-    """The entries of least magnitude, so many of a parameter's as a fraction says. Made by `smallest`."""
+class MagnitudePattern(Pattern):
+    """So many of a parameter's entries, sorted by magnitude, as a fraction says."""
 
-    name = "smallest"
+    __slots__ = ()
     depends_on_numbers = True
-    fraction: Fraction
+    descending: ClassVar[bool]
+    extreme: ClassVar[str]
+    fraction: float
 
-    def select(self, parameter: Tensor, coordinates: Coordinates) -> Tensor:
+    def select(self, parameter: Tensor, selector: Selector) -> Tensor:
         """Return True at the first of the entries sorted by magnitude."""
         magnitude = parameter.abs().flatten()
-        order = magnitude.sort(stable=True).indices  # stable: the same weights give the same region everywhere
+        # stable: the same weights give the same region everywhere
+        order = magnitude.sort(stable=True, descending=self.descending).indices
         selected = magnitude.new_zeros(magnitude.shape).bool()
         selected[order[: self.count(len(order))]] = True
         return selected.view(parameter.shape)
@@ -49,7 +51,27 @@ class Smallest(Pattern):
 
     def in_words(self, outside: bool = False) -> str:
         """Return ``among the 50 % of least magnitude``."""
-        return f"{'outside' if outside else 'among'} the {100 * self.fraction:.12g} % of least magnitude"
+        return f"{'outside' if outside else 'among'} the {100 * self.fraction:.12g} % of {self.extreme} magnitude"
+
+
+@dataclass(frozen=True, slots=True)
+class Smallest(MagnitudePattern):
+    """The entries of least magnitude. Made by `smallest`."""
+
+    name = "smallest"
+    descending = False
+    extreme = "least"
+    fraction: Fraction
+
+
+@dataclass(frozen=True, slots=True)
+class Largest(MagnitudePattern):
+    """The entries of largest magnitude. Made by `largest`."""
+
+    name = "largest"
+    descending = True
+    extreme = "largest"
+    fraction: Fraction
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +97,7 @@ class NM(Pattern):
                 "choose a group size that divides it",
             )
 
-    def select(self, parameter: Tensor, coordinates: Coordinates) -> Tensor:
+    def select(self, parameter: Tensor, selector: Selector) -> Tensor:
         """Return True at the m - n least magnitudes of each group."""
         groups = parameter.abs().movedim(1, -1).unflatten(-1, (parameter.shape[1] // self.m, self.m))
         rank = groups.argsort(dim=-1, stable=True).argsort(dim=-1)
@@ -110,6 +132,23 @@ def smallest(fraction: float) -> Smallest:
         Smallest(fraction=0.5)
     """
     return Smallest(fraction)
+
+
+def largest(fraction: float) -> Largest:
+    """Select the entries of largest magnitude.
+
+    Args:
+        fraction: How many of the parameter's entries, as a fraction above 0 and at most 1; rounded to whole entries.
+
+    Raises:
+        RegionError: The fraction is outside that range.
+
+    Example:
+        >>> from freezehooks import largest
+        >>> largest(0.1)
+        Largest(fraction=0.1)
+    """
+    return Largest(fraction)
 
 
 def nm(n: int, m: int) -> NM:

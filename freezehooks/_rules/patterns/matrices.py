@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ..._counted import ordinal
+from ..._counted import counted, ordinal
 from ..._errors import RegionError
-from .pattern import Coordinates, Integer, Pattern, Tensor
+from .pattern import Count, Integer, Pattern, PositiveInteger, Selector, Tensor
 
 
 def check_matrix(pattern: Pattern, shape: Sequence[int]) -> None:
@@ -29,9 +29,9 @@ class MatrixPattern(Pattern):
         check_matrix(self, shape)
 
 
-def _columns_and_diagonal(parameter: Tensor, k: int, coordinates: Coordinates) -> tuple[Tensor, Tensor]:
+def _columns_and_diagonal(parameter: Tensor, k: int, selector: Selector) -> tuple[Tensor, Tensor]:
     """Return the columns of a matrix, and for each row the column in which its k-th diagonal lies."""
-    rows, columns = coordinates(parameter, 2)
+    rows, columns = selector.coordinates(parameter, 2)
     height, width = parameter.shape[-2:]
     nearest = max(-height, min(k, width))  # torch compares with no integer of over 64 bits; past the corner all is one
     return columns, rows + nearest
@@ -56,9 +56,9 @@ class Diagonal(MatrixPattern):
     name = "diagonal"
     k: Integer = 0
 
-    def select(self, parameter: Tensor, coordinates: Coordinates) -> Tensor:
+    def select(self, parameter: Tensor, selector: Selector) -> Tensor:
         """Return True on the k-th diagonal."""
-        columns, diagonal = _columns_and_diagonal(parameter, self.k, coordinates)
+        columns, diagonal = _columns_and_diagonal(parameter, self.k, selector)
         return columns == diagonal
 
     def in_words(self, outside: bool = False) -> str:
@@ -73,9 +73,9 @@ class Triu(MatrixPattern):
     name = "triu"
     k: Integer = 0
 
-    def select(self, parameter: Tensor, coordinates: Coordinates) -> Tensor:
+    def select(self, parameter: Tensor, selector: Selector) -> Tensor:
         """Return True from the k-th diagonal on."""
-        columns, diagonal = _columns_and_diagonal(parameter, self.k, coordinates)
+        columns, diagonal = _columns_and_diagonal(parameter, self.k, selector)
         return columns >= diagonal
 
     def in_words(self, outside: bool = False) -> str:
@@ -90,9 +90,9 @@ class Tril(MatrixPattern):
     name = "tril"
     k: Integer = 0
 
-    def select(self, parameter: Tensor, coordinates: Coordinates) -> Tensor:
+    def select(self, parameter: Tensor, selector: Selector) -> Tensor:
         """Return True up to the k-th diagonal."""
-        columns, diagonal = _columns_and_diagonal(parameter, self.k, coordinates)
+        columns, diagonal = _columns_and_diagonal(parameter, self.k, selector)
         return columns <= diagonal
 
     def in_words(self, outside: bool = False) -> str:
@@ -100,6 +100,90 @@ class Tril(MatrixPattern):
         return _side_in_words(self.k, self.k == -1, "below", "above", outside)
 
 
+@dataclass(frozen=True, slots=True)
+class Band(MatrixPattern):
+    """The diagonals of the last two dimensions from the `lower`-th below the main one to the `upper`-th above it."""
+
+    name = "band"
+    lower: Count
+    upper: Count
+
+    def select(self, parameter: Tensor, selector: Selector) -> Tensor:
+        """Return True on the main diagonal and on so many diagonals to both sides."""
+        columns, lowest = _columns_and_diagonal(parameter, -self.lower, selector)
+        columns, highest = _columns_and_diagonal(parameter, self.upper, selector)
+        return (columns >= lowest) & (columns <= highest)
+
+    def in_words(self, outside: bool = False) -> str:
+        """Return ``in the band from 1 diagonal below the main one to 2 above it, of the last two dimensions``."""
+        below = counted(self.lower, "diagonal", "diagonals")
+        side = "outside" if outside else "in"
+        return f"{side} the band from {below} below the main one to {self.upper} above it, of the last two dimensions"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDiagonal(MatrixPattern):
+    """The n equal blocks along the diagonal of the last two dimensions, as `torch.block_diag` places them."""
+
+    name = "block_diagonal"
+    n: PositiveInteger
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Raise RegionError where one of the last two dimensions is not made of n equal parts."""
+        check_matrix(self, shape)
+        if any(size % self.n for size in shape[-2:]):
+            raise RegionError(
+                f"pattern `{self}` needs last two dimensions that {self.n} divides, found {shape[-2]} x {shape[-1]}",
+                "choose a number of blocks that divides both",
+            )
+
+    def select(self, parameter: Tensor, selector: Selector) -> Tensor:
+        """Return True where row and column lie in the same block."""
+        rows, columns = selector.coordinates(parameter, 2)
+        height, width = (max(size // self.n, 1) for size in parameter.shape[-2:])
+        return rows // height == columns // width
+
+    def in_words(self, outside: bool = False) -> str:
+        """Return ``inside the 4 equal blocks along the diagonal of the last two dimensions``."""
+        side = "outside" if outside else "inside"
+        return f"{side} the {self.n} equal blocks along the diagonal of the last two dimensions"
+
+
 diagonal: Final = Diagonal()
 triu: Final = Triu()
 tril: Final = Tril()
+
+
+def band(lower: int, upper: int) -> Band:
+    """Select the diagonals of the last two dimensions around the main one, which is among them.
+
+    Args:
+        lower: How many diagonals below the main one.
+        upper: How many above it.
+
+    Raises:
+        RegionError: One is no integer, or negative.
+
+    Example:
+        >>> from freezehooks import Rule, band
+        >>> str(Rule("mixer.weight", ~band(1, 1), 0))  # tridiagonal
+        'mixer.weight[~band(1, 1)] = 0'
+    """
+    return Band(lower, upper)
+
+
+def block_diagonal(n: int) -> BlockDiagonal:
+    """Select n equal blocks along the diagonal of the last two dimensions.
+
+    Args:
+        n: How many blocks; it must divide the sizes of both dimensions.
+
+    Raises:
+        RegionError: It is no positive integer.
+
+    Example:
+        >>> from freezehooks import Rule, block_diagonal
+        >>> str(Rule("mixer.weight", ~block_diagonal(4), 0))  # four groups that do not mix
+        'mixer.weight[~block_diagonal(4)] = 0'
+    """
+    return BlockDiagonal(n)

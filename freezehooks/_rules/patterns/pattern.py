@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypeAlias, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol, TypeAlias, get_args, get_type_hints
 
+from ..._counted import counted
 from ..._errors import RegionError, shown
 from ..region import Region, is_printable
 
@@ -17,8 +19,15 @@ if TYPE_CHECKING:
 Tensor: TypeAlias = Any
 """A `torch.Tensor`, of which patterns use methods and operators alone."""
 
-Coordinates: TypeAlias = Callable[[Tensor, int], Sequence[Tensor]]
-"""From a tensor and a number n to each of its last n coordinates, shaped to broadcast over those dimensions."""
+
+class Selector(Protocol):
+    """What a pattern asks of torch, which it does not import."""
+
+    def coordinates(self, parameter: Tensor, dims: int) -> Sequence[Tensor]:
+        """Return each of the last `dims` coordinates of a tensor, shaped to broadcast over those dimensions."""
+
+    def select(self, region: Region, parameter: Tensor) -> Tensor:
+        """Return the bool tensor of the parameter's shape that is True inside a region."""
 
 
 class Kind(NamedTuple):
@@ -34,6 +43,8 @@ def _is_integer(value: Any) -> bool:
 
 Integer: TypeAlias = Annotated[int, Kind("an integer", _is_integer)]
 PositiveInteger: TypeAlias = Annotated[int, Kind("a positive integer", lambda value: _is_integer(value) and value > 0)]
+Count: TypeAlias = Annotated[int, Kind("an integer, 0 or more", lambda value: _is_integer(value) and value >= 0)]
+SomeRegion: TypeAlias = Annotated[Region, Kind("a region", lambda value: isinstance(value, Region))]
 Fraction: TypeAlias = Annotated[
     float, Kind("a number above 0, at most 1", lambda value: isinstance(value, int | float) and 0 < value <= 1)
 ]
@@ -72,7 +83,7 @@ class Pattern(Region, ABC):
         """Raise RegionError where the pattern does not fit a tensor of the given shape."""
 
     @abstractmethod
-    def select(self, parameter: Tensor, coordinates: Coordinates) -> Tensor:
+    def select(self, parameter: Tensor, selector: Selector) -> Tensor:
         """Return a bool tensor, True where an entry is selected, that broadcasts to the shape of `parameter`."""
 
     def count(self, entries: int) -> int | None:
@@ -86,13 +97,19 @@ class Pattern(Region, ABC):
     # Arguments
 
     @classmethod
-    def of(cls, *arguments: Any) -> Self:
-        """Return the pattern with the given arguments, in their order; those left out have their defaults."""
-        required = sum(field.default is MISSING for field in fields(cls))
-        if not required <= len(arguments) <= len(fields(cls)):
-            raise RegionError(f"pattern `{cls.name}` got {len(arguments)} arguments", f"write `{cls.signature()}`")
+    def of(cls, *arguments: Any, **named: Any) -> Self:
+        """Return the pattern with the given arguments; those left out have their defaults.
+
+        Raises:
+            RegionError: The pattern takes other arguments.
+        """
         make: Callable[..., Self] = cls
-        return make(*arguments)
+        try:
+            inspect.signature(cls).bind(*arguments, **named)
+        except TypeError:
+            given = counted(len(arguments) + len(named), "argument", "arguments")
+            raise RegionError(f"pattern `{cls.name}` got {given}", f"write `{cls.signature()}`") from None
+        return make(*arguments, **named)
 
     def __call__(self, *arguments: float) -> Self:
         """Return the pattern of the same name with other arguments, as in ``cross(3)``."""
@@ -101,7 +118,9 @@ class Pattern(Region, ABC):
     @classmethod
     def signature(cls) -> str:
         """Return how the pattern is written, with the names of its arguments: ``cross(dims=2)``."""
-        names = [f.name if f.default is MISSING else f"{f.name}={f.default}" for f in fields(cls)]
+        names = [
+            f.name + ("=..." if f.kw_only else "" if f.default is MISSING else f"={f.default}") for f in fields(cls)
+        ]
         return f"{cls.name}({', '.join(names)})" if names else cls.name
 
     @property
@@ -112,7 +131,19 @@ class Pattern(Region, ABC):
     def __str__(self) -> str:
         if self.arguments == tuple(field.default for field in fields(self)):
             return self.name
-        return f"{self.name}({', '.join(map(str, self.arguments))})"
+        written = [f"{f.name}={v}" if f.kw_only else str(v) for f, v in zip(fields(self), self.arguments, strict=True)]
+        return f"{self.name}({', '.join(written)})"
+
+
+def patterns_in(region: Any) -> Iterator[Pattern]:
+    """Yield the patterns that a region is made of; none where it is a mask or a function."""
+    leaves = region.leaves() if isinstance(region, Region) else ()
+    return (leaf for leaf in leaves if isinstance(leaf, Pattern))
+
+
+def depends_on_numbers(region: Any) -> bool:
+    """Return whether the numbers of a parameter decide what a region selects."""
+    return any(pattern.depends_on_numbers for pattern in patterns_in(region))
 
 
 @cache

@@ -1,0 +1,152 @@
+"""Which entries of a tensor are one, and what is done with all of them at once."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from .._errors import RegionError
+from .._rules.ties import Labeled, Mirrored, Symmetric, Tie, Tied
+
+
+class Copies(ABC):
+    """Entries of a tensor that are one; the first of them, row by row, stands for the others."""
+
+    @staticmethod
+    def of(tie: Tie, parameter: Tensor) -> Copies:
+        """Return the copies that a tie makes of a parameter's entries.
+
+        Raises:
+            RegionError: The tie does not fit the parameter's shape, or makes nothing one.
+        """
+        tie.check(parameter.shape)
+        return Slices(tie.dim, tie.groups) if isinstance(tie, Tied) else Scattered(_first_positions(tie, parameter))
+
+    @abstractmethod
+    def first(self, tensor: Tensor) -> Tensor:
+        """Return, for each entry, what the first of its copies holds: in a shape that expands to the tensor's."""
+
+    @abstractmethod
+    def spread_(self, tensor: Tensor) -> None:
+        """Write what the first copies hold into all others."""
+
+    @abstractmethod
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return, for each entry, the sum over its copies."""
+
+    @abstractmethod
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Return, for each entry, the mean over its copies."""
+
+    def others(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """Return the bool tensor that is True at all copies but the first ones."""
+        positions = torch.arange(shape.numel(), device=device).view(shape)
+        return positions != self.first(positions)
+
+
+class Slices(Copies):
+    """All slices along a dimension, or all of each of several equal groups of them.
+
+    Args:
+        dim: The dimension.
+        groups: How many groups.
+    """
+
+    def __init__(self, dim: int, groups: int) -> None:
+        self._groups = groups
+        self._dim = dim
+        self._along = dim if groups == 1 or dim < 0 else dim + 1
+        """The dimension, once the groups have one of their own before it."""
+
+    def _grouped(self, tensor: Tensor) -> Tensor:
+        return tensor if self._groups == 1 else tensor.unflatten(self._dim, (self._groups, -1))
+
+    def first(self, tensor: Tensor) -> Tensor:
+        grouped = self._grouped(tensor)
+        first = grouped.narrow(self._along, 0, 1)
+        return first if self._groups == 1 else first.expand_as(grouped).reshape(tensor.shape)
+
+    def spread_(self, tensor: Tensor) -> None:
+        grouped = self._grouped(tensor)
+        others = grouped.narrow(self._along, 1, grouped.shape[self._along] - 1)
+        others.copy_(grouped.narrow(self._along, 0, 1).expand(others.shape))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        grouped = self._grouped(tensor)
+        summed = grouped.sum(self._along, keepdim=True).expand(grouped.shape)
+        return summed if self._groups == 1 else summed.reshape(tensor.shape)
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        grouped = self._grouped(tensor)
+        return grouped.mean(self._along, keepdim=True).expand(grouped.shape).reshape(tensor.shape)
+
+
+class Scattered(Copies):
+    """Copies anywhere in a tensor.
+
+    Args:
+        first: For each entry of the flattened tensor, the position of the first of its copies.
+    """
+
+    def __init__(self, first: Tensor) -> None:
+        self._others = (first != torch.arange(len(first), device=first.device)).nonzero().flatten()
+        self._firsts = first[self._others]
+        if not len(self._others):
+            raise RegionError("no two entries are tied", "correct the labels, or leave the rule out")
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the positions of the other copies, and those of the first ones, on a device."""
+        if self._others.device != device:
+            self._others, self._firsts = self._others.to(device), self._firsts.to(device)
+        return self._others, self._firsts
+
+    def first(self, tensor: Tensor) -> Tensor:
+        others, firsts = self._on(tensor.device)
+        flat = tensor.flatten()
+        return flat.index_copy(0, others, flat[firsts]).view(tensor.shape)
+
+    def spread_(self, tensor: Tensor) -> None:
+        tensor.copy_(self.first(tensor))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        others, firsts = self._on(tensor.device)
+        flat = tensor.flatten()
+        exact = flat.to(torch.promote_types(flat.dtype, torch.float32))  # 16-bit numbers would be rounded at each step
+        return self.first(exact.index_add(0, firsts, exact[others]).to(flat.dtype)).view(tensor.shape)
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        return self.sum(tensor) / self.sum(torch.ones_like(tensor))
+
+
+def _first_positions(tie: Tie, parameter: Tensor) -> Tensor:
+    """Return, for each entry of a flattened parameter, the position of the first of its copies.
+
+    Raises:
+        RegionError: Labels that are no integers, or below -1.
+    """
+    positions = torch.arange(parameter.numel(), device=parameter.device).view(parameter.shape)
+    if isinstance(tie, Mirrored):
+        return positions.minimum(positions.flip(tie.dim)).flatten()
+    if isinstance(tie, Symmetric):
+        return positions.minimum(positions.mT).flatten()
+    labels = _checked_labels(cast("Labeled", tie).labels)
+    return _first_of_label(labels.to(parameter.device).flatten(), positions.flatten())
+
+
+def _checked_labels(labels: object) -> Tensor:
+    found = torch.as_tensor(labels)
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool or bool((found < -1).any()):
+        raise RegionError(
+            f"labels must be integers from -1 on, found {found.dtype}",
+            "give entries that are to be one the same number, and -1 where an entry is free",
+        )
+    return found.long()
+
+
+def _first_of_label(labels: Tensor, positions: Tensor) -> Tensor:
+    known, number = labels.unique(return_inverse=True)
+    first = torch.full_like(known, len(labels)).scatter_reduce_(0, number, positions, "amin")
+    return torch.where(labels < 0, positions, first[number])
