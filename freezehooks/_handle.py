@@ -406,11 +406,11 @@ class FrozenEntries(ReadByName):
         """
         found = guardable(optimizer)
         self._held.check_in_place()
-        held = {id(parameter) for _, parameter in self._held}
-        stepping = [each for each in found if held & stepped_by(each)] if len(self) else found[:1]
+        held, names = {id(parameter) for _, parameter in self._held}, self._held.parameter_names
+        stepping = [each for each in found if held & stepped_by(each)] or ([] if names else found[:1])
         if not stepping:
             raise OptimizerMismatchError(
-                f"`{type(optimizer).__name__}` steps none of the frozen parameters ({', '.join(self)})",
+                f"`{type(optimizer).__name__}` steps none of the frozen parameters ({', '.join(names)})",
                 "build it from the parameters of the model that was frozen, after moving or copying that model",
             )
         for each in stepping if compact else ():

@@ -515,8 +515,7 @@ _HOLDS_NONE: Final = re.escape(
 )
 
 
-@pytest.mark.parametrize("wrap", [MaskedOptimizer, lambda optimizer, frozen: "
-"frozen.guard(optimizer)], ids=["wrap", "guard"])  # noqa: E501  # fmt: skip
+@pytest.mark.parametrize("wrap", [MaskedOptimizer, lambda optimizer, frozen: frozen.guard(optimizer)], ids=["wrap", "guard"])  # noqa: E501  # fmt: skip
 def test_an_optimizer_of_other_parameters_is_refused(wrap: Callable[[Optimizer, FrozenEntries], Any]) -> None:
     model = _beside_good(nn.Linear(3, 4))
     frozen = freeze_entries(model, GOOD)
@@ -581,8 +580,7 @@ def test_context_goes_before_the_fact_and_detail_behind_it(error: type[FreezeErr
 
 
 @every_error
-@pytest.mark.parametrize("again", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy, "
-"copy.deepcopy], ids=["pickle", "copy", "deepcopy"])  # noqa: E501  # fmt: skip
+@pytest.mark.parametrize("again", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy, copy.deepcopy], ids=["pickle", "copy", "deepcopy"])  # noqa: E501  # fmt: skip
 def test_an_error_keeps_its_message_through_a_copy(error: type[FreezeError], again: Callable[[Any], Any]) -> None:
     raised = error("it is odd", "make it even").within("rule `a`", "of 3")
     copied = again(raised)

@@ -357,24 +357,6 @@ def test_thawing_a_region_says_that_whole_parameters_go(target: str) -> None:
     assert list(frozen) == ["0.weight"]
 
 
-@pytest.mark.parametrize(
-    ("target", "name"),
-    [
-        ("0.running_mean", "0.running_mean"),
-        ("*.running_var", "0.running_var"),
-        ("module.0.num_batches_tracked", "0.num_batches_tracked"),
-        ("hidden", "hidden"),
-    ],
-)
-def test_a_rule_on_a_buffer_says_that_it_is_a_buffer(target: str, name: str) -> None:
-    model = nn.Sequential(nn.BatchNorm1d(2))
-    model.register_buffer("hidden", torch.ones(2), persistent=False)
-    with pytest.raises(
-        TargetError, match=f"`{name}` is a buffer and no parameter, so no optimizer trains it; write its"
-    ):
-        freeze_entries(model, f"{target} = 0")
-
-
 def test_a_rule_on_a_tensor_that_is_neither_says_so() -> None:
     model = _model()
     model[0].scale = torch.ones(3)

@@ -51,6 +51,11 @@ class HeldParameters:
         """The names of `frozen` that stand in this model."""
         return list(dict.fromkeys(name for name, _ in self.known_sites()))
 
+    @property
+    def parameter_names(self) -> list[str]:
+        """The names of `names` that stand for parameters, and not for buffers alone, which no optimizer steps."""
+        return list(dict.fromkeys(name for name, site in self.known_sites() if not site.is_buffer))
+
     def sites_by_name(self) -> dict[str, list[Site]]:
         """Return the places of each name of `frozen`."""
         found: dict[str, list[Site]] = {}

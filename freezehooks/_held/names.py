@@ -7,6 +7,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ class Targets:
     def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
         self._model = model
         self.sites: dict[str, Site] = dict(_sites(model))
+        self._buffers = [name for name, site in self.sites.items() if site.is_buffer]
+        self._parameters = [name for name, site in self.sites.items() if not site.is_buffer]
         self._computed = dict(_computed_tensors(model))
         self._modules = dict(model.named_modules(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
         by_tensor: dict[int, list[str]] = {}
@@ -72,11 +75,7 @@ class Targets:
             TargetError: It speaks of none.
             UnsupportedParameterError: It speaks of a tensor that is computed from other parameters.
         """
-        names = (
-            matching(target, [*self.sites, *self._computed])
-            or self._matching_unwrapped(target)
-            or self._of_classes(target)
-        )
+        names = self._matching(target, [*self._parameters, *self._computed]) or self._matching_buffers(target)
         for name in names:
             if name in self._computed:
                 fact, advice = self._computed[name]
@@ -85,21 +84,40 @@ class Targets:
             raise self._unknown(target)
         return list(dict.fromkeys(self._aliases[name][0] for name in names))
 
-    def _matching_unwrapped(self, target: str) -> list[str]:
+    def _matching(self, target: str, known: list[str]) -> list[str]:
+        return matching(target, known) or self._matching_unwrapped(target, known) or self._of_classes(target, known)
+
+    def _matching_buffers(self, target: str) -> list[str]:
+        """Return the floating-point buffers that a target speaks of.
+
+        Raises:
+            UnsupportedParameterError: It speaks of other buffers alone.
+        """
+        names = self._matching(target, self._buffers)
+        dtypes = {name: self.sites[name].tensor().dtype for name in names}
+        floating = [name for name, dtype in dtypes.items() if dtype.is_floating_point or dtype.is_complex]
+        if names and not floating:
+            raise UnsupportedParameterError(
+                f"`{names[0]}` is a buffer of {dtypes[names[0]]}",
+                "name parameters, or floating-point buffers",
+            )
+        return floating
+
+    def _matching_unwrapped(self, target: str, known: list[str]) -> list[str]:
         """Return what a target speaks of, where it or the model has names of wrappers and the other has not.
 
         Raises:
             TargetError: Without the names of wrappers, two parameters have one name.
         """
-        found = matching_unwrapped(target, [*self.sites, *self._computed])
-        known: dict[str, str] = {}
+        found = matching_unwrapped(target, known)
+        firsts: dict[str, str] = {}
         for name in found:
-            other = known.setdefault(unwrapped(name), name)
+            other = firsts.setdefault(unwrapped(name), name)
             if self._aliases.get(name) != self._aliases.get(other):
                 raise TargetError(f"`{target}` may be `{other}` or `{name}`", "write the whole name")
         return found
 
-    def _of_classes(self, target: str) -> list[str]:
+    def _of_classes(self, target: str, known: list[str]) -> list[str]:
         """Return what a target with classes of modules in it names.
 
         Raises:
@@ -109,12 +127,11 @@ class Targets:
         if typed is None:
             return []
         if not any(typed.takes(module) for module in self._modules.values()):
-            known = sorted({type(module).__name__ for module in self._modules.values() if module._parameters})
+            classes = sorted({type(module).__name__ for module in self._modules.values() if module._parameters})
             raise TargetError(
-                f"`{target}` names classes of which the model has no module", f"its modules are {', '.join(known)}"
+                f"`{target}` names classes of which the model has no module", f"its modules are {', '.join(classes)}"
             )
-        known_names = [*self.sites, *self._computed]
-        return [name for name in known_names if any(typed.names(*each, name) for each in self._modules.items())]
+        return [name for name in known if any(typed.names(*each, name) for each in self._modules.items())]
 
     def _unknown(self, target: str) -> TargetError:
         for name, kind in _untrained_tensors(self._model):
@@ -229,8 +246,8 @@ def _sites(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, Site]
         return
     known_of: dict[nn.Module, dict[str, Tensor]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for key, parameter in {} if is_scripted(module) else module._parameters.items():
-            if parameter is not None:
+        for key, found in () if is_scripted(module) else chain(module._parameters.items(), module._buffers.items()):
+            if found is not None:
                 yield f"{prefix}.{key}".lstrip("."), Site(module, key, known_of.setdefault(module, {}))
 
 
@@ -238,7 +255,8 @@ def _untrained_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tupl
     """Name the tensors of a model that are no parameters, each with what it is."""
     for prefix, module in model.named_modules(remove_duplicate=False) if isinstance(model, nn.Module) else ():
         dot = f"{prefix}." if prefix else ""
-        yield from ((f"{dot}{key}", "a buffer") for key, buffer in module._buffers.items() if buffer is not None)
+        if is_scripted(module):
+            yield from ((f"{dot}{key}", "a scripted buffer") for key, _ in module.named_buffers(recurse=False))
         yield from (
             (f"{dot}{key}", "a plain tensor") for key, found in vars(module).items() if isinstance(found, Tensor)
         )

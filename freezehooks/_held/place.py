@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from .._entries.bits import differ
 from .._errors import ParameterChangedError, UnsupportedParameterError
 from .._ranks.sharding import is_sharded
 from .._torch import is_expanded_weight, is_inside_functional_call, is_replica
@@ -33,7 +33,7 @@ class Place:
     is_wanted: bool = True
 
     def own(self) -> Tensor | None:
-        """Return the parameter that stands here; None for a tensor that somebody put in its place for one call.
+        """Return the parameter or buffer that stands here; None for what somebody put in its place for one call.
 
         `torch.func.functional_call` does, and nn.DataParallel; those belong to the caller. They may be parameters of
         another model.
@@ -55,7 +55,8 @@ class Place:
                 "them on the parameter past every hook",
                 "take Opacus's own hooks, grad_sample_mode='hooks', or remove the frozen entries first",
             )
-        is_plain = isinstance(owner, nn.Module) and not isinstance(found, nn.Parameter)
+        is_own = isinstance(found, nn.Parameter) or self.site.is_buffer
+        is_plain = isinstance(owner, nn.Module) and not is_own
         return None if is_plain or (self.is_new(found) and is_inside_functional_call()) else found
 
     def is_new(self, found: Tensor) -> bool:
@@ -86,11 +87,33 @@ class Place:
         known = self.site.known.get(self.site.key)
         is_news = known is not None and not (known.is_meta or found.is_meta)  # what comes from there is `to_empty`
         if known is not None and is_news and self.is_new(found):
-            self._follow(found, known.dtype)
+            self._follow(found, known)
         self.remember(found)
         return self.frozen.adopt(self.name, found)
 
-    def _follow(self, found: Tensor, dtype: torch.dtype) -> None:
+    def take_over(self) -> None:
+        """Take a buffer that a forward has put in another's place for the one that stands here: it brings no news.
+
+        Raises:
+            ParameterChangedError: It cannot be held.
+        """
+        found = self.own()
+        if found is not None and self.is_new(found):
+            if found.is_inference():  # outside of torch.inference_mode nothing could write into it
+                found = self.site.put_normal(found)
+            self._check_successor(found)
+            self.remember(found)
+
+    def _follow(self, found: Tensor, known: Tensor) -> None:
+        self._check_successor(found)
+        if self.site.is_buffer and _is_converted(known, found):
+            return
+        pair = self.frozen.adopt(self.name, found)
+        if pair is not None:
+            self.frozen.changes += 1
+            pair[0].follow(found, known.dtype)
+
+    def _check_successor(self, found: Tensor) -> None:
         try:
             check_supported(found)
         except UnsupportedParameterError as error:
@@ -99,10 +122,6 @@ class Place:
                 "call remove() before the model is quantized or converted",
             ) from error
         self.frozen.by_name[self.name].check_shape(found)
-        pair = self.frozen.adopt(self.name, found)
-        if pair is not None:
-            self.frozen.changes += 1
-            pair[0].follow(found, dtype)
 
     def remember(self, found: Tensor) -> None:
         """Take a parameter for the one that stands here; one that is spread over ranks comes and goes."""
@@ -110,3 +129,8 @@ class Place:
             self.site.known.pop(self.site.key, None)
         else:
             self.site.known[self.site.key] = found
+
+
+def _is_converted(known: Tensor, found: Tensor) -> bool:
+    """Return whether a buffer holds what another held: `Module.to` puts a new one in place of each, drifted or not."""
+    return not bool(differ(known.detach().to(found), found.detach()).any())

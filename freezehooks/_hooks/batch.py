@@ -6,7 +6,7 @@ A module around others has written for all of them, for as long as its own call 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -162,10 +162,20 @@ class Batch:
 
     def impose_before(self, module: nn.Module, places: Places) -> Plan:
         """Write all values before a module's forward, or before it is saved."""
-        if self._module != id(module):  # the hooks may be shared with another module
-            self._plan, self._module = None, id(module)
+        self._meet(module)
         self.forget_gradients()
         return self.impose(places)
+
+    def impose_after(self, module: nn.Module, buffers: list[Place]) -> None:
+        """Write all values into buffers after a module's forward, also into those it has put in place of others."""
+        self._meet(module)
+        for place in buffers:
+            place.take_over()
+        self.impose(lambda: buffers)
+
+    def _meet(self, module: nn.Module) -> None:
+        if self._module != id(module):  # the hooks may be shared with another module
+            self._plan, self._module = None, id(module)
 
     def clean_gradients(self, places: Places, *, trusting: bool = False) -> None:
         """Make every gradient +0.0 at the frozen entries.
@@ -208,8 +218,7 @@ class Batch:
 
 
 def _planned(place: Place, held: FrozenParameter, found: Tensor, is_again: bool) -> Planned:
-    owner, key = place.site.owner, place.site.key
-    holder: Mapping[str, Any] = owner._parameters if isinstance(owner, nn.Module) else owner
+    holder, key = place.site.holder, place.site.key
     key = key if holder.get(key) is found else f"{key}_orig"  # where it was pruned
     hook = gradient_hook(found, place.frozen, place.name)
     return Planned(place.frozen, place.name, held, holder, key, found, hook, is_again)
@@ -250,7 +259,7 @@ class _Calls(threading.local):
 _calls = _Calls()
 
 
-def covered_by(plan: Plan, holders: Mapping[Hashable, Mapping[str, Any]]) -> Covered:
+def covered_by(plan: Plan, holders: Mapping[Hashable, Sequence[Mapping[str, Any]]]) -> Covered:
     """Return what of a plan each hook set holds.
 
     Args:
@@ -261,7 +270,8 @@ def covered_by(plan: Plan, holders: Mapping[Hashable, Mapping[str, Any]]) -> Cov
     for number, each in enumerate(plan.planned):
         covered = _Covered(each.holder, each.key, each.found, number)
         by_holder.setdefault(id(each.holder), []).append(covered)
-    return {hooks: by_holder[id(holder)] for hooks, holder in holders.items() if id(holder) in by_holder}
+    found = {hooks: [each for one in own for each in by_holder.get(id(one), ())] for hooks, own in holders.items()}
+    return {hooks: covered for hooks, covered in found.items() if covered}
 
 
 def begin_call(by: object, covered: Covered, plan: Plan) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .._errors import SpecError
+from .._errors import ParameterChangedError, SpecError
 from .._held.held import Model
 from .._held.parameters import FrozenParameters
 from .._held.place import Place
@@ -42,8 +43,10 @@ class OuterHooks:
         self.frozen = frozen
         self.is_root = is_root
         self._below = below
+        self._with_buffers = [hooks for hooks in below if hooks.buffers]
         self._handles: list[RemovableHandle] = []
         self._batch = Batch()
+        self._after = Batch()
         self._covered: tuple[Plan, batch.Covered] | None = None
         self._is_compared = False
 
@@ -94,10 +97,17 @@ class OuterHooks:
             self._covered = plan, batch.covered_by(plan, self._holders_below(module, plan))
         batch.begin_call(self, self._covered[1], plan)
 
-    def _holders_below(self, module: nn.Module, plan: Plan) -> dict[Hashable, Mapping[str, Any]]:
+    def end_forward(self, module: nn.Module) -> None:
+        """Leave the owners' hooks to themselves again; after the whole model, impose on what it may have moved."""
+        batch.end_call(self)
+        if self.is_root and any(hooks.buffers for hooks in self._with_buffers) and not is_replica(module):
+            with outside_transforms(), suppress(ParameterChangedError):  # the owner's hook says so, or the next forward
+                self._after.impose_after(module, [each for each in self._places_below(module) if each.site.is_buffer])
+
+    def _holders_below(self, module: nn.Module, plan: Plan) -> dict[Hashable, Sequence[Mapping[str, Any]]]:
         """Return the hook sets below, each with where it finds its parameters; not where some are sharded."""
         return {
-            hooks: below._parameters
+            hooks: (below._parameters, below._buffers)
             for below in module.modules()
             for hooks in self._own(below)
             if plan.sharded.isdisjoint(hooks.names.values()) and not plan.is_passing
@@ -144,7 +154,7 @@ class OuterHooks:
 
 
 class EndForward:
-    """After the forward, and after an error in it: leave the owners' hooks to themselves again.
+    """After the forward, and after an error in it: leave the owners' hooks to themselves again, and hold buffers.
 
     torch.jit.script asks each hook for its name and its source, those behind the forward first.
     """
@@ -156,7 +166,7 @@ class EndForward:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
-            batch.end_call(self.outer)
+            self.outer.end_forward(module)
 
     @property
     def __globals__(self) -> dict[str, Any]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .._errors import UnsupportedParameterError
 from .._held.max_norm import rescale_free_entries
 from .._held.parameter import FrozenParameter
 from .._held.parameters import FrozenParameters
 from .._held.place import Place
-from .._held.site import Site, gone, parameter_of
+from .._held.site import Site, gone, tensor_of
 from .._ranks.sharding import local
 from .._torch import (
     is_exporting,
@@ -30,7 +32,7 @@ from .moment import Moment
 
 
 class HookSet:
-    """What a module calls before its forward, and around saving and loading.
+    """What a module calls before its forward, after it where buffers are frozen, and around saving and loading.
 
     Its hooks are its methods. They reach a parameter through the module that they are called with: deepcopy and pickle
     take them along, and a copy must not write into the original.
@@ -38,15 +40,19 @@ class HookSet:
     Attributes:
         frozen: What the handle froze: the same object in all of its hook sets.
         names: The names in it, by the module's own attribute names.
+        buffers: Which of these attributes are buffers, held after the module's forward too: it may write to them.
         known: What stood under each of these when somebody last looked, as `Site` says.
     """
 
     def __init__(self, frozen: FrozenParameters, known: dict[str, Tensor]) -> None:
         self.frozen = frozen
         self.names: dict[str, str] = {}
+        self.buffers: set[str] = set()
         self.known = known
         self._handles: list[RemovableHandle] = []
+        self._handles_after: list[RemovableHandle] = []
         self._batch = Batch()
+        self._after = Batch()
 
     @property
     def is_installed(self) -> bool:
@@ -67,6 +73,11 @@ class HookSet:
         for caller, path in callers:
             hook = ImposeBeforeCaller(self, path)
             self._handles.append(caller.register_forward_pre_hook(hook, prepend=True))
+        self.buffers = {key for key in self.names if key in module._buffers}
+        if self.buffers:
+            self._handles_after = [AFTER_FORWARD.put_on(module, self)]
+            hooks = [(caller, ImposeAfterCaller(self, path)) for caller, path in callers]
+            self._handles_after += [_first_after_forward(*each) for each in hooks]
 
     def lost(self, module: nn.Module, callers: list[tuple[nn.Module, str]]) -> set[str]:
         """Return the moments ("forward", "saving", "loading") whose hooks are no longer on the module or its callers.
@@ -75,10 +86,12 @@ class HookSet:
             module: The module that owns the parameters.
             callers: What `install` took, as it is now.
         """
-        lost = {moment.name for moment in MOMENTS if not moment.is_called(module, self)}
+        moments = (*MOMENTS, AFTER_FORWARD) if self.buffers else MOMENTS
+        lost = {moment.name for moment in moments if not moment.is_called(module, self)}
+        wanted = {ImposeBeforeCaller, ImposeAfterCaller} if self.buffers else {ImposeBeforeCaller}
         for caller, path in callers:
-            hooks = caller._forward_pre_hooks.values()
-            if not any(isinstance(hook, ImposeBeforeCaller) and hook.is_for(self, path) for hook in hooks):
+            hooks = chain(caller._forward_pre_hooks.values(), caller._forward_hooks.values())
+            if wanted - {type(hook) for hook in hooks if isinstance(hook, AroundCaller) and hook.is_for(self, path)}:
                 lost.add("forward")
         return lost
 
@@ -87,12 +100,22 @@ class HookSet:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._remove_after()
+
+    def _remove_after(self) -> None:
+        for handle in self._handles_after:
+            handle.remove()
+        self._handles_after = []
 
     def drop(self, key: str) -> None:
-        """Let one parameter go; with the last one the hooks come off."""
+        """Let one parameter or buffer go; with the last one the hooks come off."""
         self.names.pop(key, None)
         self.known.pop(key, None)
+        self.buffers.discard(key)
         self._batch.forget()
+        self._after.forget()
+        if not self.buffers:
+            self._remove_after()
         if not self.names:
             self.remove()
 
@@ -110,6 +133,33 @@ class HookSet:
         """Impose, and renew lost gradient hooks, where no module around this one has done so for its own forward."""
         if not is_covered(self):
             self.impose(module)
+
+    def impose_after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Impose on the module's buffers, which its forward may have written, as BatchNorm does, or replaced."""
+        if is_exporting():
+            self._check_exported(module.training)
+        elif torch.compiler.is_compiling() or is_replica(module):
+            self._impose_on_buffers(module)
+        else:
+            self._check_exported(torch.jit.is_tracing() and module.training)
+            with outside_transforms():
+                self._after.impose_after(module, [each for each in self.places(module) if each.site.is_buffer])
+
+    @traced_as_constant
+    def _check_exported(self, would_move: bool) -> None:
+        if would_move:
+            held = ", ".join(f"`{name}`" for key, name in self._held() if key in self.buffers)
+            raise UnsupportedParameterError(
+                f"nothing would hold {held} in a program that is exported or traced in training mode",
+                "export the model in evaluation mode, model.eval(), or call remove() first",
+            )
+
+    def _impose_on_buffers(self, module: nn.Module) -> None:
+        """Impose on them alone: in a compiled frame, or in a copy that shares the memory of the original."""
+        for key, name in self._held():
+            if key in self.buffers:
+                buffer = module._buffers[key]
+                self.frozen.by_name[name].for_tensor(buffer).impose(buffer)
 
     def impose_before_saving(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         """Impose before `state_dict()`, so that what is saved is exact even after a stray write."""
@@ -181,26 +231,38 @@ class HookSet:
         Inside a compiled frame one that is new is left to the next eager forward, or step.
         """
         for key, name in self._held():
-            parameter = parameter_of(module, key)
+            parameter = tensor_of(module, key)
             if parameter is None:
                 raise gone(name, module)
-            if isinstance(parameter, nn.Parameter) and self.known.get(key, parameter) is parameter:
+            is_own = isinstance(parameter, nn.Parameter) or key in module._buffers
+            if is_own and self.known.get(key, parameter) is parameter:
                 yield name, parameter
 
 
-class ImposeBeforeCaller:
-    """Before the forward of a module that computes with another's parameters without calling it: impose there."""
+class AroundCaller:
+    """Around the forward of a module that computes with another's parameters or buffers without calling it."""
 
     def __init__(self, hooks: HookSet, path: str) -> None:
         self.hooks = hooks
         self.path = path
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        self.hooks.impose_before_forward(module.get_submodule(self.path), args)
-
     def is_for(self, hooks: HookSet, path: str) -> bool:
         """Return whether it imposes what a hook set holds of the module at a path."""
         return self.hooks is hooks and self.path == path
+
+
+class ImposeBeforeCaller(AroundCaller):
+    """Before that forward: impose there."""
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.hooks.impose_before_forward(module.get_submodule(self.path), args)
+
+
+class ImposeAfterCaller(AroundCaller):
+    """After that forward: impose on the buffers there."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.hooks.impose_after_forward(module.get_submodule(self.path), args, output)
 
 
 class RescaleBeforeLookup:
@@ -231,6 +293,11 @@ def _first_before_forward(module: nn.Module, hook: Any) -> RemovableHandle:
     return module.register_forward_pre_hook(hook, prepend=True)
 
 
+def _first_after_forward(module: nn.Module, hook: Any) -> RemovableHandle:
+    # also after an error: checkpointing breaks off the forward that it runs once more, when BatchNorm has written
+    return module.register_forward_hook(hook, prepend=True, always_call=True)
+
+
 MOMENTS: Final = (
     Moment("impose_before_forward", _first_before_forward, "_forward_pre_hooks", "forward"),
     Moment("impose_before_saving", nn.Module.register_state_dict_pre_hook, "_state_dict_pre_hooks", "saving"),
@@ -242,6 +309,9 @@ MOMENTS: Final = (
     ),
     Moment("follow_loading", nn.Module.register_load_state_dict_post_hook, "_load_state_dict_post_hooks", "loading"),
 )
+
+AFTER_FORWARD: Final = Moment("impose_after_forward", _first_after_forward, "_forward_hooks", "forward")
+"""The moment that only modules with frozen buffers have."""
 
 
 def hook_sets_on(module: nn.Module) -> list[HookSet]:
