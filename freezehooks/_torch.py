@@ -86,6 +86,11 @@ def is_exporting() -> bool:
     return bool(getattr(torch.compiler, "is_exporting", bool)())
 
 
+def is_tracing() -> bool:
+    """Return whether torch.jit.trace is running (torch 1.0 to 2.14)."""
+    return torch._C._get_tracing_state() is not None
+
+
 def traced_as_constant(function: _Function) -> _Function:
     """Have compiled frames call a function while they are traced, without being part of them (torch 2.0 to 2.14).
 
@@ -119,7 +124,7 @@ def outside_transforms() -> AbstractContextManager[Any]:
         from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack  # torch 2.0 to 2.14
 
         return temporarily_clear_interpreter_stack()
-    return nullcontext() if torch._C._get_tracing_state() is None else _untraced()
+    return _untraced() if is_tracing() else nullcontext()
 
 
 @contextmanager

@@ -255,8 +255,6 @@ def _untrained_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tupl
     """Name the tensors of a model that are no parameters, each with what it is."""
     for prefix, module in model.named_modules(remove_duplicate=False) if isinstance(model, nn.Module) else ():
         dot = f"{prefix}." if prefix else ""
-        if is_scripted(module):
-            yield from ((f"{dot}{key}", "a scripted buffer") for key, _ in module.named_buffers(recurse=False))
         yield from (
             (f"{dot}{key}", "a plain tensor") for key, found in vars(module).items() if isinstance(found, Tensor)
         )

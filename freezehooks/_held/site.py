@@ -69,8 +69,9 @@ class Site:
 
     def computed(self) -> Tensor:
         """Return what the owner computes with: the tensor that stands here, under the mask where it was pruned."""
-        is_parameter = isinstance(self.owner, nn.Module) and not self.is_buffer
-        mask = self.owner._buffers.get(f"{self.key}_mask") if is_parameter else None
+        if not isinstance(self.owner, nn.Module) or self.is_buffer:
+            return self.tensor()
+        mask = self.owner._buffers.get(f"{self.key}_mask")
         return self.tensor() if mask is None else self.tensor() * mask
 
 

@@ -21,6 +21,7 @@ from .._torch import (
     is_exporting,
     is_replica,
     is_scripted,
+    is_tracing,
     not_compiled,
     outside_tracing,
     outside_transforms,
@@ -141,7 +142,7 @@ class HookSet:
         elif torch.compiler.is_compiling() or is_replica(module):
             self._impose_on_buffers(module)
         else:
-            self._check_exported(torch.jit.is_tracing() and module.training)
+            self._check_exported(is_tracing() and module.training)
             with outside_transforms():
                 self._after.impose_after(module, [each for each in self.places(module) if each.site.is_buffer])
 
@@ -159,6 +160,8 @@ class HookSet:
         for key, name in self._held():
             if key in self.buffers:
                 buffer = module._buffers[key]
+                if buffer is None:
+                    raise gone(name, module)
                 self.frozen.by_name[name].for_tensor(buffer).impose(buffer)
 
     def impose_before_saving(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
