@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from pathlib import Path
@@ -43,16 +44,18 @@ def test_what_differs_is_listed_entry_by_entry(folder: Folder) -> None:
     code, said = folder.run("diff", folder.saved("a.pt", first), folder.saved("b.pt", second), "--limit", "1")
     assert (code, said.split("\n#")[0]) == (
         1,
+        "6 of 7 tensors differ\n"
         "w (2, 2): 2 of 4 entries differ, by up to 8\n"
-        "    w[1, 0]: 3.0 in A, 3.5 in B\n"
-        "    and 1 more\n"
         "n (): 1 of 1 entry differs, by up to 1\n"
-        "    n: 3 in A, 4 in B\n"
-        "new: only in B\n"
         "m: shape (2,) in A, (1, 2) in B\n"
         "t: torch.float32 in A, torch.float16 in B\n"
+        "new: only in B\n"
         "gone: only in A\n"
-        "6 of 7 tensors differ",
+        "w:\n"
+        "    w[1, 0]: 3.0 in A, 3.5 in B\n"
+        "    and 1 more\n"
+        "n:\n"
+        "    n: 3 in A, 4 in B",
     )
 
 
@@ -68,8 +71,8 @@ def test_where_nothing_stayed_as_it_was_no_rules_are_announced(folder: Folder) -
     code, said = folder.run("diff", first, second, "--limit", "0")
     assert (code, said) == (
         1,
-        "w (2,): 2 of 2 entries differ, by up to 1\n"
         "1 of 1 tensor differs\n"
+        "w (2,): 2 of 2 entries differ, by up to 1\n"
         "# No entry that a rule can name stayed as it was.\n",
     )
 
@@ -95,18 +98,17 @@ def test_every_dtype_is_compared(folder: Folder, dtype: torch.dtype) -> None:
     two = folder.checkpoint("b.pt", w=torch.tensor([0.0, 0.0]).to(dtype))
     code, said = folder.run("diff", one, two)
     assert code == 1
-    assert "w (2,): 1 of 2 entries differs, by up to 1\n" in said
-    assert "\n1 of 1 tensor differs\n" in said
+    assert said.startswith("1 of 1 tensor differs\nw (2,): 1 of 2 entries differs, by up to 1\n")
 
 
 @pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch has no numbers of four bits")
 def test_two_numbers_in_one_byte_are_compared_as_the_byte(folder: Folder) -> None:
     packed = [torch.tensor(numbers, dtype=torch.uint8).view(torch.float4_e2m1fn_x2) for numbers in ([7, 16], [7, 33])]
     one, two = (folder.checkpoint(name, w=tensor) for name, tensor in zip(("a.pt", "b.pt"), packed, strict=True))
-    code, said = folder.run("diff", one, two)
+    code, said = folder.run("diff", one, two, "--limit", "1")
     assert (code, said.split("\n#")[0]) == (
         1,
-        "w (2,): 1 of 2 entries differs, by up to 17\n    w[1]: 16 in A, 33 in B\n1 of 1 tensor differs",
+        "1 of 1 tensor differs\nw (2,): 1 of 2 entries differs, by up to 17\nw:\n    w[1]: 16 in A, 33 in B",
     )
     assert folder.run("diff", one, one)[0] == 0
 
@@ -129,7 +131,83 @@ def test_a_tensor_that_one_file_has_twice_differs(folder: Folder) -> None:
     one, two = folder.checkpoint("a.pt", w=ramp(2)), folder.checkpoint("b.pt", w=ramp(2), module__w=ramp(2))
     for files, only in (((one, two), "B"), ((two, one), "A")):
         code, said = folder.run("diff", *files)
-        assert (code, said.split("\n#")[0]) == (1, f"module.w: only in {only}\n1 of 2 tensors differs")
+        assert (code, said.split("\n#")[0]) == (1, f"1 of 2 tensors differs\nmodule.w: only in {only}")
+
+
+def test_entries_are_listed_on_demand_alone(folder: Folder) -> None:
+    one, two = folder.checkpoint("a.pt", w=ramp(3)), folder.checkpoint("b.pt", w=ramp(3) + 1)
+    assert "[0]" not in folder.run("diff", one, two)[1]
+    assert "\n    w[0]: 1.0 in A, 2.0 in B\n    and 2 more\n" in folder.run("diff", one, two, "--limit", "1")[1]
+
+
+def test_a_tied_tensor_is_told_once_under_all_of_its_names(folder: Folder) -> None:
+    before, now = ramp(3), ramp(3)
+    now[2] = 9
+    one = folder.saved("a.pt", {"wte": before, "v": ramp(2), "head": before})
+    two = folder.saved("b.pt", {"wte": now, "v": ramp(2), "head": now})
+    assert folder.run("diff", one, two, "--limit", "1") == (
+        1,
+        "1 of 2 tensors differs\n"
+        "wte, also head (3,): 1 of 3 entries differs, by up to 6\n"
+        "wte:\n"
+        "    wte[2]: 3.0 in A, 9.0 in B\n"
+        "# What did not change, as rules for `freezehooks verify B --rules FILE --against A`:\n"
+        "wte[:2]\n"
+        "v\n",
+    )
+
+
+def test_a_tensor_that_is_tied_in_one_file_alone_is_told_by_each_name(folder: Folder) -> None:
+    tensor = ramp(3)
+    tied = folder.saved("a.pt", {"wte": tensor, "head": tensor})
+    apart = folder.saved("b.pt", {"wte": ramp(3), "head": ramp(3) + 1})
+    assert folder.run("diff", tied, apart)[1].startswith("1 of 2 tensors differs\nhead (3,): 3 of 3 entries differ")
+    assert folder.run("diff", apart, tied)[1].startswith("1 of 2 tensors differs\nhead (3,): 3 of 3 entries differ")
+
+
+def test_a_second_name_in_one_file_alone_is_no_other_tensor(folder: Folder) -> None:
+    tensor = ramp(3)
+    both, single = folder.saved("a.pt", {"wte": tensor, "head": tensor}), folder.checkpoint("b.pt", wte=ramp(3))
+    for files in ((both, single), (single, both)):
+        code, said = folder.run("diff", *files)
+        assert (code, said.split("\n#")[0]) == (0, "nothing differs: 1 tensor")
+
+
+def test_rules_alone_are_a_file_that_verify_takes(folder: Folder) -> None:
+    first = {
+        "wte": ramp(4, 2),
+        "conv": torch.zeros(2, 1, 3, 3),
+        "a b": ramp(2),
+        "n": torch.tensor(3),
+        "v": ramp(40, 40),
+    }
+    second = {name: tensor.clone() for name, tensor in first.items()}
+    second["wte"][3] += 1
+    second["v"] += torch.eye(40).roll(1, 0)
+    one, two = folder.saved("a.pt", first), folder.saved("b.pt", second)
+    code, said = folder.run("diff", one, two, "--rules-only")
+    assert (code, [line for line in said.splitlines() if line[0] != "#"]) == (1, ["wte[:3]", "conv = 0"])
+    assert folder.run("verify", two, "--rules", folder.text("r.txt", said), "--against", one)[0] == 0
+
+
+def test_the_json_of_diff_says_what_its_lines_say(folder: Folder) -> None:
+    one = folder.checkpoint("a.pt", w=ramp(2), gone=ramp(1), v=ramp(3))
+    two = folder.checkpoint("b.pt", w=torch.tensor([1.0, 4.0]), v=ramp(3))
+    code, said = folder.run("diff", one, two, "--limit", "1", "--json")
+    entry = {"index": [1], "found": "4.0", "expected": "2.0"}
+    entries = {"count": 1, "compared": 2, "examples": [entry], "worst": entry, "gap": 2.0}
+    assert (code, json.loads(said)) == (
+        1,
+        {
+            "code": 1,
+            "tensors": 3,
+            "differing": [
+                {"names": ["w"], "facts": [], "shape": [2], "entries": entries},
+                {"names": ["gone"], "facts": ["only in A"], "shape": [], "entries": None},
+            ],
+            "unchanged": ["w[0] = 1", "v"],
+        },
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------

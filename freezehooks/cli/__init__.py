@@ -6,6 +6,7 @@ Exit codes: 0 is yes, 1 is no (an entry does not hold, two files differ), 2 is a
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +15,7 @@ from typing import Any, Final
 from .._errors import FreezeError
 from . import diff, explain, show, verify
 from .checkpoints import lacks_memory
-from .output import complain, silence
+from .output import Answer, complain, say, silence
 
 _COMMANDS: Final = {"explain": explain, "show": show, "verify": verify, "diff": diff}
 
@@ -55,7 +56,7 @@ def _count(text: str) -> int:
 
 _FILE: Final = {"help": "a file of torch.save or of safetensors"}
 _SEVERAL: Final = {"action": "append", "default": []}
-_LIMIT: Final = {"metavar": "N", "type": _count, "default": 10}
+_FLAG: Final = {"action": "store_true"}
 
 _ARGUMENTS: Final[dict[str, dict[str, Any]]] = {
     "rule_texts": {"metavar": "RULE", "nargs": "+", "help": "a rule as text; several lines are several rules"},
@@ -66,12 +67,24 @@ _ARGUMENTS: Final[dict[str, dict[str, Any]]] = {
     "--rules": _SEVERAL | {"metavar": "FILE", "help": "rules: one a line, or YAML in .yaml or .yml"},
     "--rule": _SEVERAL | {"metavar": "RULE", "help": "one rule, such as 'conv[center] = 0'; repeatable"},
     "--against": {"metavar": "BASE", "help": "the checkpoint whose numbers are kept"},
-    "--limit": _LIMIT | {"help": "how many entries to list of each parameter (default: 10)"},
+    "--train-only": _SEVERAL | {"metavar": "RULE", "help": "what alone may differ from BASE; repeatable"},
+    "--frozen": {"metavar": "FILE", "help": "what FrozenEntries.state_dict() returned, saved: it says what is held"},
+    "--limit": {
+        "metavar": "N",
+        "type": _count,
+        "help": "how many entries to list of each tensor (verify: 10, diff: 0)",
+    },
     "--key": {"help": "where in the file the tensors are, with dots between nested keys"},
     "--key-b": {"metavar": "KEY", "help": "where they are in B, if not under --key ('': where usual)"},
     "--against-key": {"metavar": "KEY", "help": "where they are in BASE, if not under --key ('': where usual)"},
+    "--rules-only": _FLAG | {"help": "say the rules alone, as a file that --rules takes"},
+    "--quiet": _FLAG | {"help": "say nothing: the exit code is the answer"},
+    "--json": _FLAG | {"help": "say it as JSON"},
 }
 """What argparse is told of each argument, by its name."""
+
+_FORMS: Final = ("--rules-only", "--quiet", "--json")
+"""Arguments that say how an answer is written, one of them at most."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,9 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["show", "missing.pt", "--rule", "conv[center] = 0"])
         2
     """
-    options = _parser().parse_args(argv)
+    options = _options(sys.argv[1:] if argv is None else list(argv))
     try:
-        code = _answer(options)
+        code = _answered(options)
         if sys.stdout is not None:
             sys.stdout.flush()  # a pipe that is closed, or a disk that is full, says so here, not when Python ends
     except KeyboardInterrupt:
@@ -108,15 +121,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _answer(options: argparse.Namespace) -> int:
+def _options(arguments: list[str]) -> argparse.Namespace:
+    """Return what the arguments say.
+
+    Raises:
+        SystemExit: There are none (which shows the help), they ask for help, or they cannot be understood.
+    """
+    parser = _parser()
+    if not arguments:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    verb = arguments[0]
+    if not verb.startswith("-") and verb not in _COMMANDS:
+        close = difflib.get_close_matches(verb.lower(), _COMMANDS, n=1)
+        advice = f"did you mean `{close[0]}`?" if close else f"the commands are {', '.join(_COMMANDS)}"
+        parser.error(f"there is no command {verb!r}; {advice}")
+    return parser.parse_args(arguments)
+
+
+def _answered(options: argparse.Namespace) -> int:
+    """Ask the command, say what it answers, and return the exit code."""
     try:
-        return int(options.run(options))
+        answer: Answer = options.run(options)
     except FreezeError as error:
         complain(str(error))
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
         complain("the tensors do not fit into memory; run it where there is more")
+    else:
+        if not options.quiet:
+            say(answer.to_json() if options.json else "\n".join(answer.lines))
+        return answer.code
     return 2
 
 
@@ -134,8 +170,9 @@ def _parser() -> argparse.ArgumentParser:
             epilog=f"examples:\n{command.EXAMPLES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        form = subparser.add_mutually_exclusive_group()
         for argument in command.ARGUMENTS:
-            subparser.add_argument(argument, **_ARGUMENTS[argument])
+            (form if argument in _FORMS else subparser).add_argument(argument, **_ARGUMENTS[argument])
         subparser.set_defaults(run=command.run)
     return parser
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from .._errors import CheckpointError, FrozenValueError, RegionError, error_context
 from .._held.parameter import FrozenParameter
 from .._rules.rule import Keep, Rule
-from .checkpoints import counterparts
-from .selection import chosen_by_numbers, frozen_by, names_of
+from .pairs import counterparts
+from .selection import Names, chosen_by_numbers, frozen_by
 
 
 class Base:
@@ -45,8 +45,9 @@ class Base:
                 with error_context(f"rule `{rule}`"):
                     self._check_comparable(name, rule)
                 seen.setdefault(rule, set()).add(self._names[name])
+        known = Names(self._others)
         for rule, names in seen.items():
-            for other in names_of(rule, self._others):
+            for other in known.freezable(rule):
                 if other not in names:
                     raise self._unseen(other).within(f"rule `{rule}`")
 
@@ -64,16 +65,13 @@ class Base:
             )
         if base.dtype != tensor.dtype and (rule.value is Keep.KEEP or base.is_complex() or tensor.is_complex()):
             raise _of_two_dtypes(name, tensor, base)
-        number = torch.tensor(rule.value if isinstance(rule.value, float) else 0, dtype=torch.float64)
-        if not bool(number.to(tensor.dtype).isfinite()):  # which the base's dtype may hold
+        value = rule.value
+        if isinstance(value, float) and not bool(torch.tensor(value, dtype=torch.float64).to(tensor.dtype).isfinite()):
             raise FrozenValueError(
-                f"the value is not finite as {tensor.dtype}, the dtype of `{name}`", "correct the rule"
+                f"the value is not finite as {tensor.dtype}, the dtype of `{name}`",  # the base's may hold it
+                "correct the rule",
             )
-        for pattern in chosen_by_numbers(rule.region) if shape != base_shape else ():
-            raise RegionError(
-                f"`{pattern}` is chosen on the base, where `{name}` has shape {base_shape} instead of {shape}",
-                "write the region as an index",
-            )
+        check_region(rule, name, tensor, base)
 
     def _unseen(self, other: str) -> CheckpointError:
         name = next((name for name, its in self._names.items() if its == other), None)
@@ -133,6 +131,20 @@ def _check_alone(rule: Rule) -> None:
         raise RegionError(
             "`zeros` chosen on the checkpoint itself would be true of anything",
             "name the base that it is chosen on: --against BASE",
+        )
+
+
+def check_region(rule: Rule, name: str, tensor: Tensor, base: Tensor) -> None:
+    """Refuse a region that is chosen by the numbers of a base whose shape is another one.
+
+    Raises:
+        RegionError: It is.
+    """
+    for pattern in chosen_by_numbers(rule.region) if tensor.shape != base.shape else ():
+        raise RegionError(
+            f"`{pattern}` is chosen on the base, where `{name}` has shape {tuple(base.shape)} "
+            f"instead of {tuple(tensor.shape)}",
+            "write the region as an index",
         )
 
 

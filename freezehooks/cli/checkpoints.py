@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import CheckpointError
-from .._held.names import unwrapped
 from .._ranks.sharding import is_sharded
 
 _USUAL_KEYS: Final = ("state_dict", "model", "model_state_dict", "module", "state")
@@ -34,8 +33,7 @@ def open_checkpoint(path: str, key: str | None = None) -> dict[str, Tensor]:
         CheckpointError: There is no such file, it cannot be read without executing what it says, or it holds no
             tensors there, or those of two models.
     """
-    _check_is_file(path)
-    loaded = _load(path)
+    loaded = load_file(path)
     place = _at(key, loaded, path) if key else _at_usual_key(loaded, path)
     found = _named_tensors(place)
     if not found:
@@ -44,36 +42,19 @@ def open_checkpoint(path: str, key: str | None = None) -> dict[str, Tensor]:
     return {name: _plain(name, tensor, path) for name, tensor in found.items()}
 
 
+def load_file(path: str) -> Any:
+    """Return what a file holds, made of tensors and builtins alone.
+
+    Raises:
+        CheckpointError: There is no such file, or it cannot be read without executing what it says.
+    """
+    _check_is_file(path)
+    return _load(path)
+
+
 def is_freezable(tensor: Tensor) -> bool:
     """Return whether rules may speak of a tensor: whether it holds numbers that an optimizer could train."""
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-def counterparts(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, str]:
-    """Pair the names of two files: each name of the first that the second knows, perhaps but for names of wrappers.
-
-    Raises:
-        CheckpointError: Without the names of wrappers, two names of a file are one.
-    """
-    ours, theirs = _by_core(tensors, others), _by_core(others, tensors)
-    paired = {name: name for name in tensors if name in others}
-    for core, names in ours.items():
-        found, advice = theirs.get(core, []), "save both models with the same wrappers"
-        if len(found) > 1:
-            raise CheckpointError(f"`{names[0]}` may be `{found[0]}` or `{found[1]}` of the other file", advice)
-        if found and len(names) > 1:
-            raise CheckpointError(f"`{found[0]}` of the other file may be `{names[0]}` or `{names[1]}`", advice)
-        paired.update(zip(names, found, strict=False))
-    return {name: paired[name] for name in tensors if name in paired}
-
-
-def _by_core(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Return the names that one file alone has, under what they are without the names of wrappers."""
-    found: dict[str, list[str]] = {}
-    for name in tensors:
-        if name not in others:
-            found.setdefault(unwrapped(name), []).append(name)
-    return found
 
 
 def _check_is_file(path: str) -> None:

@@ -3,75 +3,93 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from torch import Tensor
 
 from .._counted import counted, share_of
 from .base import overlap
-from .checkpoints import counterparts, open_checkpoint
-from .comparison import compare
-from .output import say, shown
+from .checkpoints import open_checkpoint
+from .comparison import Comparison, compare
+from .output import Answer, shown
+from .pairs import Pairing
 from .unchanged import unchanged_rules
 
 BRIEF: Final = "which entries of two checkpoints differ, and rules for those that do not"
-ABOUT: Final = "Compare two checkpoints entry by entry, bit for bit; then say what did not change, as rules."
+ABOUT: Final = (
+    "Compare two checkpoints bit for bit: how many entries of each tensor differ, and on demand which; then say what "
+    "did not change, as rules. A tensor of several names is compared once."
+)
 EXAMPLES: Final = """\
   freezehooks diff base.pt tuned.pt
-      which entries did fine-tuning move?
-  freezehooks diff base.pt tuned.pt --limit 0
-      how many of each parameter, no entry by itself
+      how many entries of each tensor did fine-tuning move?
+  freezehooks diff base.pt tuned.pt --limit 5
+      and which: the first five of each
+  freezehooks diff base.pt tuned.pt --rules-only > unchanged.txt
   freezehooks verify next.pt --rules unchanged.txt --against base.pt
-      the rules at the end of the answer, put into unchanged.txt, hold the next run to the same
+      what did not change, as rules that hold the next run to the same
 """
-ARGUMENTS: Final = ("a", "b", "--limit", "--key", "--key-b")
+ARGUMENTS: Final = ("a", "b", "--limit", "--key", "--key-b", "--rules-only", "--quiet", "--json")
+
+_HEADING: Final = "# What did not change, as rules for `freezehooks verify B --rules FILE --against A`:"
+_NO_RULES: Final = "# No entry that a rule can name stayed as it was."
 
 
-def run(options: argparse.Namespace) -> int:
+@dataclass(frozen=True, slots=True)
+class _Difference:
+    """In what a tensor of B, under all of its names, differs from the one in A: in words, and entry by entry."""
+
+    names: list[str]
+    facts: list[str]
+    shape: tuple[int, ...] = ()
+    entries: Comparison | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.facts or (self.entries and self.entries.count))
+
+
+def run(options: argparse.Namespace) -> Answer:
     """Run the command."""
     first = open_checkpoint(options.a, options.key)
     second = open_checkpoint(options.b, options.key if options.key_b is None else options.key_b)
-    names = counterparts(second, first)
-    differing = _say_differences(first, second, names, options.limit)
-    unchanged = list(unchanged_rules(first, second, names))
-    heading = "What did not change, as rules for `freezehooks verify B --rules FILE --against A`:"
-    for line in [f"# {heading if unchanged else 'No entry that a rule can name stayed as it was.'}", *unchanged]:
-        say(line)
-    return int(differing > 0)
+    pairing, limit = Pairing.of(second, first), options.limit or 0
+    compared = (
+        _difference([name, *pairing.also[name]], first[other], second[name], limit)
+        for name, other in pairing.pairs.items()
+    )
+    differing = list(filter(None, compared))
+    differing += [_Difference([name], ["only in B"]) for name in pairing.alone]
+    differing += [_Difference([name], ["only in A"]) for name in pairing.missing]
+    unchanged = list(unchanged_rules(first, second, pairing.pairs))
+    rules = [_HEADING, *unchanged] if unchanged else [_NO_RULES]
+    count = len(pairing.pairs) + len(pairing.alone) + len(pairing.missing)
+    lines = rules if options.rules_only else [*_said(differing, counted(count, "tensor", "tensors")), *rules]
+    told = {"tensors": count, "differing": differing, "unchanged": [line for line in unchanged if line[0] != "#"]}
+    return Answer(int(bool(differing)), lines, told)
 
 
-def _say_differences(
-    first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: Mapping[str, str], limit: int
-) -> int:
-    """Say what differs, one tensor after another, and return of how many something does."""
-    missing = sorted(set(first) - set(names.values()))
-    differing = len(missing)
-    for name, tensor in second.items():
-        lines = (
-            list(_lines(name, first[names[name]], tensor, limit)) if name in names else [f"{shown(name)}: only in B"]
-        )
-        differing += bool(lines)
-        for line in lines:
-            say(line)
-    for name in missing:
-        say(f"{shown(name)}: only in A")
-    tensors = counted(len(second) + len(missing), "tensor", "tensors")
-    said = counted(differing, f"of {tensors} differs", f"of {tensors} differ")
-    say(said if differing else f"nothing differs: {tensors}")
-    return differing
+def _difference(names: list[str], a: Tensor, b: Tensor, limit: int) -> _Difference:
+    facts = [f"{a.dtype} in A, {b.dtype} in B"] if a.dtype != b.dtype else []
+    facts += [f"shape {tuple(a.shape)} in A, {tuple(b.shape)} in B"] if a.shape != b.shape else []
+    if a.dtype != b.dtype or a.ndim != b.ndim:
+        return _Difference(names, facts)
+    box = overlap(a, b)
+    return _Difference(names, facts, tuple(b.shape), compare(b[box], a[box], limit))
 
 
-def _lines(name: str, a: Tensor, b: Tensor, limit: int) -> Iterator[str]:
-    """Yield what differs between a tensor of A and one of B; nothing where nothing does."""
-    if a.dtype != b.dtype:
-        yield f"{shown(name)}: {a.dtype} in A, {b.dtype} in B"
-    if a.shape != b.shape:
-        yield f"{shown(name)}: shape {tuple(a.shape)} in A, {tuple(b.shape)} in B"
-    if a.dtype == b.dtype and a.ndim == b.ndim:
-        box = overlap(a, b)
-        comparison = compare(b[box], a[box], limit)
-        if comparison.count:
-            found = share_of(comparison.count, b[box].numel(), "differs", "differ")
-            yield f"{shown(name)} {tuple(b.shape)}: {found}, by up to {comparison.gap:g}"
-        yield from comparison.listed(name, "{0}: {2} in A, {1} in B")
+def _said(differing: Sequence[_Difference], tensors: str) -> Iterator[str]:
+    """Yield of how many tensors something differs, how much of each, and the entries that are to be listed."""
+    said = counted(len(differing), f"of {tensors} differs", f"of {tensors} differ")
+    yield said if differing else f"nothing differs: {tensors}"
+    for each in differing:
+        name = ", also ".join(map(shown, each.names))
+        yield from (f"{name}: {fact}" for fact in each.facts)
+        if each.entries and each.entries.count:
+            share = share_of(each.entries.count, each.entries.compared, "differs", "differ")
+            yield f"{name} {each.shape}: {share}, by up to {each.entries.gap:g}"
+    for each in differing:
+        if each.entries and each.entries.examples:
+            yield f"{shown(each.names[0])}:"
+            yield from each.entries.listed(each.names[0], "{0}: {2} in A, {1} in B")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 import textwrap
-from collections.abc import Iterator
 from math import prod
 from typing import Final
 
@@ -22,7 +21,7 @@ from .._rules.rule import Keep, Rule
 from .._rules.spec import rules_of
 from .._rules.ties import Tie
 from .drawing import draw
-from .output import say
+from .output import Answer
 from .selection import chosen_by_numbers
 
 _WIDTH: Final = 100
@@ -42,22 +41,22 @@ EXAMPLES: Final = """\
       two rules, one after the other; quote each, for the shell has its own use for * and [ ]
 
 Each rule is explained by itself. `freezehooks --help` has the language of rules."""
-ARGUMENTS: Final = ("rule_texts", "--shape")
+ARGUMENTS: Final = ("rule_texts", "--shape", "--quiet", "--json")
 
 _SHAPE: Final = re.compile(r"\d{1,18}(\s*[,x]\s*\d{1,18})*", re.ASCII)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Answer:
     """Run the command."""
     rules = rules_of(options.rule_texts)
     if not rules:
         raise SpecError("there is no rule to explain", "write for instance `conv.weight[center] = 0`")
     shape = None if options.shape is None else _shape(options.shape)
-    explained = ["\n".join(_explanation(rule, shape)) for rule in rules]  # all of them before the first word
-    say("\n\n\n".join(explained))
+    told = [_explained(rule, shape) for rule in rules]
+    lines = ["\n\n\n".join(map(_in_lines, told))]
     if shape is None:
-        say("\nGive the shape of the tensor, as in --shape 64,32,3,3, to have the entries counted and drawn.")
-    return 0
+        lines.append("\nGive the shape of the tensor, as in --shape 64,32,3,3, to have the entries counted and drawn.")
+    return Answer(0, lines, {"rules": told})
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -70,16 +69,20 @@ def _shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-def _explanation(rule: Rule, shape: tuple[int, ...] | None) -> Iterator[str]:
-    yield str(rule)
-    yield ""
-    yield textwrap.fill(in_words(rule), _WIDTH, break_long_words=False, break_on_hyphens=False)
+def _explained(rule: Rule, shape: tuple[int, ...] | None) -> dict[str, str]:
+    """Return a rule, what it means, and of a tensor of that shape how many entries it freezes, and a drawing."""
+    told = {"rule": str(rule), "means": in_words(rule)}
     if shape is not None:
         with error_context(f"rule `{rule}`", f"shape {shape}"):
             found = _tied(rule.value, shape) if isinstance(rule.value, Tie) else _frozen(rule.region, shape)
         size = "x".join(map(str, shape)) if len(shape) > 1 else f"shape {shape}"
-        yield ""
-        yield f"{size}: {counted(prod(shape), 'entry', 'entries')}, {found}"
+        told["of_shape"] = f"{size}: {counted(prod(shape), 'entry', 'entries')}, {found}"
+    return told
+
+
+def _in_lines(told: dict[str, str]) -> str:
+    means = textwrap.fill(told["means"], _WIDTH, break_long_words=False, break_on_hyphens=False)
+    return "\n\n".join(filter(None, [told["rule"], means, told.get("of_shape")]))
 
 
 def in_words(rule: Rule) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .._report.table import aligned
 from .._rules.rule import Rule
 from .checkpoints import open_checkpoint
 from .comparison import all_alike, compare
-from .output import say, shown
+from .output import Answer, shown
 from .rules_file import asked_rules
 from .selection import frozen_by, rules_by_name
 
@@ -32,39 +32,46 @@ EXAMPLES: Final = """\
   freezehooks show epoch=9.ckpt --rules rules.yaml
       the same for a file of rules; the tensors of a Lightning checkpoint are found under `state_dict`
 """
-ARGUMENTS: Final = ("checkpoint", "--rules", "--rule", "--key")
+ARGUMENTS: Final = ("checkpoint", "--rules", "--rule", "--key", "--quiet", "--json")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Answer:
     """Run the command."""
     rules = asked_rules(options)
     tensors = open_checkpoint(options.checkpoint, options.key)
-    say(_selected(tensors, rules) if rules else _listed(tensors))
-    return 0
+    return _selected(tensors, rules) if rules else _listed(tensors)
 
 
-def _listed(tensors: Mapping[str, Tensor]) -> str:
+def _listed(tensors: Mapping[str, Tensor]) -> Answer:
     rows = [("tensor", "shape", "dtype", "entries")]
+    told = []
     for name, tensor in tensors.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         rows.append((shown(name), str(tuple(tensor.shape)), dtype, f"{tensor.numel():,}"))
-    entries = counted(sum(tensor.numel() for tensor in tensors.values()), "entry", "entries")
-    return f"{aligned(rows, right=(3,))}\n{counted(len(tensors), 'tensor', 'tensors')}, {entries}"
+        told.append({"name": name, "shape": list(tensor.shape), "dtype": dtype, "entries": tensor.numel()})
+    total = _total(tensors)
+    entries = counted(total, "entry", "entries")
+    lines = [aligned(rows, right=(3,)), f"{counted(len(tensors), 'tensor', 'tensors')}, {entries}"]
+    return Answer(0, lines, {"entries": total, "tensors": told})
 
 
-def _selected(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> str:
+def _total(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _selected(tensors: Mapping[str, Tensor], rules: Sequence[Rule]) -> Answer:
     rows: list[tuple[str, ...]] = [("parameter", "shape", "rules", "frozen", "free", "hold now")]
-    frozen = 0
+    told: list[dict[str, Any]] = []
     for name, own in rules_by_name(tensors, rules).items():
         parameter = frozen_by(own, name, tensors[name])
-        frozen += parameter.frozen_count
-        counts = f"{parameter.frozen_count:,}", f"{parameter.free_count:,}"
-        said = ", ".join(map(str, own))
-        rows.append((shown(name), str(tuple(parameter.shape)), said, *counts, _held(parameter, tensors[name])))
-    total = sum(tensor.numel() for tensor in tensors.values())
-    share = f"{100 * frozen / max(total, 1):.3g} %"
-    entries = counted(total, "entry", "entries")
-    return f"{aligned(rows, right=(3, 4))}\nfrozen: {frozen:,} of all {entries} of the file ({share})"
+        shape, said, held = tuple(parameter.shape), list(map(str, own)), _held(parameter, tensors[name])
+        frozen, free = parameter.frozen_count, parameter.free_count
+        rows.append((shown(name), str(shape), ", ".join(said), f"{frozen:,}", f"{free:,}", held))
+        told.append({"name": name, "shape": list(shape), "rules": said, "frozen": frozen, "free": free, "hold": held})
+    total, count = _total(tensors), sum(each["frozen"] for each in told)
+    share = f"{100 * count / max(total, 1):.3g} %"
+    summary = f"frozen: {count:,} of all {counted(total, 'entry', 'entries')} of the file ({share})"
+    return Answer(0, [aligned(rows, right=(3, 4)), summary], {"entries": total, "frozen": count, "parameters": told})
 
 
 def _held(parameter: FrozenParameter, tensor: Tensor) -> str:

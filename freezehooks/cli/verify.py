@@ -3,103 +3,139 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-import torch
 from torch import Tensor
 
-from .._counted import counted, share_of
-from .._entries.bits import differ
-from .._errors import CheckpointError, RegionError, SpecError
-from .._held.parameter import FrozenParameter
-from .._rules.rule import Rule
+from .._counted import counted
+from .._entries.select import select
+from .._errors import CheckpointError, RegionError, SpecError, error_context, shortened
+from .._rules.rule import Rule, keep
+from .._rules.spec import rules_of
 from .base import Base
 from .checkpoints import open_checkpoint
-from .comparison import Comparison, compare
-from .output import say, shown
+from .claims import Claim, Finding
+from .output import Answer
+from .pairs import first_names
 from .rules_file import asked_rules
-from .selection import chosen_by_numbers, frozen_by, rules_by_name
+from .saved_state import saved_claims
+from .selection import chosen_by_numbers, constraints_by, rules_by_name
+from .trained import trained_alone
 
 BRIEF: Final = "whether the frozen entries of a checkpoint hold their values"
 ABOUT: Final = (
     "Check that every entry that some rules freeze holds its value, bit for bit: the rule's number, or what it held "
-    "in BASE. -0.0 is not 0.0."
+    "in BASE. -0.0 is not 0.0. Or check what a handle has saved, or that everything but some entries is as it was."
 )
 EXAMPLES: Final = """\
   freezehooks verify model.pt --rule 'conv*.weight[center] = 0'
       is the center tap of these kernels exactly 0?
   freezehooks verify tuned.safetensors --rule 'wte[:50257]' --against base.safetensors
       are the old rows of the embedding those of the base, to the last bit?
-  freezehooks verify last.ckpt --rules rules.yaml --against first.ckpt && ./release.sh
+  freezehooks verify tuned.pt --train-only 'wte[50257:]' --against base.pt
+      is everything but the new rows as it was, with no tensor added or missing?
+  freezehooks verify model.pt --frozen frozen.pt
+      does everything hold that torch.save(frozen.state_dict(), "frozen.pt") wrote down, masks and tensors too?
+  freezehooks verify last.ckpt --rules rules.yaml --against first.ckpt --quiet && ./release.sh
       in a pipeline: code 0 is given only where every entry was looked at and holds
 
 A region chosen by numbers (zeros, smallest, nm) is chosen on BASE. BASE may have another shape, as before new rows
 were added, if both have every entry that is kept.
 """
-ARGUMENTS: Final = ("checkpoint", "--rules", "--rule", "--against", "--limit", "--key", "--against-key")
+ARGUMENTS: Final = (
+    *("checkpoint", "--rules", "--rule", "--train-only", "--frozen", "--against", "--limit", "--key", "--against-key"),
+    *("--quiet", "--json"),
+)
 
-_TOLD: Final = "{}: found {}, expected {}"
+_LISTED: Final = 10
+"""How many entries of each parameter are listed where nobody says."""
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Answer:
     """Run the command."""
-    rules = asked_rules(options)
-    if not rules:
-        raise SpecError("there is no rule to go by", "give --rules FILE, or --rule 'conv.weight[center] = 0'")
+    rules, trained = asked_rules(options), rules_of(options.train_only)
+    _check_asked(options, rules, trained)
     tensors, others = open_checkpoint(options.checkpoint, options.key), None
     if options.against is not None:
         others = open_checkpoint(options.against, options.key if options.against_key is None else options.against_key)
-    elif options.against_key is not None:
-        raise CheckpointError("--against-key without --against says nothing", "name the base: --against BASE")
-    base, selected = Base(tensors, others), rules_by_name(tensors, rules)
-    base.check(selected)  # what can be told without numbers comes before the first line
-    found = [_verified(name, tensors[name], own, base, options.limit) for name, own in selected.items()]
-    if not any(entries for entries, _ in found):  # copies that are to be one, and there is one alone
+    limit = _LISTED if options.limit is None else options.limit
+    if options.frozen is not None:
+        findings = (Finding.of(*claimed, limit) for claimed in saved_claims(options.frozen, tensors))
+    elif others is not None and trained:
+        findings = trained_alone(trained, tensors, others, limit)
+    else:
+        findings = _by_rules(rules, tensors, others, limit)
+    found = list(findings)
+    if not any(each.entries or each.fact for each in found):  # as of copies of which there is one alone
         raise RegionError("the rules freeze no entry of the checkpoint: there is nothing to verify", "correct them")
-    for rule in rules if others is None else ():
+    return _answer(found, list(_notes(rules)) if others is None else [], _not_looked_at(tensors, found))
+
+
+def _check_asked(options: argparse.Namespace, rules: Sequence[Rule], trained: Sequence[Rule]) -> None:
+    """Refuse arguments that together ask nothing, or more than one question."""
+    asked = {"a rule": rules, "--train-only": trained, "--frozen": options.frozen}
+    first, *more = [name for name, what in asked.items() if what] or [""]
+    if more:
+        raise SpecError(f"{first} and {more[0]} are two questions", "ask one after the other")
+    if not first:
+        advice = "give --rules FILE, or --rule 'conv.weight[center] = 0'"
+        raise SpecError("there is no rule to go by", advice)
+    if trained and options.against is None:
+        raise CheckpointError("--train-only asks what is as it was before", "name the base: --against BASE")
+    if options.frozen and options.against is not None:
+        raise CheckpointError("--frozen says itself what the entries are to hold", "leave --against out")
+    if options.against_key is not None and options.against is None:
+        raise CheckpointError("--against-key without --against says nothing", "name the base: --against BASE")
+
+
+def _by_rules(
+    rules: Sequence[Rule], tensors: Mapping[str, Tensor], others: Mapping[str, Tensor] | None, limit: int
+) -> Iterator[Finding]:
+    base, selected = Base(tensors, others), rules_by_name(tensors, rules)
+    base.check(selected)  # what can be told without numbers comes before the first of them is looked at
+    for name, own in selected.items():
+        yield Finding.of(name, tensors[name], _claims(own, name, tensors[name], base.reference(name, own)), limit)
+
+
+def _claims(rules: Sequence[Rule], name: str, tensor: Tensor, base: Tensor) -> list[Claim]:
+    if len(rules) > 1 or rules[0].value is not keep:
+        return [Claim.by(constraint, tensor) for constraint in constraints_by(rules, name, base)]
+    with error_context(f"rule `{shortened(rules[0])}`", f"parameter `{name}` of shape {tuple(tensor.shape)}"):
+        return [Claim(f"`{rules[0]}`", select(rules[0].region, base), base)]  # the most common, and the quickest
+
+
+def _notes(rules: Sequence[Rule]) -> Iterator[str]:
+    for rule in rules:
         for name in chosen_by_numbers(rule.region):
-            say(f"note: `{rule}`: `{name}` was chosen on the checkpoint itself, for want of --against BASE")
-    say(_verdict(found))
-    return int(any(broken for _, broken in found))
+            yield f"`{rule}`: `{name}` was chosen on the checkpoint itself, for want of --against BASE"
 
 
-def _verified(name: str, tensor: Tensor, rules: Sequence[Rule], base: Base, limit: int) -> tuple[int, int]:
-    """Say what was found of a parameter, and return how many entries were looked at and how many do not hold."""
-    held_by_rules = frozen_by(rules, name, base.reference(name, rules))
-    seen, broken = torch.zeros(tensor.shape, dtype=torch.bool), torch.zeros(tensor.shape, dtype=torch.bool)
-    for rule, frozen, held in _expected(held_by_rules, tensor):
-        seen |= frozen
-        broken |= differ(tensor, held)
-        for line in _complaint(name, rule, int(frozen.sum()), compare(tensor, held, limit)):
-            say(line)
-    if not bool(broken.any()):
-        said = ", ".join(f"`{rule}`" for rule in rules)
-        say(f"ok  {shown(name)}: {said}: {counted(int(seen.sum()), 'entry holds', 'entries hold')}")
-    return int(seen.sum()), int(broken.sum())
+def _not_looked_at(tensors: Mapping[str, Tensor], found: Sequence[Finding]) -> list[str]:
+    """Return the tensors, a tied one by its first name, of which no entry was looked at."""
+    firsts = first_names(tensors)
+    known = {firsts[each.name] for each in found if each.entries or each.fact if each.name in firsts}
+    return list(dict.fromkeys(name for name in firsts.values() if name not in known))
 
 
-def _complaint(name: str, rule: Rule, frozen: int, wrong: Comparison) -> Iterator[str]:
-    if wrong.count:
-        yield f"NO  {shown(name)}: `{rule}`: {share_of(wrong.count, frozen, 'does not hold', 'do not hold')}"
-        yield from wrong.listed(name, _TOLD)
-    if wrong.worst is not None and wrong.count > 1:
-        yield f"    worst, off by {wrong.gap:g}: {wrong.worst.told(name, _TOLD)}"
+def _answer(found: Sequence[Finding], notes: Sequence[str], others: Sequence[str]) -> Answer:
+    holds = not any(each.broken or each.fact for each in found)
+    lines = [
+        *(line for each in found for line in each.lines()),
+        *(f"note: {note}" for note in notes),
+        _verdict(found),
+        f"{counted(len(others), 'other tensor was', 'other tensors were')} not looked at",
+    ]
+    told = {"verified": holds, "tensors": found, "notes": notes, "not_looked_at": others}
+    return Answer(int(not holds), lines, told)
 
 
-def _expected(parameter: FrozenParameter, tensor: Tensor) -> Iterator[tuple[Rule, Tensor, Tensor]]:
-    """Yield each rule, where it freezes, and the tensor as it would be if the rule held."""
-    for constraint in parameter.constraints:
-        held = tensor.clone()
-        constraint.impose_(held)
-        yield constraint.rule, constraint.decided(tensor.device), held
-
-
-def _verdict(found: Sequence[tuple[int, int]]) -> str:
-    entries = counted(sum(entries for entries, _ in found), "entry", "entries")
-    parameters = counted(len(found), "parameter", "parameters")
-    broken = [count for _, count in found if count]
-    if not broken:
-        return f"verified {entries} of {parameters}"
+def _verdict(found: Sequence[Finding]) -> str:
+    looked_at = [each for each in found if each.entries]
+    entries = counted(sum(each.entries for each in found), "entry", "entries")
+    parameters = counted(len(looked_at), "parameter", "parameters")
+    broken, strange = [each.broken for each in found if each.broken], sum(bool(each.fact) for each in found)
     of = f"of {entries}, in {len(broken):,} of {parameters},"
-    return f"NOT verified: {counted(sum(broken), f'{of} does not hold', f'{of} do not hold')}"
+    no = [counted(sum(broken), f"{of} does not hold", f"{of} do not hold")] if broken else []
+    no += [counted(strange, "tensor", "tensors") + " came, went, or changed shape or dtype"] if strange else []
+    return f"NOT verified: {'; '.join(no)}" if no else f"verified {entries} of {parameters}"
