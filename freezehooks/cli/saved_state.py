@@ -58,7 +58,7 @@ def _states_in(loaded: Any) -> Iterator[Mapping[str, Any]]:
         if "format" in place and isinstance(place.get("parameters"), Mapping):
             yield place
         else:
-            left += reversed(place.values())
+            left += [*place.values()][::-1]
 
 
 def _named(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Any]]:

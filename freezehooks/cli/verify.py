@@ -59,14 +59,7 @@ def run(options: argparse.Namespace) -> Answer:
     tensors, others = open_checkpoint(options.checkpoint, options.key), None
     if options.against is not None:
         others = open_checkpoint(options.against, options.key if options.against_key is None else options.against_key)
-    limit = _LISTED if options.limit is None else options.limit
-    if options.frozen is not None:
-        findings = (Finding.of(*claimed, limit) for claimed in saved_claims(options.frozen, tensors))
-    elif others is not None and trained:
-        findings = trained_alone(trained, tensors, others, limit)
-    else:
-        findings = _by_rules(rules, tensors, others, limit)
-    found = list(findings)
+    found = list(_findings(options, rules, trained, tensors, others))
     if not any(each.entries or each.fact for each in found):  # as of copies of which there is one alone
         raise RegionError("the rules freeze no entry of the checkpoint: there is nothing to verify", "correct them")
     return _answer(found, list(_notes(rules)) if others is None else [], _not_looked_at(tensors, found))
@@ -87,6 +80,22 @@ def _check_asked(options: argparse.Namespace, rules: Sequence[Rule], trained: Se
         raise CheckpointError("--frozen says itself what the entries are to hold", "leave --against out")
     if options.against_key is not None and options.against is None:
         raise CheckpointError("--against-key without --against says nothing", "name the base: --against BASE")
+
+
+def _findings(
+    options: argparse.Namespace,
+    rules: Sequence[Rule],
+    trained: Sequence[Rule],
+    tensors: Mapping[str, Tensor],
+    others: Mapping[str, Tensor] | None,
+) -> Iterator[Finding]:
+    limit = _LISTED if options.limit is None else options.limit
+    if options.frozen is not None:
+        yield from (Finding.of(*claimed, limit) for claimed in saved_claims(options.frozen, tensors))
+    elif others is not None and trained:
+        yield from trained_alone(trained, tensors, others, limit)
+    else:
+        yield from _by_rules(rules, tensors, others, limit)
 
 
 def _by_rules(
