@@ -17,7 +17,7 @@ from ._errors import (
     UnsupportedOptimizerError,
     UnsupportedParameterError,
 )
-from ._handle import FrozenEntries, freeze_entries
+from ._handle import FrozenEntries, freeze_entries, train_only
 from ._held.parameter import FrozenParameter
 from ._held.violation import Violation
 from ._optim.guard import Guard
@@ -81,6 +81,7 @@ __all__ = [
     "smallest",
     "symmetric",
     "tied",
+    "train_only",
     "tril",
     "triu",
     "zeros",

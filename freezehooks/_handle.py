@@ -12,17 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ._counted import counted
 from ._errors import DriftError, OptimizerMismatchError, SpecError, TargetError, shortened, shown
 from ._held import resolve, saved
 from ._held.by_name import ReadByName
 from ._held.held import HeldParameters, Model
 from ._held.names import matching, matching_unwrapped
 from ._held.parameter import FrozenParameter
+from ._held.parameters import FrozenParameters
 from ._held.stacked import misread_stacks
+from ._held.trained import trained_alone
 from ._held.violation import Violation
 from ._hooks.attachment import Attachment
 from ._hooks.earlier import EarlierHandles, leave_released, reset_guards
 from ._hooks.hook_set import hook_sets_on
+from ._hooks.untrained import Untrained, untrained_on
 from ._optim.compact import check_elementwise, check_whole
 from ._optim.guard import Guard
 from ._optim.guardable import guardable
@@ -80,24 +84,77 @@ def freeze_entries(
         parameter  shape         rules               frozen  free
         weight     (3, 2, 3, 3)  weight[center] = 0       6    48
     """
+    _check_model(model, "freeze_entries")
+    frozen = FrozenEntries(resolve.resolve(model, rules_of(spec), state))
+    _hold(frozen, replace=replace)
+    return frozen
+
+
+def train_only(model: Model, spec: Spec, *, state: dict[str, Any] | None = None) -> FrozenEntries:
+    """Train some entries of a model's parameters, or whole parameters, and nothing else.
+
+    The complement of `freeze_entries`: what `spec` names trains. All other entries of the same parameters keep what
+    they hold, and every parameter that is not named requires no gradient, until `FrozenEntries.remove`. Guard the
+    optimizer, as with `freeze_entries`. Buffers, such as the running statistics of BatchNorm, go on as they did.
+
+    Args:
+        model: A module, or a mapping from name to leaf tensor.
+        spec: What trains, written as the rules of `freeze_entries` are, without values: ``wte[50257:]``, or a name
+            alone for a parameter that trains whole. Several rules of one parameter unite.
+        state: What `FrozenEntries.state_dict` returned in an earlier run under the same `spec`.
+
+    Returns:
+        The handle. Its rules say what keeps: ``wte.weight[~50257:] = keep``.
+
+    Raises:
+        SpecError: `spec` names nothing, gives a value, or names a parameter that requires no gradient; nothing is
+            changed then.
+        FreezeError: As for `freeze_entries`.
+
+    Example:
+        >>> import torch
+        >>> from freezehooks import train_only
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(5, 2), torch.nn.Linear(2, 5))
+        >>> frozen = train_only(model, "0[3:]")
+        >>> print(frozen)
+        parameter  shape   rules                 frozen  free
+        0.weight   (5, 2)  0.weight[~3:] = keep       6     4
+        2 other parameters do not train
+        >>> print(frozen.trainable())
+        trainable entries: 4 of 25 (16 %)
+        >>> frozen.remove()
+        >>> model[1].weight.requires_grad
+        True
+    """
+    _check_model(model, "train_only")
+    trained = trained_alone(model, rules_of(spec), state)
+    held = resolve.resolve(model, trained.rules, state)
+    frozen = FrozenEntries(held, Untrained.beside(model, held.frozen, trained.parameters))
+    _hold(frozen)
+    return frozen
+
+
+def _check_model(model: Any, caller: str) -> None:
     if not isinstance(model, nn.Module | Mapping) or isinstance(model, torch.jit.ScriptModule):
         raise SpecError(
             f"`model` must be a module or a mapping from name to tensor, found {type(model).__name__}",
-            "call freeze_entries(model, spec), before a model is scripted",
+            f"call {caller}(model, spec), before a model is scripted",
         )
-    held = resolve.resolve(model, rules_of(spec), state)
-    frozen, earlier = FrozenEntries(held), EarlierHandles(held)
+
+
+def _hold(frozen: FrozenEntries, *, replace: bool = False) -> None:
+    """Hold what a new handle freezes, from now on, in the place of earlier handles or beside them."""
+    earlier = EarlierHandles(frozen._held)
     frozen._check_start()
     if replace:
         frozen._prepare_guards(earlier.guarded())
     else:
         earlier.check()
-    for doubt in [*misread_stacks(held), *(() if replace else earlier.repetitions())]:
-        warnings.warn(doubt, stacklevel=2)
+    for doubt in [*misread_stacks(frozen._held), *(() if replace else earlier.repetitions())]:
+        warnings.warn(doubt, stacklevel=3)
     if replace:
         earlier.let_go()
     frozen._begin()
-    return frozen
 
 
 class FrozenEntries(ReadByName):
@@ -118,7 +175,7 @@ class FrozenEntries(ReadByName):
         False
     """
 
-    def __init__(self, held: HeldParameters) -> None:
+    def __init__(self, held: HeldParameters, untrained: Untrained | None = None) -> None:
         if not isinstance(held, HeldParameters):
             raise SpecError(
                 f"a handle is not made by hand, found {type(held).__name__}",
@@ -126,6 +183,7 @@ class FrozenEntries(ReadByName):
             )
         self._held = held
         self._hooks = Attachment(held)
+        self._untrained = untrained or Untrained(held.frozen)
         self._guards: list[Guard] = []
         self._attached = False
 
@@ -148,10 +206,18 @@ class FrozenEntries(ReadByName):
         for module in model.modules():
             for hooks in hook_sets_on(module):
                 if any(map(hooks.frozen.is_held, hooks.names.values())):
-                    handle = found.setdefault(id(hooks.frozen), cls(HeldParameters(model, hooks.frozen, is_found=True)))
-                    handle._hooks.take_over(module, hooks)
-                    handle._attached = True
+                    cls._found(found, model, hooks.frozen)._hooks.take_over(module, hooks)
+            for hook in untrained_on(module):
+                cls._found(found, model, hook.frozen)._untrained.add(module, hook.keys)
         return tuple(found.values())
+
+    @classmethod
+    def _found(cls, known: dict[int, FrozenEntries], model: nn.Module, frozen: FrozenParameters) -> FrozenEntries:
+        """Return the handle of what was found in a model, a new one the first time."""
+        if id(frozen) not in known:
+            known[id(frozen)] = cls(HeldParameters(model, frozen, is_found=True))
+            known[id(frozen)]._attached = True
+        return known[id(frozen)]
 
     # By name
 
@@ -179,7 +245,12 @@ class FrozenEntries(ReadByName):
             counts = f"{frozen.frozen_count:,}", f"{frozen.free_count:,}"
             rows.append((frozen.name, str(tuple(frozen.shape)), rules, *counts))
         table = aligned(rows, right=(3, 4)) if len(self) else ""
-        return "\n".join(filter(None, [table, self._held.removal, *self._held.skips])) or "nothing is frozen"
+        said = [table, self._said_of_others(), self._held.removal, *self._held.skips]
+        return "\n".join(filter(None, said)) or "nothing is frozen"
+
+    def _said_of_others(self) -> str:
+        count = len(self._untrained) if self.attached else 0
+        return f"{counted(count, 'other parameter does', 'other parameters do')} not train" if count else ""
 
     def _parts(self) -> list[FrozenParameter]:
         return [self._held.frozen.by_name[name] for name in self._held.names]
@@ -450,6 +521,7 @@ class FrozenEntries(ReadByName):
 
     def _begin(self) -> None:
         self._held.frozen.hold(self)
+        self._untrained.begin()
         for frozen, parameter in self._held:
             frozen.begin(parameter)
             frozen.complete_gradient(parameter)
@@ -462,7 +534,8 @@ class FrozenEntries(ReadByName):
     def remove(self) -> None:
         """Let the entries go: take off every hook, from module, parameters and guarded optimizers.
 
-        The entries train from here on as if they had never moved (their moments are 0). `attach` holds them again.
+        The entries train from here on as if they had never moved (their moments are 0), and parameters that
+        `train_only` kept from training require a gradient again. `attach` holds all of it again.
         """
         if not self._holds_any:
             return
@@ -472,11 +545,12 @@ class FrozenEntries(ReadByName):
             guard.suspend()
         leave_released(self._held.frozen)  # of another handle for the same parameters
         self._hooks.remove()
+        self._untrained.end()
         self._attached = False
 
     def _unguard(self) -> None:
         """Stop guarding every optimizer: training is over, and no step hook stays to follow what is let go."""
-        self._reset_guards()
+        reset_guards(self._held.frozen)
         for guard in self._guards:
             guard.remove()
         self._guards = []
@@ -497,7 +571,7 @@ class FrozenEntries(ReadByName):
         self._hooks.release(names)
         self._held.frozen.thaw(names)
         self._held.sites = [(name, site) for name, site in self._held.sites if name not in names]
-        if not len(self):
+        if not len(self) and not self._untrained:
             self.remove()
 
     def _named_by(self, target: str) -> set[str]:

@@ -41,7 +41,7 @@ def resolve(model: Model, rules: Iterable[Rule], state: Any = None) -> HeldParam
     check_wrappers(model)
     targets = Targets(model)
     rules = [targets.named(rule) for rule in rules]
-    asked = _asked(targets, rules)
+    asked = asked_of(targets, rules)
     check_same_on_ranks(model, asked)
     frozen = FrozenParameters()
     asked, frozen.skipped = _without_empty(asked, state)
@@ -60,7 +60,12 @@ def _check_embeddings(frozen: FrozenParameter, targets: Targets) -> None:
             check_rows(frozen, owner)
 
 
-def _asked(targets: Targets, rules: Iterable[Rule]) -> Asked:
+def asked_of(targets: Targets, rules: Iterable[Rule]) -> Asked:
+    """Return the parameters that rules name, each under its first name and with its rules.
+
+    Raises:
+        FreezeError: A rule names none, or one that no mechanism can hold.
+    """
     asked: dict[str, tuple[Tensor, list[Rule]]] = {}
     for rule in dict.fromkeys(rules):
         with error_context(f"rule `{shortened(rule)}`"):

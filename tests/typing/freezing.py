@@ -23,6 +23,7 @@ from freezehooks import (
     freeze_entries,
     keep,
     tied,
+    train_only,
     zeros,
 )
 
@@ -78,6 +79,7 @@ def what_the_handle_says(frozen: FrozenEntries, copy: nn.Module) -> None:
     assert_type(frozen.attached, bool)
     assert_type(frozen.attach(), FrozenEntries)
     assert_type(frozen.state_dict(), dict[str, Any])
+    assert_type(train_only(copy, {"weight": "5:"}, state=frozen.state_dict()), FrozenEntries)
     assert_type(FrozenEntries.of(copy), tuple[FrozenEntries, ...])
 
 
@@ -94,6 +96,8 @@ def errors_are_the_fitting_builtins_too(error: RegionError) -> tuple[FreezeError
 
 def wrong_specs_and_models(model: nn.Module, conv: nn.Conv2d, frozen: FrozenEntries) -> None:
     freeze_entries(model)  # type: ignore[call-arg]
+    train_only(model)  # type: ignore[call-arg]
+    train_only(model, "weight", replace=True)  # type: ignore[call-arg]
     freeze_entries(model, None)  # type: ignore[arg-type]
     freeze_entries(model, 0)  # type: ignore[arg-type]
     freeze_entries(model.parameters(), "weight")  # type: ignore[arg-type]

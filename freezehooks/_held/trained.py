@@ -1,0 +1,150 @@
+"""From what is to train of a model to the rules that hold the other entries of the same parameters."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._entries.select import select
+from .._errors import SpecError, error_context, shortened
+from .._ranks.agreement import check_same_on_ranks
+from .._ranks.sharding import whole
+from .._rules.region import WHOLE, Index, Not, Region
+from .._rules.rule import Keep, Rule
+from .held import Model
+from .names import Targets, unwrapped
+from .resolve import asked_of
+from .saved import readable
+
+
+class Trained(NamedTuple):
+    """What is to train of a model.
+
+    Attributes:
+        parameters: The parameters of which at least some entries are.
+        rules: The rules that hold the other entries of these.
+    """
+
+    parameters: list[Tensor]
+    rules: tuple[Rule, ...]
+
+
+def trained_alone(model: Model, rules: Sequence[Rule], state: Any = None) -> Trained:
+    """Turn rules that name what is to train into rules that hold the rest of the same parameters.
+
+    Args:
+        model: A module, or a mapping from name to leaf tensor.
+        rules: What is to train; several rules of one parameter unite.
+        state: What was saved of the resulting rules, which then says what regions chose by numbers.
+
+    Raises:
+        SpecError: There is no rule, one gives a value, or what it names requires no gradient.
+        FreezeError: A rule does not fit the model.
+    """
+    _check_are_regions(rules)
+    asked = asked_of(Targets(model), rules)
+    for name, (parameter, its_rules) in asked.items():
+        _check_trains(name, parameter, its_rules)
+    check_same_on_ranks(model, asked)
+    saved = _saved_names(state)
+    held = [
+        Rule(name, region)
+        for name, (parameter, its_rules) in asked.items()
+        for region in _rest(name, parameter, its_rules, is_saved=unwrapped(name) in saved)
+    ]
+    return Trained([parameter for parameter, _ in asked.values()], tuple(held))
+
+
+def _check_are_regions(rules: Sequence[Rule]) -> None:
+    if not rules:
+        raise SpecError(
+            "`spec` names nothing that is to train", 'name a region, as in train_only(model, "wte[50257:]")'
+        )
+    for rule in rules:
+        if rule.value is not Keep.KEEP:
+            raise SpecError(
+                f"rule `{shortened(rule)}` gives a value, and what `train_only` names is to train",
+                "leave the value out, or hold entries at values with freeze_entries",
+            )
+
+
+def _check_trains(name: str, parameter: Tensor, rules: Sequence[Rule]) -> None:
+    if not parameter.requires_grad:
+        raise SpecError(
+            f"rule `{shortened(rules[0])}`: `{name}` requires no gradient, so nothing of it would train",
+            "name parameters that train, call `requires_grad_()` on it first, or remove() the earlier handle of "
+            "train_only that did not name it",
+        )
+
+
+def _saved_names(state: Any) -> set[str]:
+    if state is None:
+        return set()
+    with readable("the state", "pass what FrozenEntries.state_dict() returned"):
+        return set(map(unwrapped, state["parameters"]))
+
+
+def _rest(name: str, parameter: Tensor, rules: Sequence[Rule], *, is_saved: bool) -> Iterator[Any]:
+    """Yield the region of all that no rule names; none where the rules name the parameter whole."""
+    regions = [rule.region for rule in rules]
+    if any(isinstance(region, Region) and region == WHOLE for region in regions):
+        return
+    chooses = not all(isinstance(region, Tensor | Index) for region in regions)
+    union = None if is_saved and chooses else _union(name, whole(parameter), rules)
+    if union is None or not bool(union.all()):
+        yield _outside(regions, None if union is None else ~union, chooses=chooses)
+
+
+def _union(name: str, parameter: Tensor, rules: Sequence[Rule]) -> Tensor:
+    """Return the bool tensor that is True at what any of the rules names.
+
+    Raises:
+        FreezeError: A rule does not fit the parameter, or names nothing of it.
+    """
+    found = []
+    for rule in rules:
+        with error_context(f"rule `{shortened(rule)}`", f"parameter `{name}` of shape {tuple(parameter.shape)}"):
+            found.append(select(rule.region, parameter))
+    return reduce(torch.logical_or, found)
+
+
+def _outside(regions: Sequence[Any], others: Tensor | None, *, chooses: bool) -> Any:
+    """Return the region of what is in none of some regions: as text where all are text, else as a mask.
+
+    Args:
+        regions: The regions.
+        others: What is in none of them, or None where a saved state says it.
+        chooses: Whether functions, or the parameter's numbers, choose some of it.
+    """
+    if all(isinstance(region, Region) for region in regions):
+        return complement(reduce(operator.or_, regions))
+    return Chosen(f"~({' | '.join(map(_named, regions))})", others) if chooses else others
+
+
+def complement(region: Region) -> Region:
+    """Return the region of all other entries, without two signs that undo one another."""
+    return region.operand if isinstance(region, Not) else ~region
+
+
+def _named(region: Any) -> str:
+    return str(region) if isinstance(region, Region) else getattr(region, "__name__", type(region).__name__)
+
+
+class Chosen:
+    """A region that functions, or numbers beside a mask, have chosen once: it stands in a rule as a function does.
+
+    Attributes:
+        mask: What was chosen; None where a saved state says it.
+    """
+
+    def __init__(self, text: str, mask: Tensor | None) -> None:
+        self.__name__ = text
+        self.mask = mask
+
+    def __call__(self, parameter: Tensor) -> Tensor | None:
+        return self.mask
