@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ._counted import counted
-from ._errors import DriftError, OptimizerMismatchError, SpecError, TargetError, shortened, shown
+from ._errors import DriftError, OptimizerMismatchError, SpecError, TargetError, error_context, shortened, shown
 from ._held import resolve, saved
 from ._held.by_name import ReadByName
 from ._held.held import HeldParameters, Model
 from ._held.names import matching, matching_unwrapped
 from ._held.parameter import FrozenParameter
 from ._held.parameters import FrozenParameters
+from ._held.remaining import remaining
 from ._held.stacked import misread_stacks
-from ._held.trained import trained_alone
+from ._held.trained import is_whole, trained_alone
 from ._held.violation import Violation
 from ._hooks.attachment import Attachment
 from ._hooks.earlier import EarlierHandles, leave_released, reset_guards
@@ -35,7 +36,9 @@ from ._optim.step import StepHooks, step_hooks_on
 from ._report.status import check_complete, find_mechanisms
 from ._report.table import Report, aligned, report_parameter
 from ._report.trainable import Trainable, count_trainable
-from ._rules.rule import TARGET, Rule
+from ._rules.parser import parse_rule
+from ._rules.region import WHOLE
+from ._rules.rule import Rule, keep
 from ._rules.spec import Spec, rules_of
 
 if TYPE_CHECKING:
@@ -555,38 +558,80 @@ class FrozenEntries(ReadByName):
             guard.remove()
         self._guards = []
 
-    def thaw(self, target: str) -> None:
-        """Let all frozen entries of some parameters go, and hold the others on.
+    def thaw(self, target: str | Rule) -> None:
+        """Let frozen entries of some parameters go, all or those in a region, and hold the others on.
+
+        The rules say afterwards what is still held, as ``wte[~50257: & ~:100] = keep``. A state that is saved then
+        loads in a run that thawed the same, or was frozen by those rules.
 
         Args:
-            target: A parameter's name as in rules, with ``*`` and ``?``; a module's name stands for its weight.
+            target: A parameter's name as in rules, with ``*`` and ``?``; a module's name stands for its weight. With
+                a region, as ``wte[:100]``, only what lies in it is let go. A `Rule` takes masks and functions too.
 
         Raises:
-            TargetError: Nothing of it is frozen, or it names a region of a parameter.
-            SpecError: It is no text.
+            TargetError: Nothing of it is frozen.
+            RuleSyntaxError: Text that is no rule.
+            RegionError: The region does not fit the parameter.
+            RuleConflictError: The parameter is tied, and one slice would be free where another is frozen.
+            SpecError: It is neither text nor a rule, or gives a value.
+
+        Example:
+            >>> import torch
+            >>> from freezehooks import freeze_entries
+            >>> frozen = freeze_entries(torch.nn.Linear(3, 4), "weight = 0")
+            >>> frozen.thaw("weight[2:]")
+            >>> print(frozen)
+            parameter  shape   rules            frozen  free
+            weight     (4, 3)  weight[~2:] = 0       6     6
         """
-        names = self._named_by(target)
+        name, region = self._said_by(target)
+        left = self._left(self._named_by(name), region, target)
+        gone = {name for name, part in left.items() if part is None}
         if self._holds_any:
             reset_guards(self._held.frozen)
-        self._hooks.release(names)
-        self._held.frozen.thaw(names)
-        self._held.sites = [(name, site) for name, site in self._held.sites if name not in names]
+        self._hooks.release(gone)
+        self._held.frozen.thaw(gone)
+        self._held.frozen.replace({name: part for name, part in left.items() if part is not None})
+        self._held.sites = [(name, site) for name, site in self._held.sites if name not in gone]
         if not len(self) and not self._untrained:
             self.remove()
 
-    def _named_by(self, target: str) -> set[str]:
-        if not isinstance(target, str):
+    def _said_by(self, target: str | Rule) -> tuple[str, Any]:
+        """Return the name and the region that a target of `thaw` speaks of."""
+        if isinstance(target, str) and target in self._known_names():
+            return target, WHOLE
+        rule = parse_rule(target) if isinstance(target, str) else target
+        if not isinstance(rule, Rule):
             raise SpecError(f"a target is a parameter's name, found {shown(target)}", "give one of frozen.keys()")
-        known = [name for frozen in self._parts() for name in frozen.names]
-        if target not in known and not TARGET.fullmatch(target):
-            raise TargetError(
-                f"`{shortened(target)}` is no parameter's name: `thaw` lets whole parameters go, not regions of them",
-                "give the name alone, and freeze anew what is to stay frozen",
-            )
+        if rule.value is not keep:
+            raise SpecError(f"`{shortened(rule)}` gives a value, and what is let go has none", "leave the value out")
+        return rule.target, rule.region
+
+    def _known_names(self) -> list[str]:
+        return [name for frozen in self._parts() for name in frozen.names]
+
+    def _named_by(self, target: str) -> set[str]:
+        known = self._known_names()
         names = {self[name].name for name in matching(target, known) or matching_unwrapped(target, known)}
         if not names:
             raise self._held.frozen.not_frozen(target, self)
         return names
+
+    def _left(self, names: set[str], region: Any, target: str | Rule) -> dict[str, FrozenParameter | None]:
+        """Return what is held of parameters without a region, where some of it was in there; None where nothing is."""
+        if is_whole(region):
+            return dict.fromkeys(names)
+        left: dict[str, FrozenParameter | None] = {}
+        for frozen, parameter in self._held:
+            if frozen.name in names:
+                where = f"parameter `{frozen.name}` of shape {tuple(frozen.shape)}"
+                with error_context(f"cannot thaw `{shortened(target)}`", where):
+                    part = remaining(frozen, parameter, region)
+                left |= {} if part is frozen else {frozen.name: part}
+        if not left:
+            rules = ", ".join(f"`{shortened(rule)}`" for rule in self.rules)
+            raise TargetError(f"nothing in `{shortened(target)}` is frozen", f"the rules in force are {rules}")
+        return left
 
     def __enter__(self) -> Self:
         return self.attach()

@@ -348,15 +348,6 @@ def test_a_handle_of_which_all_was_thawed_has_nothing_to_hold() -> None:
 # True messages
 
 
-@pytest.mark.parametrize("target", ["0.weight[:2]", "0.weight[0] = 1", "0[center]"])
-def test_thawing_a_region_says_that_whole_parameters_go(target: str) -> None:
-    frozen = freeze_entries(_model(), "0.weight[:2] = 1")
-    with pytest.raises(TargetError, match="`thaw` lets whole parameters go, not regions of them; give the name alone"):
-        frozen.thaw(target)
-    assert frozen.attached
-    assert list(frozen) == ["0.weight"]
-
-
 def test_a_rule_on_a_tensor_that_is_neither_says_so() -> None:
     model = _model()
     model[0].scale = torch.ones(3)

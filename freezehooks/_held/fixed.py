@@ -81,6 +81,22 @@ class FixedEntries(Constraint):
         laid_out = torch.empty_like(shard, dtype=values.dtype).copy_(cut(values))
         return FixedEntries(self.rule, entries, entries.read(laid_out))
 
+    def cut_to(self, still: Tensor, full: Tensor, region: Any) -> FixedEntries:
+        """Return this for some of its entries alone.
+
+        Args:
+            still: Which of them, as a bool tensor.
+            full: The whole parameter.
+            region: What the rule says of them.
+        """
+        part = self.for_shard(full, lambda each: each.masked_fill(~still, 0))
+        value = self.rule.value
+        if isinstance(part._source, Tensor) and not isinstance(value, complex | Keep):
+            value = torch.zeros(full.shape, dtype=part._source.dtype, device=full.device)  # its shape was the region's
+            part.entries.write_(value, part._source)
+        part.rule = Rule(self.rule.target, region, value)
+        return part
+
     def tensors(self) -> tuple[Tensor, ...]:
         values = [value for value in (self._source, self._cast) if isinstance(value, Tensor)]
         return *self.entries.tensors(), *values

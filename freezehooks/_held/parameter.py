@@ -181,7 +181,7 @@ class FrozenParameter:
 
     def state(self) -> dict[str, Any]:
         """Return plain tensors and builtins that say what is frozen, in the order of the rules."""
-        constraints = self._whole_constraints()
+        constraints = self.whole_constraints()
         saved = [{"rule": str(constraint.rule), **constraint.state()} for constraint in constraints]
         return {"shape": list(self.shape), "constraints": saved}
 
@@ -197,7 +197,7 @@ class FrozenParameter:
         if here.is_meta:
             return self  # on its way to somewhere else, and without numbers
         if layout is not None and layout != self.layout:
-            whole = self._whole_constraints()
+            whole = self.whole_constraints()
             constraints = [constraint.for_shard(here.data, lambda full: cut(full, layout)) for constraint in whole]
         elif (here.dtype, here.device) != (self._dtype, self._device):
             constraints = list(self.constraints)
@@ -205,7 +205,7 @@ class FrozenParameter:
             return self
         return FrozenParameter(self.names, parameter, constraints, whole=self)
 
-    def _whole_constraints(self) -> Sequence[Constraint]:
+    def whole_constraints(self) -> Sequence[Constraint]:
         """Return the constraints on the whole parameter: gathered, where it is spread over ranks."""
         layout = self.layout
         if layout is None:

@@ -92,7 +92,7 @@ def _saved_names(state: Any) -> set[str]:
 def _rest(name: str, parameter: Tensor, rules: Sequence[Rule], *, is_saved: bool) -> Iterator[Any]:
     """Yield the region of all that no rule names; none where the rules name the parameter whole."""
     regions = [rule.region for rule in rules]
-    if any(isinstance(region, Region) and region == WHOLE for region in regions):
+    if any(map(is_whole, regions)):
         return
     chooses = not all(isinstance(region, Tensor | Index) for region in regions)
     union = None if is_saved and chooses else _union(name, whole(parameter), rules)
@@ -123,7 +123,12 @@ def _outside(regions: Sequence[Any], others: Tensor | None, *, chooses: bool) ->
     """
     if all(isinstance(region, Region) for region in regions):
         return complement(reduce(operator.or_, regions))
-    return Chosen(f"~({' | '.join(map(_named, regions))})", others) if chooses else others
+    return Chosen(f"~({' | '.join(map(text_of, regions))})", others) if chooses else others
+
+
+def is_whole(region: Any) -> bool:
+    """Return whether a region is written as the whole tensor."""
+    return isinstance(region, Region) and region == WHOLE
 
 
 def complement(region: Region) -> Region:
@@ -131,7 +136,8 @@ def complement(region: Region) -> Region:
     return region.operand if isinstance(region, Not) else ~region
 
 
-def _named(region: Any) -> str:
+def text_of(region: Any) -> str:
+    """Return a region's text, or what a function or a mask is called."""
     return str(region) if isinstance(region, Region) else getattr(region, "__name__", type(region).__name__)
 
 

@@ -78,6 +78,8 @@ def what_the_handle_says(frozen: FrozenEntries, copy: nn.Module) -> None:
     assert_type(frozen.rules, tuple[Rule, ...])
     assert_type(frozen.attached, bool)
     assert_type(frozen.attach(), FrozenEntries)
+    frozen.thaw("wte[:100]")
+    frozen.thaw(Rule("wte", zeros))
     assert_type(frozen.state_dict(), dict[str, Any])
     assert_type(train_only(copy, {"weight": "5:"}, state=frozen.state_dict()), FrozenEntries)
     assert_type(FrozenEntries.of(copy), tuple[FrozenEntries, ...])
