@@ -11,7 +11,7 @@ from torch import nn
 
 from .._counted import share_of
 from .._errors import SpecError, StateMismatchError
-from .._handle import FrozenEntries
+from .._handle import FrozenEntries, freeze_entries, train_only
 from .._held.saved import FORMAT, check_format, readable
 from .._rules.spec import Spec, rules_of
 
@@ -24,7 +24,9 @@ class FreezingCallback(ABC):
     in which the framework keeps epoch and rank, such as Lightning's `Trainer`.
 
     Args:
-        spec: The rules, as for `freeze_entries`.
+        spec: The rules, as for `freeze_entries`; None where `train_only` is given.
+        train_only: What is to train alone, as for `freezehooks.train_only`; None where `spec` is given.
+        from_epoch: The epoch, counted from 0, before whose first step the entries are frozen. None: from the start on.
         until_epoch: The epoch, counted from 0, at whose start all entries are let go. None: never.
         compact: Whether the optimizers hold and step the free entries alone.
 
@@ -33,15 +35,26 @@ class FreezingCallback(ABC):
 
     Raises:
         RuleSyntaxError: Text that is no rule.
-        SpecError: Anything else that cannot be read as rules, or an `until_epoch` that is no epoch.
+        SpecError: Anything else that cannot be read as rules; both of `spec` and `train_only`, or neither; epochs that
+            are none, or in the wrong order.
     """
 
     _word_for_training: ClassVar[str]
     """What the framework's users call a training, in messages."""
 
-    def __init__(self, spec: Spec, *, until_epoch: int | None, compact: bool) -> None:
-        check_whole_number("until_epoch", until_epoch, "an epoch counted from 0", least=0)
-        self.rules = rules_of(spec)
+    def __init__(
+        self,
+        spec: Spec | None,
+        *,
+        train_only: Spec | None,
+        from_epoch: int | None,
+        until_epoch: int | None,
+        compact: bool,
+    ) -> None:
+        _check_epochs(from_epoch, until_epoch)
+        self.rules = rules_of(_either(spec, train_only))
+        self.trains_rules = spec is None
+        self.from_epoch = from_epoch
         self.until_epoch = until_epoch
         self.compact = compact
         self.frozen: FrozenEntries | None = None
@@ -49,8 +62,16 @@ class FreezingCallback(ABC):
 
     @property
     def state_key(self) -> str:
-        """The name of this callback's state in a checkpoint: it says the rules."""
-        return f"{type(self).__qualname__}{[str(rule) for rule in self.rules]}"
+        """The name of this callback's state in a checkpoint: it says the rules, and the epochs where there are any."""
+        epochs = {"from_epoch": self.from_epoch, "until_epoch": self.until_epoch}
+        given = [f"{name}={epoch}" for name, epoch in epochs.items() if epoch is not None]
+        return f"{self.rules_key}({', '.join(given)})" if given else self.rules_key
+
+    @property
+    def rules_key(self) -> str:
+        """The part of `state_key` that says the rules alone."""
+        kind = ".train_only" if self.trains_rules else ""
+        return f"{type(self).__qualname__}{kind}{[str(rule) for rule in self.rules]}"
 
     # What the framework knows
 
@@ -78,7 +99,21 @@ class FreezingCallback(ABC):
                 "alone.",
                 stacklevel=3,
             )
-        return not self._released and not self._is_due(training)
+        return not self._released and self._is_stage(training)
+
+    def _shall_begin(self, training: Any) -> bool:
+        """Return whether a stage that begins in the middle of a training begins now."""
+        is_waiting = self.from_epoch is not None and self.frozen is None and not self._released
+        return is_waiting and self._is_stage(training)
+
+    def _is_stage(self, training: Any) -> bool:
+        has_begun = self.from_epoch is None or self._epoch(training) >= self.from_epoch
+        return has_begun and not self._is_due(training)
+
+    def _hold(self, model: nn.Module, saved: dict[str, Any] | None) -> FrozenEntries:
+        """Freeze what the rules say, or all but that where they say what is to train."""
+        hold = train_only if self.trains_rules else freeze_entries
+        return hold(model, self.rules, state=saved)
 
     def _report(self, training: Any, model: nn.Module, frozen: FrozenEntries) -> None:
         """Log how many entries are frozen, and which."""
@@ -137,7 +172,8 @@ class FreezingCallback(ABC):
         Raises:
             StateMismatchError: It does.
         """
-        ours = [key for key in map(str, saved) if key.startswith(f"{type(self).__qualname__}[")]
+        kinds = f"{type(self).__qualname__}[", f"{type(self).__qualname__}.train_only["
+        ours = [key for key in map(str, saved) if key.startswith(kinds)]
         others = [key for key in ours if key not in present]
         if self.state_key not in ours and others:
             raise StateMismatchError(
@@ -164,6 +200,28 @@ class FreezingCallback(ABC):
         with readable(what, "resume from a checkpoint that this callback has saved"):
             check_format(what, state)
             return state["released"], state["frozen"]
+
+
+def _either(spec: Spec | None, train_only: Spec | None) -> Spec:
+    if spec is not None and train_only is None:
+        return spec
+    if train_only is not None and spec is None:
+        return train_only
+    found = "neither" if spec is None else "both"
+    raise SpecError(
+        f"a callback takes `spec` or `train_only`, found {found}",
+        "give `spec` to say what is frozen, or `train_only` to say what trains",
+    )
+
+
+def _check_epochs(from_epoch: Any, until_epoch: Any) -> None:
+    check_whole_number("from_epoch", from_epoch, "an epoch counted from 0", least=0)
+    check_whole_number("until_epoch", until_epoch, "an epoch counted from 0", least=0)
+    if None not in (from_epoch, until_epoch) and from_epoch >= until_epoch:
+        raise SpecError(
+            f"`from_epoch` must come before `until_epoch`, found {from_epoch} and {until_epoch}",
+            "entries are frozen before the first step of the one, and let go at the start of the other",
+        )
 
 
 def check_whole_number(name: str, value: Any, meaning: str, *, least: int) -> None:

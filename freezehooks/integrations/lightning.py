@@ -45,8 +45,14 @@ class FreezeEntries(FreezingCallback, _Callback):
     The rules, the regions they chose and the values go into the checkpoint. A run resumed from it takes them from
     there.
 
+    For stages give the Trainer several callbacks, each with its epochs: what one lets go at the start of an epoch the
+    next may hold in it, in whatever order they stand.
+
     Args:
         spec: The rules, as for `freeze_entries`; names are those of the LightningModule's parameters.
+        train_only: In place of `spec`, what is to train alone, as for `freezehooks.train_only`.
+        from_epoch: The epoch, counted from 0, before whose first step the entries are frozen, at what they hold then.
+            Left out: from the start on.
         until_epoch: The epoch, counted from 0, at whose start all entries are let go. Left out: never.
         compact: Whether the optimizers hold and step the free entries alone, as `MaskedOptimizer` says.
             Checkpoints hold their state in the plain shapes.
@@ -65,36 +71,56 @@ class FreezeEntries(FreezingCallback, _Callback):
         >>> callback = FreezeEntries("conv.weight[center] = 0", until_epoch=10)
         >>> print(*callback.rules)
         conv.weight[center] = 0
+        >>> stages = [FreezeEntries("conv", until_epoch=5), FreezeEntries(train_only="head", from_epoch=5)]
     """
 
     _word_for_training: ClassVar[str] = "fit"
 
     def __init__(  # its annotations are what Lightning's command line reads
-        self, spec: str | list[Any] | dict[str, Any] | Any, *, until_epoch: int | None = None, compact: bool = False
+        self,
+        spec: str | list[Any] | dict[str, Any] | Any | None = None,
+        *,
+        train_only: str | list[Any] | dict[str, Any] | Any | None = None,
+        from_epoch: int | None = None,
+        until_epoch: int | None = None,
+        compact: bool = False,
     ) -> None:
-        super().__init__(spec, until_epoch=until_epoch, compact=compact)
+        super().__init__(spec, train_only=train_only, from_epoch=from_epoch, until_epoch=until_epoch, compact=compact)
         self._saved: dict[str, Any] | None = None
+        self._is_alone = False
+
+    @property
+    def state_key(self) -> str:
+        """The name of this callback's state in a checkpoint: it says the rules, and the epochs where others share them.
+
+        A run may so resume with another `until_epoch`.
+        """
+        return self.rules_key if self._is_alone else super().state_key
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forget an earlier fit: what a checkpoint says of this one is loaded after this."""
         if stage == "fit":
             self._forget()
             self._saved = None
+            self._is_alone = [each.rules_key for each in _stages(trainer)].count(self.rules_key) == 1
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Freeze the entries and guard the optimizers that step them."""
         if self._shall_freeze(trainer):
-            self.frozen = freeze_entries(pl_module, self.rules, state=self._saved)
-            self._freeze_averages(trainer, self.frozen)
-            self._guard(trainer.optimizers, compact=self.compact)
-            self._report(trainer, pl_module, self.frozen)
+            self._freeze(trainer, pl_module)
+
+    def _freeze(self, trainer: Any, pl_module: Any) -> None:
+        self.frozen = self._hold(pl_module, self._saved)
+        self._freeze_averages(trainer, self.frozen)
+        self._guard(trainer.optimizers, compact=self.compact)
+        self._report(trainer, pl_module, self.frozen)
 
     def _freeze_averages(self, trainer: Any, frozen: FrozenEntries) -> None:
         """Freeze the copy of the module that Lightning's WeightAveraging made before anything was frozen."""
         for callback in trainer.callbacks:
             average = getattr(callback, "_average_model", None)  # it has no public name
             if average is not None:
-                freeze_entries(average.module, self.rules, state=frozen.state_dict())
+                freeze_entries(average.module, frozen.rules, state=frozen.state_dict())
 
     def _guard(self, optimizers: list[Any], compact: bool = False) -> None:
         frozen = self._holding()
@@ -118,8 +144,14 @@ class FreezeEntries(FreezingCallback, _Callback):
         self._release_if_due(trainer)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Let the entries go in an epoch that a resumed run began without the hook for its start."""
-        self._release_if_due(trainer)
+        """Freeze the entries, where the epoch for it has come, once all callbacks have let go what they were to.
+
+        A resumed run may have begun its epoch without the hook for its start.
+        """
+        for stage in _stages(trainer):
+            stage._release_if_due(trainer)
+        if self._shall_begin(trainer):
+            self._freeze(trainer, pl_module)
         self._guard_compactly(trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -164,6 +196,10 @@ class FreezeEntries(FreezingCallback, _Callback):
             modules = [cls.__module__ for cls in type(training).__mro__]
             package = next(name for name in _PACKAGES if any(module.startswith(name) for module in modules))
             logging.getLogger(package).info(message)
+
+
+def _stages(trainer: Any) -> list[FreezeEntries]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, FreezeEntries)]
 
 
 class FrozenEntriesMonitor(_Callback):

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Final
 import torch
 
 from .._errors import FreezeError, StateMismatchError
-from .._handle import FrozenEntries, freeze_entries
 from .._rules.spec import Spec
 from ._base import FreezingCallback
 
@@ -39,8 +38,14 @@ class FreezeEntriesCallback(FreezingCallback, TrainerCallback):
     Regions and values go into the file `freezehooks.pt` of every checkpoint folder. A run resumed from it takes them
     from there.
 
+    For stages give the Trainer several callbacks, each with its epochs: what one lets go at the start of an epoch the
+    next may hold in it, in whatever order they stand.
+
     Args:
         spec: The rules, as for `freeze_entries`; names are those of the model's parameters.
+        train_only: In place of `spec`, what is to train alone, as for `freezehooks.train_only`.
+        from_epoch: The epoch, counted from 0, before whose first step the entries are frozen, at what they hold then.
+            Left out: from the start on.
         until_epoch: The epoch, counted from 0, at whose start all entries are let go. Left out: never.
         compact: Keep the optimizer's state for the free entries alone, as `FrozenEntries.guard` does when it is asked.
 
@@ -61,12 +66,21 @@ class FreezeEntriesCallback(FreezingCallback, TrainerCallback):
         >>> callback = FreezeEntriesCallback("transformer.wte[~50257:]", until_epoch=2)
         >>> print(*callback.rules)
         transformer.wte[~50257:] = keep
+        >>> callback = FreezeEntriesCallback(train_only=["transformer.wte[50257:]", "lm_head[50257:]"])
     """
 
     _word_for_training: ClassVar[str] = "training"
 
-    def __init__(self, spec: Spec, *, until_epoch: int | None = None, compact: bool = False) -> None:
-        super().__init__(spec, until_epoch=until_epoch, compact=compact)
+    def __init__(
+        self,
+        spec: Spec | None = None,
+        *,
+        train_only: Spec | None = None,
+        from_epoch: int | None = None,
+        until_epoch: int | None = None,
+        compact: bool = False,
+    ) -> None:
+        super().__init__(spec, train_only=train_only, from_epoch=from_epoch, until_epoch=until_epoch, compact=compact)
         self._run = ""
 
     def on_train_begin(
@@ -75,15 +89,27 @@ class FreezeEntriesCallback(FreezingCallback, TrainerCallback):
         """Freeze the entries and guard the optimizer, after the Trainer has loaded what it resumes from."""
         self._forget()
         self._run = uuid.uuid4().hex
-        self._check_saved_rules(state.stateful_callbacks)
-        entry = state.stateful_callbacks.get(self.state_key)  # None in a fresh run, or after one that froze nothing
+        key = self._key_in(state.stateful_callbacks)
+        entry = state.stateful_callbacks.get(key)  # None in a fresh run, or after one that froze nothing
         if entry is not None:
             self._released, _ = self._read_state(entry)
         if self._shall_freeze(state):
-            self.frozen = self._freeze(model, optimizer, entry and self._saved(args, state, entry))
-            self._report(state, model, self.frozen)
+            saved = self._saved(args, state, key, entry) if entry is not None and entry.get("begun", True) else None
+            self._freeze(state, model, optimizer, saved)
 
-    def _saved(self, args: Any, state: Any, entry: dict[str, Any]) -> dict[str, Any] | None:
+    def _key_in(self, saved: dict[str, Any]) -> str:
+        """Return the key of this callback's state in a checkpoint: perhaps of the same rules with other epochs.
+
+        Raises:
+            StateMismatchError: The checkpoint knows other rules and not those of this callback.
+        """
+        others = [key for key in saved if key.startswith(self.rules_key)]
+        if self.state_key not in saved and len(others) == 1:
+            return others[0]
+        self._check_saved_rules(saved)
+        return self.state_key
+
+    def _saved(self, args: Any, state: Any, key: str, entry: dict[str, Any]) -> dict[str, Any] | None:
         """Return regions and values from the checkpoint that the run resumes from.
 
         The Trainer does not say which folder that is: it is looked for where it may be and known by the run's mark.
@@ -95,7 +121,7 @@ class FreezeEntriesCallback(FreezingCallback, TrainerCallback):
         if isinstance(args.resume_from_checkpoint, str):
             folders.insert(0, Path(args.resume_from_checkpoint))
         for folder in folders:
-            saved = _read(folder).get(self.state_key, {})
+            saved = _read(folder).get(key, {})
             if saved.get("run") == entry["run"]:
                 _, frozen = self._read_state(saved)  # whether it was let go the entry says: the file may be a later one
                 return frozen
@@ -105,22 +131,35 @@ class FreezeEntriesCallback(FreezingCallback, TrainerCallback):
             "checkpoint of the same run",
         )
 
-    def _freeze(self, model: Any, optimizer: Any, saved: dict[str, Any] | None) -> FrozenEntries:
-        frozen = freeze_entries(model, self.rules, state=saved)
+    def _freeze(self, state: Any, model: Any, optimizer: Any, saved: dict[str, Any] | None) -> None:
+        frozen = self._hold(model, saved)
         options: dict[str, Any] = {"compact": True} if self.compact else {}
         try:
             frozen.guard(_unwrapped(optimizer), **options)
         except Exception:
             frozen.remove()
             raise
-        return frozen
+        self.frozen = frozen
+        self._report(state, model, frozen)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let the entries go, where the epoch for it has come."""
         self._release_if_due(state)
-        # not before: at the start of training other callbacks still read what the checkpoint says
+        self._note(args, state)  # not before: at the start of training other callbacks read what the checkpoint says
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Freeze the entries, where the epoch for it has come, once all callbacks have let go what they were to."""
+        if self._shall_begin(state):
+            self._freeze(state, model, optimizer, None)
+            self._note(args, state)
+
+    def _note(self, args: Any, state: Any) -> None:
+        """Write into the state of the Trainer what a checkpoint is to say."""
         state.stateful_callbacks[self.state_key] = {
             **self._write_state(None),  # it becomes JSON: what is frozen is in the file
+            "begun": self.frozen is not None,
             "run": self._run,
             "output_dir": str(Path(args.output_dir).resolve()),
         }

@@ -46,6 +46,8 @@ def a_layer_is_frozen_as_any_module(shared: SharedKernelConv2d) -> FrozenEntries
 
 def callbacks(rule: Rule) -> list[FrozenEntries | None]:
     for_lightning = FreezeEntries("net.conv.weight[center] = 0", until_epoch=10, compact=True)
+    FreezeEntries(train_only=["head[0]"], from_epoch=2, until_epoch=4)
+    FreezeEntriesCallback(train_only="head[0]", from_epoch=2)
     for_transformers = FreezeEntriesCallback([rule, "transformer.wte[~50257:]"], until_epoch=2)
     assert_type(for_lightning.rules, tuple[Rule, ...])
     assert_type(for_transformers.rules, tuple[Rule, ...])
