@@ -36,6 +36,7 @@ from ._optim.step import StepHooks, step_hooks_on
 from ._report.status import check_complete, find_mechanisms
 from ._report.table import Report, aligned, report_parameter
 from ._report.trainable import Trainable, count_trainable
+from ._report.untrained import nothing_trains, whole_unions
 from ._rules.parser import parse_rule
 from ._rules.region import WHOLE
 from ._rules.rule import Rule, keep
@@ -153,11 +154,14 @@ def _hold(frozen: FrozenEntries, *, replace: bool = False) -> None:
         frozen._prepare_guards(earlier.guarded())
     else:
         earlier.check()
-    for doubt in [*misread_stacks(frozen._held), *(() if replace else earlier.repetitions())]:
+    repetitions = () if replace else earlier.repetitions()
+    for doubt in [*misread_stacks(frozen._held), *whole_unions(frozen._held), *repetitions]:
         warnings.warn(doubt, stacklevel=3)
     if replace:
         earlier.let_go()
     frozen._begin()
+    for doubt in nothing_trains(frozen.model):
+        warnings.warn(doubt, stacklevel=3)
 
 
 class FrozenEntries(ReadByName):

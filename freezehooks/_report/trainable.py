@@ -50,7 +50,7 @@ def count_trainable(model: Model, held: Iterable[tuple[FrozenParameter, Tensor]]
         total += parameter.numel()
         if parameter.requires_grad:
             parts = dict.fromkeys([*known.get(id(parameter), ()), *watching(parameter)])
-            trainable += parameter.numel() - _frozen_count(list(parts))
+            trainable += parameter.numel() - count_frozen(list(parts))
     return Trainable(trainable, total)
 
 
@@ -59,7 +59,8 @@ def _tensors(model: Model) -> list[Tensor]:
     return [tensor for tensor in found if not is_lazy(tensor)]
 
 
-def _frozen_count(parts: Sequence[FrozenParameter]) -> int:
+def count_frozen(parts: Sequence[FrozenParameter]) -> int:
+    """Return how many entries of one parameter are frozen, by any of several handles."""
     if len(parts) < 2:
         return sum(part.frozen_count for part in parts)
     return int(torch.stack([part.frozen_in_whole() for part in parts]).any(dim=0).sum())

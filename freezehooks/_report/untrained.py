@@ -1,0 +1,43 @@
+"""What is frozen whole though that may not be meant: everything that trained, or all entries of a union."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from .._counted import counted
+from .._errors import shortened
+from .._held.held import HeldParameters, Model
+from .._hooks.gradient import watching
+from .._rules.region import Or
+from .trainable import count_frozen
+
+
+def whole_unions(held: HeldParameters) -> Iterator[str]:
+    """Say of each rule whose region is a union that it freezes every entry of a parameter."""
+    for name in held.names:
+        part = held.frozen.by_name[name]
+        for constraint in part.constraints:
+            is_union = isinstance(constraint.rule.region, Or)
+            if is_union and not part.is_sharded and constraint.entries.count == part.shape.numel():
+                yield (
+                    f"rule `{shortened(constraint.rule)}` freezes all {part.shape.numel():,} entries of `{name}`: if "
+                    f"that is meant, name `{name}` without brackets"
+                )
+
+
+def nothing_trains(model: Model) -> Iterator[str]:
+    """Say that every entry of a model which required a gradient is frozen, where that is so."""
+    parameters = [each for each in model.parameters() if each.requires_grad] if isinstance(model, nn.Module) else []
+    for parameter in parameters:  # most models are done with at the first one or the second
+        if is_lazy(parameter) or count_frozen(watching(parameter)) < parameter.numel():
+            return
+    if parameters:
+        total = sum(parameter.numel() for parameter in parameters)
+        yield (
+            f"nothing of the model trains: {counted(total, 'entry', 'entries')} of {total:,} in "
+            f"{counted(len(parameters), 'parameter', 'parameters')} are frozen; leave out what is to train, or name it "
+            "with train_only"
+        )
