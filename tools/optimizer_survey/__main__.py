@@ -29,7 +29,7 @@ from fnmatch import fnmatch
 
 import torch
 
-from .checks import Found, survey
+from .checks import REFUSED, Found, survey
 from .subjects import Subject, subjects
 
 _HEADER = ("optimizer", "class", "held", "undisturbed", "resumed", "copied", "thaw", "remark")
@@ -70,8 +70,10 @@ def _row(found: Found) -> tuple[str, ...]:
 
 def _summary(found: Sequence[Found]) -> str:
     asked = [each for each in found if each.was_asked]
-    kept = sum(each.is_kept for each in asked)
-    return f"{len(asked)} of {len(found)} built, {kept} of them as they should be"
+    refused = sum(each.held == REFUSED for each in asked)
+    wrong = sum(not each.is_kept for each in asked)
+    kept = len(asked) - refused - wrong
+    return f"{len(asked)} of {len(found)} built: {kept} as they should be, {refused} refused, {wrong} not"
 
 
 if __name__ == "__main__":

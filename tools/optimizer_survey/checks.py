@@ -25,6 +25,7 @@ ROOM: Final = 1.05
 YES: Final = "yes"
 LIKE_BY_HAND: Final = "as by hand"
 NOT_ASKED: Final = "-"
+REFUSED: Final = "refused"
 
 _CORRECTED: Final = (optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax)
 """Those of torch whose thawed entries take up to two learning rates a step, whatever they do by hand."""
@@ -65,9 +66,10 @@ class Found:
 
     @property
     def is_kept(self) -> bool:
-        """Whether all is as it should be."""
+        """Whether all is as it should be: a refusal says why, and is."""
         cells = (self.held, self.undisturbed, self.resumed, self.copied)
-        return self.is_thaw_kept and all(cell.startswith((YES, LIKE_BY_HAND)) for cell in cells)
+        is_kept = self.is_thaw_kept and all(cell.startswith((YES, LIKE_BY_HAND)) for cell in cells)
+        return is_kept or self.held == REFUSED
 
 
 def survey(subject: Subject) -> Found:
@@ -87,7 +89,7 @@ def survey(subject: Subject) -> Found:
         try:
             _compare(Guarded(subject), ByHand(subject), found)
         except FreezeError as error:
-            found.held = "refused"
+            found.held = REFUSED
             found.remarks.append(_shown(error))
         except Exception as error:  # it is what was found
             found.held = f"NO: {_shown(error)}"
