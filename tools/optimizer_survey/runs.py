@@ -68,7 +68,7 @@ class Run:
             self.impose()
             self.model.zero_grad()
             with torch.enable_grad():
-                loss = self.model(batch).sin().square().mean()
+                loss: Tensor = self.model(batch).sin().square().mean()
                 go(loss)
             return loss.detach()
 

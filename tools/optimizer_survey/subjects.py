@@ -22,6 +22,8 @@ DECAY: Final = 0.01
 LENGTH: Final = 200
 """How many steps an optimizer is told that the training has."""
 
+_Maker = Callable[[nn.Module], Any]
+
 Backward = Callable[..., Tensor]
 """Clear the gradients, compute the loss and go backward from it, or do with it what is given; returns the loss."""
 
@@ -97,7 +99,8 @@ def of_two_tasks(optimizer: Any, backward: Backward) -> None:
 @contextmanager
 def one_process() -> Iterator[None]:
     """Have a process group of one process."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    store = distributed.HashStore()  # type: ignore[attr-defined]  # torch does not say that it exports it
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield
     finally:
@@ -118,7 +121,7 @@ class Subject:
     """
 
     name: str
-    make: Callable[[nn.Module], Any]
+    make: _Maker
     advance: Callable[[Any, Backward], None] = after_backward
     model: Callable[[], nn.Module] = images
     around: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -145,7 +148,7 @@ _ARGUMENTS: Final[dict[str, dict[str, Any]]] = {
     "timm.csgdp": {"lr": 1e-3},
 }
 
-_MADE_BY_HAND: Final[dict[str, Callable[[nn.Module], Any]]] = {
+_MADE_BY_HAND: Final[dict[str, _Maker]] = {
     "pytorch_optimizer.lbfgs": lambda model: foreign.LBFGS(model.parameters(), lr=0.1),
     "pytorch_optimizer.distributedmuon": lambda model: foreign.DistributedMuon(
         [
@@ -168,7 +171,7 @@ def subjects() -> Iterator[Subject]:
     yield from _wrappers()
 
 
-def _subject(name: str, make: Callable[[nn.Module], Any], package: str = "") -> Subject:
+def _subject(name: str, make: _Maker, package: str = "") -> Subject:
     package = package or _NEEDS.get(name, "")
     return Subject(
         name,
@@ -180,7 +183,7 @@ def _subject(name: str, make: Callable[[nn.Module], Any], package: str = "") -> 
     )
 
 
-def _maker_of_pytorch_optimizer(name: str) -> Callable[[nn.Module], Any]:
+def _maker_of_pytorch_optimizer(name: str) -> _Maker:
     parameters = inspect.signature(OPTIMIZERS[name]).parameters
     arguments = {
         "lr": parameters["lr"].default if "lr" in parameters else 1e-3,
@@ -196,7 +199,7 @@ def _maker_of_pytorch_optimizer(name: str) -> Callable[[nn.Module], Any]:
     return make
 
 
-def _maker_of_timm(name: str) -> Callable[[nn.Module], Any]:
+def _maker_of_timm(name: str) -> _Maker:
     arguments = _ARGUMENTS.get(f"timm.{name}", {})
     return lambda model: timm.create_optimizer_v2(model, name, weight_decay=DECAY, **arguments)
 
@@ -207,37 +210,43 @@ def _package_of_timm(name: str) -> str:
     return str(kind).split(".")[0] if isinstance(kind, str) else ""
 
 
+_SGD: Final[dict[str, Any]] = {"lr": 1e-2, "momentum": 0.9, "weight_decay": DECAY}
+"""What wrappers wrap."""
+
+
+def _sgd(model: nn.Module) -> SGD:
+    return SGD(model.parameters(), **_SGD)
+
+
 def _wrappers() -> Iterator[Subject]:
-    """Yield wrappers, around SGD with momentum or AdamW."""
-    momentum = {"lr": 1e-2, "momentum": 0.9, "weight_decay": DECAY}
-    around: dict[str, Callable[[Any], Any]] = {
-        "lookahead": lambda inner: foreign.Lookahead(inner, k=3),
-        "lookahead_pullback": lambda inner: foreign.Lookahead(inner, k=3, pullback_momentum="pullback"),
-        "orthograd": foreign.OrthoGrad,
-        "schedulefreewrapper": foreign.ScheduleFreeWrapper,
-        "trac": foreign.TRAC,
-        "safefp16optimizer": foreign.SafeFP16Optimizer,
-    }
-    for name, wrap in around.items():
-        yield Subject(f"pytorch_optimizer.{name}", lambda model, wrap=wrap: wrap(SGD(model.parameters(), **momentum)))
-    yield Subject(
-        "pytorch_optimizer.pcgrad", lambda model: foreign.PCGrad(SGD(model.parameters(), **momentum)), of_two_tasks
+    """Yield wrappers, and those that make a step of two."""
+    yield _wrapper("lookahead", lambda model: foreign.Lookahead(_sgd(model), k=3))
+    yield _wrapper(
+        "lookahead_pullback", lambda model: foreign.Lookahead(_sgd(model), k=3, pullback_momentum="pullback")
     )
+    yield _wrapper("orthograd", lambda model: foreign.OrthoGrad(_sgd(model)))
+    yield _wrapper("schedulefreewrapper", lambda model: foreign.ScheduleFreeWrapper(_sgd(model)))
+    yield _wrapper("trac", lambda model: foreign.TRAC(_sgd(model)))
+    yield _wrapper("safefp16optimizer", lambda model: foreign.SafeFP16Optimizer(_sgd(model)))
+    yield _wrapper("pcgrad", lambda model: foreign.PCGrad(_sgd(model)), of_two_tasks)
+    yield _wrapper("sam", _sharp(foreign.SAM), after_backward_with_closure)
+    yield _wrapper("looksam", _sharp(foreign.LookSAM), after_backward_with_closure)
+    yield _wrapper("friendlysam", _sharp(foreign.FriendlySAM), after_backward_with_closure)
+    yield _wrapper("wsam", lambda model: foreign.WSAM(model, model.parameters(), SGD, **_SGD), with_closure)
+    yield _wrapper("gsam", _gsam, with_closure_of_pairs)
     yield Subject("timm.lookahead", lambda model: timm.Lookahead(AdamW(model.parameters(), weight_decay=DECAY), k=3))
-    for kind in (foreign.SAM, foreign.LookSAM, foreign.FriendlySAM):
-        yield Subject(
-            f"pytorch_optimizer.{kind.__name__.lower()}",
-            lambda model, kind=kind: kind(model.parameters(), SGD, **momentum),
-            after_backward_with_closure,
-        )
-    yield Subject(
-        "pytorch_optimizer.wsam", lambda model: foreign.WSAM(model, model.parameters(), SGD, **momentum), with_closure
-    )
-    yield Subject("pytorch_optimizer.gsam", _gsam, with_closure_of_pairs)
+
+
+def _wrapper(name: str, make: _Maker, advance: Callable[[Any, Backward], None] = after_backward) -> Subject:
+    return Subject(f"pytorch_optimizer.{name}", make, advance)
+
+
+def _sharp(kind: Any) -> _Maker:
+    return lambda model: kind(model.parameters(), SGD, **_SGD)
 
 
 def _gsam(model: nn.Module) -> Any:
-    inner = SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=DECAY)
+    inner = _sgd(model)
     rates = foreign.LinearScheduler(inner, t_max=LENGTH, max_lr=1e-2, min_lr=1e-3)
     radius = foreign.ProportionScheduler(rates, max_lr=1e-2, min_lr=1e-3, max_value=0.05, min_value=0.01)
     return foreign.GSAM(model.parameters(), inner, model, radius)
