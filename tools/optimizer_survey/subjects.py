@@ -139,7 +139,14 @@ _ADVANCE: Final = {
     "timm.adahessian": after_backward_with_graph,
 }
 
-_MATRICES_ALONE: Final = ("pytorch_optimizer.adalomo", "pytorch_optimizer.lorarite", "pytorch_optimizer.spectralsphere")
+_MATRICES_ALONE: Final = (
+    "pytorch_optimizer.adalomo",
+    "pytorch_optimizer.demo",
+    "pytorch_optimizer.lorarite",
+    "pytorch_optimizer.spectralsphere",
+)
+
+_IN_A_GROUP: Final = ("pytorch_optimizer.demo", "pytorch_optimizer.distributedmuon")
 
 _ARGUMENTS: Final[dict[str, dict[str, Any]]] = {
     "pytorch_optimizer.bsam": {"num_data": 5},
@@ -178,7 +185,7 @@ def _subject(name: str, make: _Maker, package: str = "") -> Subject:
         _MADE_BY_HAND.get(name, make),
         _ADVANCE.get(name, after_backward),
         matrices if name in _MATRICES_ALONE else images,
-        one_process if "distributed" in name else nullcontext,
+        one_process if name in _IN_A_GROUP else nullcontext,
         "" if not package or find_spec(package) else package,
     )
 
