@@ -166,7 +166,7 @@ class Indexed(NamedTuple):
 
     @property
     def region(self) -> Index:
-        return entries[self.key]
+        return _index(self.key)
 
 
 def shapes(min_dims: int = 0, max_dims: int = 4, min_size: int = 1) -> SearchStrategy[tuple[int, ...]]:
@@ -214,7 +214,13 @@ def _items(draw: DrawFn, size: int, length: int) -> Any:
 def near_indices(shape: tuple[int, ...]) -> SearchStrategy[Index]:
     """Indices of a tensor of the given shape, now and then a position too far."""
     keys = st.integers(1, 2).flatmap(lambda length: st.tuples(*(_items(size, length) for size in shape)))
-    return keys.map(lambda key: entries[key])
+    return keys.map(_index)
+
+
+def _index(key: tuple[Any, ...]) -> Index:
+    index = entries[key]
+    assert isinstance(index, Index)
+    return index
 
 
 def boxes(shape: tuple[int, ...]) -> SearchStrategy[tuple[slice, ...]]:

@@ -44,7 +44,7 @@ def resolve(model: Model, rules: Iterable[Rule], state: Any = None) -> HeldParam
     asked = asked_of(targets, rules)
     check_same_on_ranks(model, asked)
     frozen = FrozenParameters()
-    asked, frozen.skipped = _without_empty(asked, state)
+    asked, frozen.skipped = without_empty(asked, state)
     for name, constraints in _chosen(asked, targets) if state is None else saved.load(asked, state):
         frozen.by_name[name] = FrozenParameter(targets.names_of(name), asked[name][0], constraints)
         _check_embeddings(frozen.by_name[name], targets)
@@ -78,7 +78,7 @@ def asked_of(targets: Targets, rules: Iterable[Rule]) -> Asked:
     return asked
 
 
-def _without_empty(asked: Asked, state: Any) -> tuple[Asked, dict[str, int]]:
+def without_empty(asked: Asked, state: Any = None) -> tuple[Asked, dict[str, int]]:
     """Leave out parameters of which a rule with wildcards, by their numbers, selects nothing; not where all are so.
 
     Returns:

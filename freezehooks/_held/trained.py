@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._entries.plain import as_tensor
 from .._entries.select import select
 from .._errors import SpecError, error_context, shortened
 from .._ranks.agreement import check_same_on_ranks
@@ -18,7 +20,7 @@ from .._rules.region import WHOLE, Index, Not, Region
 from .._rules.rule import Keep, Rule
 from .held import Model
 from .names import Targets, unwrapped
-from .resolve import asked_of
+from .resolve import asked_of, without_empty
 from .saved import readable
 
 
@@ -47,7 +49,8 @@ def trained_alone(model: Model, rules: Sequence[Rule], state: Any = None) -> Tra
         FreezeError: A rule does not fit the model.
     """
     _check_are_regions(rules)
-    asked = asked_of(Targets(model), rules)
+    targets = Targets(model)
+    asked, _ = without_empty(asked_of(targets, [_with_mask(targets.named(rule)) for rule in rules]))
     for name, (parameter, its_rules) in asked.items():
         _check_trains(name, parameter, its_rules)
     check_same_on_ranks(model, asked)
@@ -58,6 +61,11 @@ def trained_alone(model: Model, rules: Sequence[Rule], state: Any = None) -> Tra
         for region in _rest(name, parameter, its_rules, is_saved=unwrapped(name) in saved)
     ]
     return Trained([parameter for parameter, _ in asked.values()], tuple(held))
+
+
+def _with_mask(rule: Rule) -> Rule:
+    """Return a rule whose region is an array with a tensor instead."""
+    return replace(rule, region=as_tensor(rule.region))
 
 
 def _check_are_regions(rules: Sequence[Rule]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._held.held import Model
 from .._held.parameters import FrozenParameters
-from .._held.site import parameter_of
+from .._held.site import tensor_of
 from .._torch import is_scripted
 
 Owner: TypeAlias = "nn.Module | Mapping[str, Tensor]"
@@ -136,7 +136,7 @@ def _find(owner: Owner, key: str) -> Tensor | None:
     """Return the parameter that stands under a name now, or None."""
     if not isinstance(owner, nn.Module):
         return owner.get(key)
-    return owner.get_parameter(key) if "." in key else parameter_of(owner, key)
+    return owner.get_parameter(key) if "." in key else tensor_of(owner, key)
 
 
 def _switch_off(parameter: Tensor | None) -> None:

@@ -181,7 +181,8 @@ class Described(Region):
 def indexed(items: tuple[IndexItem, ...]) -> Region:
     """Return the region that an index with the given items selects; a single union is one of regions."""
     if len(items) == 1 and isinstance(items[0], Union):
-        return reduce(Or, [Index((part,)) for part in items[0].parts])
+        parts: list[Region] = [Index((part,)) for part in items[0].parts]
+        return reduce(Or, parts)
     return Index(items) if items else WHOLE
 
 

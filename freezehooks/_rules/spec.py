@@ -51,7 +51,8 @@ def _iterate_rules(spec: Any) -> Iterator[Rule]:
 
 
 def _rule_of_item(target: Any, what: Any) -> Rule:
-    region, value = what, keep
+    region: Any = what
+    value: Any = keep
     if isinstance(what, Tie):
         region, value = WHOLE, what
     elif isinstance(what, list | range) and all(isinstance(item, int) and not isinstance(item, bool) for item in what):

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from .._counted import counted
 from .._errors import RegionError, SpecError, shown
@@ -267,7 +267,15 @@ def mirrored(dim: int, *, start: str | None = None) -> Mirrored:
     return Mirrored(dim, start=start)
 
 
-def tied(dim: Any, *, groups: int = 1, start: str | None = None) -> Tie:
+class Labels(Protocol):
+    """A tensor or an array."""
+
+    @property
+    def shape(self) -> Any:
+        """Its shape."""
+
+
+def tied(dim: int | Labels, *, groups: int = 1, start: str | None = None) -> Tie:
     """Say that slices of a tensor along a dimension are one, or any entries of one label: one value, one gradient.
 
     The gradient at every copy is the sum over the copies, so that a plain depthwise convolution whose weight is
@@ -289,7 +297,7 @@ def tied(dim: Any, *, groups: int = 1, start: str | None = None) -> Tie:
         'conv.weight = tied(0, start=mean)'
     """
     if isinstance(dim, int) or not hasattr(type(dim), "__array__"):
-        return Tied(dim, groups=groups, start=start)
+        return Tied(dim, groups=groups, start=start)  # type: ignore[arg-type]  # which says what it found
     if groups != 1:
         raise RegionError("`groups` of `tied` is for slices along a dimension", "say groups in the labels")
     return Labeled(dim, start=start)

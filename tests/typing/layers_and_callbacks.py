@@ -66,7 +66,7 @@ def wrong_layers_and_callbacks() -> None:
     MaskedConv2d(1, 2, 3, mask="cross", bias_at=0)  # type: ignore[arg-type]
     SharedKernelConv2d("2", 3)  # type: ignore[arg-type]
     SynthesizedConv2d(3, 4, 2, kernel_size=1)  # type: ignore[arg-type]
-    FreezeEntriesCallback()  # type: ignore[call-arg]
+    FreezeEntriesCallback(until_epoch=None, compact="yes")  # type: ignore[arg-type]
     FreezeEntriesCallback("weight", until_epoch="2")  # type: ignore[arg-type]
     FreezeEntries("weight", until_epoch="2")  # type: ignore[arg-type]
     FrozenEntriesMonitor(10)  # type: ignore[call-arg]

@@ -53,14 +53,14 @@ def written_in_python(mask: Tensor) -> list[Rule]:
 
 
 def wrong_rules(rule: Rule) -> None:
-    Rule(0)  # type: ignore[arg-type]
+    Rule()  # type: ignore[call-arg]
     Rule("weight", center, 0, 0)  # type: ignore[call-arg]
     parse_rule(rule)  # type: ignore[arg-type]
     parse_region(center)  # type: ignore[arg-type]
     smallest("half")  # type: ignore[arg-type]
     nm(2)  # type: ignore[call-arg]
     tied("0")  # type: ignore[arg-type]
-    tied(0, "mean")  # type: ignore[call-arg]
+    tied(0, "mean")  # type: ignore[call-arg, arg-type]
     rule.target = "bias"  # type: ignore[misc]
     text: str = parse_rule("bias")  # type: ignore[assignment]
     del text
