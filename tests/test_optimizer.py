@@ -181,6 +181,7 @@ def test_state_dict_hooks_fire() -> None:
     assert calls == ["save", "load"]
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch's own, in some releases
 def test_the_profiler_names_the_inner_optimizer() -> None:
     model, optimizer = _frozen_pair()
     with torch.profiler.profile() as profile:

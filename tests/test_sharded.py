@@ -306,6 +306,9 @@ def test_a_stray_write_is_undone_before_layers_are_prefetched(first: str) -> Non
     reference.train(2, 1).assert_same(model)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.11", reason="before torch 2.11 sharded gradients in float64 are clipped by a float32 number"
+)
 @computes_in_shards
 @on_ranks(2, _BOTH)
 def test_fsdp2_accumulates_and_clips_as_one_process(first: str) -> None:
