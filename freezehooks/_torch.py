@@ -82,8 +82,11 @@ class TensorIdentity:
 
 
 def is_exporting() -> bool:
-    """Return whether torch.export is tracing (public since torch 2.7; before, it cannot be told)."""
-    return bool(getattr(torch.compiler, "is_exporting", bool)())
+    """Return whether torch.export is tracing (torch 2.7 to 2.14; before, it cannot be told).
+
+    The public function of the same name is True in every frame that torch.compile of torch 2.7 to 2.12 traces.
+    """
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def is_tracing() -> bool:
@@ -135,6 +138,19 @@ def _untraced() -> Iterator[None]:
         yield
     finally:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+# Hooks
+
+
+def call_first(hooks: MutableMapping[int, Any], number: int) -> None:
+    """Have a hook called before the others that a module or an optimizer has.
+
+    The others are taken out and put in again. `prepend` and `move_to_end` leave an OrderedDict in another order than
+    the plain dict below it, by which torch.compile of torch 2.7 to 2.12 finds hooks: it takes one for another.
+    """
+    for other in [each for each in hooks if each != number]:
+        hooks[other] = hooks.pop(other)
 
 
 # Modules

@@ -12,6 +12,7 @@ import pytest
 
 from tools.check_dist import wrong_for_release, wrong_in_archive, wrong_in_wheel
 from tools.check_pins import disagreements
+from tools.run_on_torch import constraints, counts, pytest_arguments, releases
 from tools.run_on_wheel import user_extras
 
 ROOT = Path(__file__).parents[1]
@@ -107,3 +108,31 @@ def test_the_description_for_the_index_links_to_nothing_in_the_repository(monkey
 def test_a_user_is_asked_for_no_development_extra() -> None:
     assert {"cli", "lightning", "plot", "transformers"} <= set(user_extras())
     assert {"test", "docs", "bench"}.isdisjoint(user_extras())
+
+
+# Several releases of torch
+
+
+def test_the_tests_run_on_the_oldest_the_pinned_and_the_newest_torch() -> None:
+    found = releases()
+    assert found[0] == "2.6.0"
+    assert f"torch=={found[-2]}" in (ROOT / "constraints.txt").read_text().splitlines()
+    assert found[-1] == "newest"
+
+
+def test_each_release_of_torch_gets_tools_of_its_time_and_no_other_torch() -> None:
+    assert "numpy==1.26.0" in constraints("2.6.0")
+    assert "numpy==1.26.0" not in constraints("newest")
+    assert not [release for release in releases() if re.search("^torch=", constraints(release), re.MULTILINE)]
+
+
+def test_every_file_of_tests_that_is_left_out_exists() -> None:
+    left_out = [argument.split("=")[1] for argument in pytest_arguments() if argument.startswith("--ignore-glob=")]
+    assert [pattern for pattern in left_out if not list(ROOT.glob(pattern))] == []
+
+
+def test_what_pytest_counted_is_said(tmp_path: Path) -> None:
+    results = tmp_path / "results.xml"
+    assert counts(results) == "pytest did not come to an end"
+    results.write_text('<testsuites><testsuite tests="9" failures="2" errors="1" skipped="1"/></testsuites>')
+    assert counts(results) == "5 passed, 3 failed, 1 skipped"

@@ -34,12 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Install, check where the package comes from, and return the exit status of pytest."""
     options = _options(arguments)
     with tempfile.TemporaryDirectory(prefix="wheel-") as folder:
-        python = _environment(options.venv or Path(folder) / "venv")
+        python = environment(options.venv or Path(folder) / "venv")
         tests = _unpacked(_only(options.dist, "*.tar.gz"), Path(folder) / "tests")
         _install(python, options.constraint, _only(options.dist, "*.whl"), options.extras == "all")
         _check_installed(python, tests)
         if options.extras == "all":
-            _run([str(python), "-m", "mypy", "tests/typing"], cwd=tests)
+            run([str(python), "-m", "mypy", "tests/typing"], cwd=tests)
         return _pytest(python, tests, options.extras == "all", options.pytest)
 
 
@@ -67,7 +67,8 @@ def _only(folder: Path, pattern: str) -> Path:
     return found[0].resolve()
 
 
-def _environment(folder: Path) -> Path:
+def environment(folder: Path) -> Path:
+    """Return the interpreter of a virtual environment, which is made where there is none yet."""
     python = folder.resolve() / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
@@ -89,10 +90,10 @@ def _install(python: Path, constraint: Path, wheel: Path, everything: bool) -> N
     """Install the wheel as a user would, look at what that brought, and only then add what tests need."""
     pip = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(constraint.resolve())]
     extras = user_extras() if everything else []
-    _run([*pip, "--force-reinstall", "--no-deps", str(wheel)])
-    _run([*pip, f"{wheel}[{','.join(extras)}]" if extras else str(wheel)])
-    _run([str(python), "-m", "pip", "check"])
-    _run([*pip, *([f"{wheel}[test]"] if everything else TOOLS_ALONE)])
+    run([*pip, "--force-reinstall", "--no-deps", str(wheel)])
+    run([*pip, f"{wheel}[{','.join(extras)}]" if extras else str(wheel)])
+    run([str(python), "-m", "pip", "check"])
+    run([*pip, *([f"{wheel}[test]"] if everything else TOOLS_ALONE)])
 
 
 def _check_installed(python: Path, tests: Path) -> None:
@@ -108,14 +109,15 @@ def _pytest(python: Path, tests: Path, everything: bool, more: Sequence[str]) ->
     command = [str(python), "-m", "pytest", "-q", "-rs", "--tb=short", "-p", "no:cacheprovider"]
     command += [] if everything else ["--doctest-ignore-import-errors"]
     command += [f"--deselect={test}" for test in OF_THE_SOURCES]
-    return _run([*command, *(more or ["tests", "--pyargs", "freezehooks"])], cwd=tests, check=False)
+    return run([*command, *(more or ["tests", "--pyargs", "freezehooks"])], cwd=tests, check=False)
 
 
 def _alone() -> Mapping[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 
-def _run(command: Sequence[str], cwd: Path | None = None, check: bool = True) -> int:
+def run(command: Sequence[str], cwd: Path | None = None, check: bool = True) -> int:
+    """Print a command, run it outside of this environment, and return its exit status; exit with it where asked to."""
     print("+", *command, flush=True)
     status = subprocess.run(command, cwd=cwd, env=_alone()).returncode
     if check and status:

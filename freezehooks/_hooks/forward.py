@@ -16,6 +16,7 @@ from .._held.parameters import FrozenParameters
 from .._held.place import Place
 from .._ranks.agreement import check_same_parameters, has_process_group, is_distributed
 from .._torch import (
+    call_first,
     fsdp2_parameters,
     has_fsdp2,
     is_exporting,
@@ -25,7 +26,7 @@ from .._torch import (
 )
 from . import batch
 from .batch import Batch, Plan
-from .hook_set import HookSet, hook_sets_on
+from .hook_set import HookSet, first_before_forward, hook_sets_on
 
 
 class OuterHooks:
@@ -53,7 +54,7 @@ class OuterHooks:
     def install(self, module: nn.Module) -> None:
         """Register the hooks."""
         self._handles = [
-            module.register_forward_pre_hook(self.impose_before_forward, prepend=True),
+            first_before_forward(module, self.impose_before_forward),
             module.register_forward_hook(EndForward(self), always_call=True),
             module.register_state_dict_pre_hook(self.impose_before_saving),
             module.register_state_dict_post_hook(EndSaving(self)),
@@ -138,7 +139,7 @@ class OuterHooks:
         hooks = model._forward_pre_hooks
         own = next(key for key, hook in hooks.items() if hook == self.impose_before_forward)
         if next(iter(hooks)) != own:
-            hooks.move_to_end(own, last=False)  # type: ignore[attr-defined]
+            call_first(hooks, own)
 
     def _meet_shards(self, model: nn.Module) -> None:
         """Adopt the shards where FSDP2 has put gathered parameters in their place already."""

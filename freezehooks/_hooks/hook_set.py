@@ -18,6 +18,7 @@ from .._held.place import Place
 from .._held.site import Site, gone, tensor_of
 from .._ranks.sharding import local
 from .._torch import (
+    call_first,
     is_exporting,
     is_replica,
     is_scripted,
@@ -72,8 +73,7 @@ class HookSet:
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and "weight" in self.names:
             self._handles.append(module.register_forward_pre_hook(RescaleBeforeLookup(self), with_kwargs=True))
         for caller, path in callers:
-            hook = ImposeBeforeCaller(self, path)
-            self._handles.append(caller.register_forward_pre_hook(hook, prepend=True))
+            self._handles.append(first_before_forward(caller, ImposeBeforeCaller(self, path)))
         self.buffers = {key for key in self.names if key in module._buffers}
         if self.buffers:
             self._handles_after = [AFTER_FORWARD.put_on(module, self)]
@@ -211,10 +211,11 @@ class HookSet:
         if is_exporting():
             self.impose_stored()
             return
-        for name, parameter in self._own(module):
-            pair = self.frozen.adopt(name, parameter)
-            if pair is not None:
-                pair[0].impose(pair[1])
+        with torch.no_grad():  # else the compiler writes into a copy of the weight, and copies that back after it all
+            for name, parameter in self._own(module):
+                pair = self.frozen.adopt(name, parameter)
+                if pair is not None:
+                    pair[0].impose(pair[1])
 
     @traced_as_constant
     def impose_stored(self) -> None:
@@ -291,18 +292,22 @@ def _shares_memory(loaded: Any, parameter: Tensor) -> bool:
     return isinstance(loaded, Tensor) and local(loaded).data_ptr() == local(parameter).data_ptr() != 0
 
 
-def _first_before_forward(module: nn.Module, hook: Any) -> RemovableHandle:
-    # first of all: pruning and weight norm compute from the parameter in theirs
-    return module.register_forward_pre_hook(hook, prepend=True)
+def first_before_forward(module: nn.Module, hook: Any) -> RemovableHandle:
+    """Register a hook before all that a module has already: pruning and weight norm compute from the parameter."""
+    handle = module.register_forward_pre_hook(hook)
+    call_first(module._forward_pre_hooks, handle.id)
+    return handle
 
 
 def _first_after_forward(module: nn.Module, hook: Any) -> RemovableHandle:
     # also after an error: checkpointing breaks off the forward that it runs once more, when BatchNorm has written
-    return module.register_forward_hook(hook, prepend=True, always_call=True)
+    handle = module.register_forward_hook(hook, always_call=True)
+    call_first(module._forward_hooks, handle.id)
+    return handle
 
 
 MOMENTS: Final = (
-    Moment("impose_before_forward", _first_before_forward, "_forward_pre_hooks", "forward"),
+    Moment("impose_before_forward", first_before_forward, "_forward_pre_hooks", "forward"),
     Moment("impose_before_saving", nn.Module.register_state_dict_pre_hook, "_state_dict_pre_hooks", "saving"),
     Moment(
         "impose_before_loading",

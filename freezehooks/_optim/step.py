@@ -20,6 +20,7 @@ from .._held.place import Place
 from .._hooks.batch import Batch, Places, Plan, end_calls
 from .._hooks.moment import Moment
 from .._ranks.agreement import has_process_group
+from .._torch import call_first
 from .calls import calls_hooks, check_step, current_step
 from .compact import Compact, check_whole
 from .elementwise import is_elementwise
@@ -459,7 +460,7 @@ def _keep_stepping(optimizer: Optimizer, proxy: Any) -> None:
 def _first_after_step(optimizer: Optimizer, hook: Any) -> RemovableHandle:
     # first of all: whoever looks after the step sees the values
     handle = optimizer.register_step_post_hook(hook)
-    optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+    call_first(optimizer._optimizer_step_post_hooks, handle.id)
     return handle
 
 
