@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -100,15 +100,19 @@ def test_a_module_that_compiles_itself_computes_with_the_values(backend: str) ->
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_module_inside_a_compiled_function_computes_with_the_values(backend: str) -> None:
     model, frozen = _frozen()
-    compiled: Any = torch.compile(lambda x: model(x) * 1, backend=backend, fullgraph=True)
+
+    def called(inputs: Tensor) -> Tensor:
+        return torch.mul(model(inputs), 1)
+
+    compiled: Any = torch.compile(called, backend=backend, fullgraph=True)
     _check(compiled, model, frozen)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_compiled_layer_of_an_eager_model_computes_with_the_values(backend: str) -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     frozen = freeze_entries(model, "*.weight[0] = 1")
-    compiled = nn.Sequential(torch.compile(model[0], backend=backend, fullgraph=True), model[1])
+    compiled: Any = nn.Sequential(cast("nn.Module", torch.compile(model[0], backend=backend, fullgraph=True)), model[1])
     for layer in model:
         _spoil(layer)
     output = compiled(_inputs())

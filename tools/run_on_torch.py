@@ -72,7 +72,7 @@ def releases(root: Path = ROOT) -> list[str]:
 
 
 def _pinned_torch(constraints: Path) -> str:
-    return re.findall(r"^torch==(\S+)", constraints.read_text(), re.MULTILINE)[0]
+    return str(re.findall(r"^torch==(\S+)", constraints.read_text(), re.MULTILINE)[0])
 
 
 def _run_on(release: str) -> Outcome:
