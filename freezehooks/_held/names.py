@@ -126,6 +126,11 @@ class Targets:
         typed = TypedTarget.read(target)
         if typed is None:
             return []
+        if not self._modules:
+            raise TargetError(
+                f"`{target}` names classes of modules, and there are only tensors by their names here",
+                "write their names, with `*` and `?`",
+            )
         if not any(typed.takes(module) for module in self._modules.values()):
             classes = sorted({type(module).__name__ for module in self._modules.values() if module._parameters})
             raise TargetError(

@@ -29,14 +29,17 @@ _RULES: Final = """\
 rules:
   target [region] = value        one a line; `#` begins a comment
 
-  target   a parameter's name, with * and ?; a module's name stands for its weight
+  target   a tensor's name, with * and ?; a module's name stands for its weight
   region   an index as Python writes it, or a pattern, in brackets; left out: the whole tensor
-           patterns: center cross cross(3) border diagonal(k) triu(k) tril(k) zeros
-           smallest(fraction) nm(n, m); joined by ~ (the others), | (either), & (both), ( )
-  value    a number, keep (what the entries hold), or tied(dim); left out: keep
+           patterns: center cross cross(3) border diagonal(k) triu(k) tril(k) band(l, u)
+           block_diagonal(n) zeros smallest(fraction) largest(fraction) nm(n, m)
+           random(fraction, seed=n) each(k, region); joined by ~ (the others), | (either),
+           & (both), ( )
+  value    a number, a list of numbers, keep (what the entries hold), tied(dim),
+           mirrored(dim) or symmetric; left out: keep
 
   conv.weight[:, :, 1, 1] = 0    the center tap of every kernel is 0
-  features.*.weight[~cross] = 0  all but a cross
+  conv?.weight[~cross] = 0       all but a cross
   wte[~50257:]                   all but the new rows keep what they hold
 
 exit codes:
