@@ -19,6 +19,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from freezehooks import MaskedOptimizer, RegionError, freeze_entries
 
+from .claims import held_twice
 from .peers import (
     ROWS,
     WAYS,
@@ -414,6 +415,7 @@ def test_smallest_chooses_in_each_parameter_by_itself() -> None:
     assert {name: int(part.frozen.sum()) for name, part in frozen.items()} == {"large.weight": 8, "small.weight": 8}
 
 
+@held_twice
 def test_prune_adds_masks_up_and_so_do_handles() -> None:
     pruned, frozen = nn.Linear(4, 4), nn.Linear(4, 4)
     for _ in range(2):

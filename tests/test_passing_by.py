@@ -24,7 +24,7 @@ from freezehooks import (
     freeze_entries,
 )
 
-from .claims import same_bits
+from .claims import held_twice, same_bits
 
 # --------------------------------------------------------------------------------------------------------------------
 # Numbers of 64 bits
@@ -535,6 +535,7 @@ def test_a_second_handle_that_disagrees_is_refused_also_where_the_first_has_no_g
     assert len(FrozenEntries.of(model)) == 1
 
 
+@held_twice
 def test_handles_that_a_state_makes_disagree_are_refused() -> None:
     saving = nn.Linear(2, 2)
     state = freeze_entries(saving, "weight[0]").state_dict()
@@ -711,6 +712,7 @@ def test_rows_without_frozen_entries_are_rescaled_as_without_freezing(kind: str)
 
 @kinds
 @pytest.mark.parametrize("region", ["[3]", "[3, :2]", "[smallest(1.0)]"], ids=["row", "part_of_a_row", "all"])
+@held_twice
 def test_a_frozen_row_above_max_norm_is_refused_with_what_to_do(kind: str, region: str) -> None:
     embedding = _embedding(kind, max_norm=1.0)
     embedding.weight.data[:3], embedding.weight.data[3:] = 0.1, 2.0

@@ -234,7 +234,7 @@ def test_a_region_of_what_train_only_keeps() -> None:
 def test_tied_copies_let_a_region_go_in_every_slice_alone() -> None:
     model = nn.Conv2d(3, 3, 3, groups=3)
     frozen = freeze_entries(model, [Rule("weight", value=tied(0, start="first")), Rule("weight", center, 0)])
-    with pytest.raises(RuleConflictError, match="freeze the same entries, at the same values, in every slice"):
+    with pytest.raises(RuleConflictError, match="freeze the same entries, at the same values, in all slices"):
         frozen.thaw("weight[0]")
     assert frozen.frozen_count == 3
     frozen.thaw("weight[center]")

@@ -429,7 +429,7 @@ def test_rules_of_a_handle_are_rules_of_freeze_entries() -> None:
         ({"wte": tied(0)}, SpecError, r"rule `wte = tied\(0\)` gives a value"),
         ({"wte": (_mask(), 1.0)}, SpecError, "gives a value"),
         ("wtx[5:]", TargetError, "did you mean `wte`"),
-        ("norm.running_mean", TargetError, "is a buffer"),
+        ("norm.running_mean", SpecError, "`norm.running_mean` is a buffer, which no optimizer trains; leave it out"),
         ("wte[8:]", RegionError, r"rule `wte\[8:\] = keep`: the region selects no entry"),
         ("wte[5:]\nwte[9]", RegionError, r"rule `wte\[9\] = keep`: index 9 is out of range"),
         (Rule("wte", zeros), RegionError, "selects no entry"),

@@ -233,10 +233,10 @@ class Strided(EntrySet):
         writes.copy(tensor[self.key], values)
 
     def add_zero(self, writes: Writes, tensor: Tensor) -> None:
-        writes.zero(self.view(tensor))
+        writes.zero(tensor[self.key])
 
     def view(self, tensor: Tensor) -> Tensor:
-        """Return the entries of a plain tensor, as `tensor[key]` does in several times the time."""
+        """Return the entries of a plain tensor, as `tensor[key]` does in more time; not for compiled frames."""
         strides = tensor.stride()
         if strides != self._geometry[0]:
             view = torch.empty_strided(self.shape, strides, device="meta")[self.key]

@@ -52,7 +52,7 @@ def trained_alone(model: Model, rules: Sequence[Rule], state: Any = None) -> Tra
     targets = Targets(model)
     asked, _ = without_empty(asked_of(targets, [_with_mask(targets.named(rule)) for rule in rules]))
     for name, (parameter, its_rules) in asked.items():
-        _check_trains(name, parameter, its_rules)
+        _check_trains(name, parameter, its_rules, is_buffer=targets.sites[name].is_buffer)
     check_same_on_ranks(model, asked)
     saved = _saved_names(state)
     held = [
@@ -81,7 +81,12 @@ def _check_are_regions(rules: Sequence[Rule]) -> None:
             )
 
 
-def _check_trains(name: str, parameter: Tensor, rules: Sequence[Rule]) -> None:
+def _check_trains(name: str, parameter: Tensor, rules: Sequence[Rule], *, is_buffer: bool) -> None:
+    if is_buffer:
+        raise SpecError(
+            f"rule `{shortened(rules[0])}`: `{name}` is a buffer, which no optimizer trains",
+            "leave it out: buffers go on as they did",
+        )
     if not parameter.requires_grad:
         raise SpecError(
             f"rule `{shortened(rules[0])}`: `{name}` requires no gradient, so nothing of it would train",

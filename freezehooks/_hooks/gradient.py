@@ -111,7 +111,8 @@ class ZeroFrozenGradient:
             running.parameters.append(parameter)
             return
         self.clean(parameter)
-        if has_samples(parameter) and graph_task_id() >= 0:  # they are not complete yet
+        # samples are not complete yet; in compiled frames there are none
+        if not torch.compiler.is_compiling() and has_samples(parameter) and graph_task_id() >= 0:
             at_end_of_backward(lambda: self.clean_samples(parameter))
         if has_process_group() and not is_sharded(parameter):
             _clean_after_reducer(self, parameter)
