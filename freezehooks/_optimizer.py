@@ -116,7 +116,7 @@ class MaskedOptimizer(Optimizer):
     def __setattr__(self, name: str, value: Any) -> None:
         # Schedulers replace `step`; the properties below pass their value on; LightningOptimizer takes this class
         # over for an object with attributes of its own.
-        if name == "step" and any(True for _ in self._step_hooks()):
+        if name == "step" and any(hooks.members for hooks in self._step_hooks()):
             check_step(self.inner, value)
         if name in vars(self) or hasattr(type(self), name):
             object.__setattr__(self, name, value)

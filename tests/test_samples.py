@@ -13,7 +13,7 @@ from torch.optim import SGD, Optimizer
 
 from freezehooks import MaskedOptimizer, UnsupportedParameterError, freeze_entries
 
-from .claims import same_bits
+from .claims import held_twice, same_bits
 
 # torch's, for modules whose input needs no gradient; Opacus's users see it too
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
@@ -104,6 +104,7 @@ SPEC = "0.weight[0] = 0.5\n0.weight[1:, 1]\n2.bias[1] = 0"
 @pytest.mark.parametrize("passes", [1, 3], ids=["one_pass", "virtual_steps"])
 @pytest.mark.parametrize("handles", [1, 2], ids=["one_handle", "two_handles"])
 @pytest.mark.parametrize("warm", [False, True], ids=["", "after_a_step"])
+@held_twice
 def test_the_gradient_of_each_sample_is_clean_when_backward_returns(warm: bool, handles: int, passes: int) -> None:
     model = _model()
     frozen = freeze_entries(model, SPEC)

@@ -92,7 +92,7 @@ class StepHooks:
             UnguardedError: It was.
         """
         optimizer = self.optimizer
-        if optimizer is not None and self._handles:
+        if optimizer is not None and self._handles and self.members:
             step = current_step(optimizer)
             if id(step) != self._checked_step:
                 check_step(optimizer, step)

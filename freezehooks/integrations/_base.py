@@ -151,6 +151,10 @@ class FreezingCallback(ABC):
         frozen = self._holding()
         if frozen is not None:
             frozen.impose()
+        self._break_off()
+
+    def _break_off(self) -> None:
+        """Take the hooks off for good: training is over, or came to an error."""
         if self.frozen is not None:
             self.frozen._unguard()
             self.frozen.remove()

@@ -166,7 +166,7 @@ class FreezeEntries(FreezingCallback, _Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Take the hooks off."""
-        self._remove()
+        self._break_off()
 
     def state_dict(self) -> dict[str, Any]:
         """Return rules, regions and values, and whether the entries were let go already."""

@@ -169,7 +169,7 @@ class FreezeEntriesCallback(FreezingCallback, TrainerCallback):
         try:
             self._check()
         except FreezeError:
-            self._remove()
+            self._break_off()
             raise
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
