@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -84,16 +84,17 @@ def without_empty(asked: Asked, state: Any = None) -> tuple[Asked, dict[str, int
     Returns:
         What is asked of the others, and how many were left out, by the rule's text.
     """
-    empty = [
-        (name, rule)
-        for name, (parameter, rules) in asked.items()
-        for rule in rules
-        if is_wild(rule.target)
-        and depends_on_numbers(rule.region)
-        and _selects_nothing(rule, name, parameter, asked, state)
-    ]
-    found = {rule: [name for name, each in empty if each is rule] for _, rule in empty}
-    skipped = {rule: names for rule, names in found.items() if len(names) < _count_of(rule, asked)}
+    meets: dict[Rule, list[str]] = {}
+    for name, (_, rules) in asked.items():
+        for rule in rules:
+            if is_wild(rule.target) and depends_on_numbers(rule.region):
+                meets.setdefault(rule, []).append(name)
+    written = saved.rules_in(state, asked) if meets and state is not None else None
+    empty = {
+        rule: [name for name in names if _selects_nothing(rule, name, asked[name][0], written)]
+        for rule, names in meets.items()
+    }
+    skipped = {rule: names for rule, names in empty.items() if 0 < len(names) < len(meets[rule])}
     kept = {
         name: (parameter, [rule for rule in rules if name not in skipped.get(rule, ())])
         for name, (parameter, rules) in asked.items()
@@ -102,13 +103,9 @@ def without_empty(asked: Asked, state: Any = None) -> tuple[Asked, dict[str, int
     return {name: item for name, item in kept.items() if item[1]}, counts
 
 
-def _count_of(rule: Rule, asked: Asked) -> int:
-    return sum(rule in rules for _, rules in asked.values())
-
-
-def _selects_nothing(rule: Rule, name: str, parameter: Tensor, asked: Asked, state: Any) -> bool:
-    if state is not None:
-        return unwrapped(str(rule)) not in saved.rules_in(state, asked).get(name, [])
+def _selects_nothing(rule: Rule, name: str, parameter: Tensor, written: Mapping[str, list[str]] | None) -> bool:
+    if written is not None:  # a saved state says what was chosen
+        return unwrapped(str(rule)) not in written.get(name, [])
     try:
         return not bool(select_perhaps_nothing(rule.region, whole(parameter)).any())
     except RegionError:  # it does not fit, which is for whoever resolves it to say

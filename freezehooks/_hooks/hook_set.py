@@ -56,11 +56,6 @@ class HookSet:
         self._batch = Batch()
         self._after = Batch()
 
-    @property
-    def is_installed(self) -> bool:
-        """Whether the hooks are on the module."""
-        return bool(self._handles)
-
     def install(self, module: nn.Module, callers: list[tuple[nn.Module, str]]) -> None:
         """Register every hook on the module.
 

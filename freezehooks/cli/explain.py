@@ -15,7 +15,7 @@ from .._counted import counted
 from .._entries.select import select
 from .._errors import RegionError, SpecError, error_context
 from .._rules.patterns.matrices import MatrixPattern
-from .._rules.patterns.pattern import Pattern
+from .._rules.patterns.pattern import Pattern, patterns_in
 from .._rules.region import WHOLE, Not, Region
 from .._rules.rule import Keep, Rule
 from .._rules.spec import rules_of
@@ -105,7 +105,7 @@ def in_words(rule: Rule) -> str:
     leaf, outside = _signed(region)
     if isinstance(leaf, Pattern):
         return f"Every entry of `{target}` {leaf.in_words(outside)} is held at {held}."
-    patterns = dict.fromkeys(leaf for leaf in region.leaves() if isinstance(leaf, Pattern))
+    patterns = dict.fromkeys(patterns_in(region))
     written = str(Rule(target, region)).removesuffix(" = keep")
     meant = [f"`{pattern}`: every entry {pattern.in_words()}." for pattern in patterns]
     return " ".join([f"Every entry of `{written}` is held at {held}.", *meant])

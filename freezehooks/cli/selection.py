@@ -13,7 +13,7 @@ from .._held.names import Targets
 from .._held.parameter import FrozenParameter
 from .._held.supported import check_supported
 from .._held.tied import TiedEntries
-from .._rules.patterns.pattern import Pattern
+from .._rules.patterns.pattern import patterns_in
 from .._rules.region import Region
 from .._rules.rule import Rule
 from .._rules.ties import Tie
@@ -109,4 +109,4 @@ def frozen_by(rules: Iterable[Rule], name: str, tensor: Tensor) -> FrozenParamet
 
 def chosen_by_numbers(region: Region) -> list[str]:
     """Return the names of the patterns in a region that look at a parameter's numbers, not at its shape alone."""
-    return sorted({leaf.name for leaf in region.leaves() if isinstance(leaf, Pattern) and leaf.depends_on_numbers})
+    return sorted({pattern.name for pattern in patterns_in(region) if pattern.depends_on_numbers})

@@ -8,7 +8,7 @@ from typing import ClassVar, Final
 
 from ..._errors import RegionError
 from .matrices import check_matrix
-from .pattern import Fraction, Pattern, PositiveInteger, Selector, Tensor
+from .pattern import Fraction, FractionPattern, Pattern, PositiveInteger, Selector, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,31 +27,23 @@ class Zeros(Pattern):
         return f"that is {'not ' if outside else ''}exactly 0"
 
 
-class MagnitudePattern(Pattern):
-    """So many of a parameter's entries, sorted by magnitude, as a fraction says."""
+class MagnitudePattern(FractionPattern):
+    """So many of a parameter's entries as a fraction says, in the order of their magnitudes."""
 
     __slots__ = ()
     depends_on_numbers = True
     descending: ClassVar[bool]
     extreme: ClassVar[str]
-    fraction: float
 
     def select(self, parameter: Tensor, selector: Selector) -> Tensor:
         """Return True at the first of the entries sorted by magnitude."""
         magnitude = parameter.abs().flatten()
         # stable: the same weights give the same region everywhere
-        order = magnitude.sort(stable=True, descending=self.descending).indices
-        selected = magnitude.new_zeros(magnitude.shape).bool()
-        selected[order[: self.count(len(order))]] = True
-        return selected.view(parameter.shape)
-
-    def count(self, entries: int) -> int:
-        """Return the fraction of the entries, rounded to whole ones."""
-        return round(self.fraction * entries)
+        return self.first_of(magnitude.sort(stable=True, descending=self.descending).indices, parameter)
 
     def in_words(self, outside: bool = False) -> str:
         """Return ``among the 50 % of least magnitude``."""
-        return f"{'outside' if outside else 'among'} the {100 * self.fraction:.12g} % of {self.extreme} magnitude"
+        return f"{'outside' if outside else 'among'} the {self.percent} of {self.extreme} magnitude"
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,6 +135,33 @@ class Pattern(Region, ABC):
         return f"{self.name}({', '.join(written)})"
 
 
+class FractionPattern(Pattern):
+    """So many of a parameter's entries as a fraction says: the first ones of some order."""
+
+    __slots__ = ()
+    fraction: float
+
+    def first_of(self, order: Tensor, parameter: Tensor) -> Tensor:
+        """Return True at the first of the entries.
+
+        Args:
+            order: The positions in the flattened parameter, one after another.
+            parameter: The parameter.
+        """
+        selected = order.new_zeros(order.shape).bool()
+        selected[order[: self.count(len(order))]] = True
+        return selected.view(parameter.shape)
+
+    def count(self, entries: int) -> int:
+        """Return the fraction of the entries, rounded to whole ones."""
+        return round(self.fraction * entries)
+
+    @property
+    def percent(self) -> str:
+        """The fraction as it is printed: ``50 %``."""
+        return f"{100 * self.fraction:.12g} %"
+
+
 def patterns_in(region: Any) -> Iterator[Pattern]:
     """Yield the patterns that a region is made of; none where it is a mask or a function."""
     leaves = region.leaves() if isinstance(region, Region) else ()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .pattern import Fraction, Integer, Pattern, Selector, Tensor
+from .pattern import Fraction, FractionPattern, Integer, Selector, Tensor
 
 _BITS = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
-class Random(Pattern):
+class Random(FractionPattern):
     """So many of a parameter's entries as a fraction says, chosen by chance. Made by `random`."""
 
     name = "random"
@@ -22,19 +22,12 @@ class Random(Pattern):
         drawn = _mixed(
             _flat_positions(parameter, selector) ^ _mixed(_mixed(self.seed & _BITS) ^ self.seed >> 32 & _BITS)
         )
-        order = drawn.flatten().sort(stable=True).indices
-        selected = order.new_zeros(order.shape).bool()
-        selected[order[: self.count(len(order))]] = True
-        return selected.view(parameter.shape)
-
-    def count(self, entries: int) -> int:
-        """Return the fraction of the entries, rounded to whole ones."""
-        return round(self.fraction * entries)
+        return self.first_of(drawn.flatten().sort(stable=True).indices, parameter)
 
     def in_words(self, outside: bool = False) -> str:
         """Return ``among the 50 % chosen by chance with seed 1``."""
         side = "outside" if outside else "among"
-        return f"{side} the {100 * self.fraction:.12g} % chosen by chance with seed {self.seed}"
+        return f"{side} the {self.percent} chosen by chance with seed {self.seed}"
 
 
 def _flat_positions(parameter: Tensor, selector: Selector) -> Tensor:
