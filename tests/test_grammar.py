@@ -187,6 +187,8 @@ def test_deep_nesting_is_the_rule_error_too(opening: str) -> None:
 _AMBIGUOUS = "put an index with commas into parentheses, as in `~(0, 1)` or `(0, 1) | (2, 3)`"
 
 _NO_RULES = [
+    ("w[center]=symmetric", "column 11: `symmetric` is for a whole tensor, found a region; leave the brackets out"),
+    ("w[0] = tied(0)", "column 8: `tied(0)` is for a whole tensor, found a region; leave the brackets out"),
     ("", "column 1: expected a parameter's name"),
     ("[0] = 1", "column 1: expected a parameter's name"),
     ("= 1", "column 1: expected a parameter's name"),

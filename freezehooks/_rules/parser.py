@@ -45,9 +45,10 @@ class _Parser(Reader):
         if self.take("["):
             region = self.region()
             self.expect("]", "`]` to close the region")
-        value = self.value() if self.take("=") else keep
+        has_value, at = self.take("="), self.next
+        value = self.value() if has_value else keep
         self.expect_end()
-        return Rule(found.group(), region, value)
+        return self._built(Rule, found.group(), region, value, at=at)
 
     def only(self, part: Callable[[_Parser], _Part]) -> _Part:
         """Read text that is one part of a rule and no more."""
