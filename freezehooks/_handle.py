@@ -649,7 +649,7 @@ class FrozenEntries(ReadByName):
 
     def state_dict(self) -> dict[str, Any]:
         """Return rules, regions and values as plain tensors and builtins (it loads with `weights_only=True`)."""
-        return saved.save(self._parts())
+        return saved.save(self._parts(), self._untrained.names_in(self.model))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take regions and kept values from a saved state, and impose them.

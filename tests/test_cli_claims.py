@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from freezehooks import MaskedOptimizer, Rule, entries, freeze_entries
+from freezehooks import MaskedOptimizer, Rule, entries, freeze_entries, tied
 
 from .checkpoints import Folder, Hostile, ramp
 
@@ -243,9 +243,14 @@ def test_a_checkpoint_in_another_dtype_or_under_a_wrapper_is_verified_too(folder
     assert folder.run("verify", folder.saved("a.pt", wrapped), "--frozen", state)[0] == 0
 
 
-def test_tied_entries_are_verified_from_a_saved_state(folder: Folder) -> None:
+@pytest.mark.parametrize(
+    "tie",
+    [tied(0, start="first"), tied(torch.tensor([[0, 1], [0, -1], [0, 1]]), start="mean")],
+    ids=["slices", "labels"],
+)
+def test_tied_entries_are_verified_from_a_saved_state(folder: Folder, tie: Any) -> None:
     model = nn.Linear(2, 3)
-    frozen = freeze_entries(model, "weight = tied(0, start=first)")
+    frozen = freeze_entries(model, Rule("weight", value=tie))
     state = folder.saved("frozen.pt", frozen.state_dict())
     assert folder.run("verify", folder.checkpoint("a.pt", **model.state_dict()), "--frozen", state)[0] == 0
     tensors = _tensors(model)

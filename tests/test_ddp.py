@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from freezehooks import FreezeError, MaskedOptimizer, UnguardedError, freeze_entries
+from freezehooks import FreezeError, MaskedOptimizer, UnguardedError, freeze_entries, tied
 
 from .parallel import SPEC, OneProcess, adamw, batch, build, loss_of, my_part, train, wholes
 from .ranks import on_ranks
@@ -195,6 +196,14 @@ _DIFFERENT: dict[str, dict[str, Any]] = {
     },
     "another tensor as value": {
         "specs": tuple({"up.bias": (torch.arange(7) < 2, torch.full((7,), float(n)))} for n in (2, 3)),
+        "says": "up.bias",
+    },
+    "another array": {
+        "specs": tuple({"up.bias": np.arange(7) < n} for n in (2, 3)),
+        "says": "up.bias",
+    },
+    "other labels": {
+        "specs": tuple({"up.bias": tied(torch.arange(7) // n, start="mean")} for n in (2, 3)),
         "says": "up.bias",
     },
     "a rule more": {"specs": ("up.weight[0] = 0", "up.weight[0] = 0\nup.bias[0] = 1"), "says": "up.bias"},

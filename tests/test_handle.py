@@ -314,14 +314,16 @@ def test_a_state_saved_under_other_rules_is_refused_and_changes_nothing(spec: st
     assert all(same_bits(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_state_saved_with_another_mask_or_tensor_is_refused() -> None:
+@pytest.mark.parametrize("given", [torch.Tensor.clone, torch.Tensor.numpy], ids=["tensors", "arrays"])
+def test_a_state_saved_with_another_mask_or_tensor_is_refused(given: Any) -> None:
     mask = torch.eye(4, 18).bool()
-    state = freeze_entries(_model(), {"2.weight": mask}).state_dict()
+    state = freeze_entries(_model(), {"2.weight": given(mask)}).state_dict()
     with pytest.raises(StateMismatchError, match=r"rule `2\.weight\[<tensor .*: it was saved with another mask"):
-        freeze_entries(_model(), {"2.weight": ~mask}, state=state)
-    state = freeze_entries(_model(), {"2.bias": (entries[:], torch.arange(4.0))}).state_dict()
+        freeze_entries(_model(), {"2.weight": given(~mask)}, state=state)
+    state = freeze_entries(_model(), {"2.bias": (entries[:], given(torch.arange(4.0)))}).state_dict()
     with pytest.raises(StateMismatchError, match=r"it was saved with other values \(parameter `2\.bias`\); use"):
-        freeze_entries(_model(), {"2.bias": (entries[:], torch.ones(4))}, state=state)
+        freeze_entries(_model(), {"2.bias": (entries[:], given(torch.ones(4)))}, state=state)
+    freeze_entries(_model(), {"2.bias": (entries[:], torch.arange(4.0))}, state=state)
 
 
 @pytest.mark.parametrize(

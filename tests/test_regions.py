@@ -275,11 +275,11 @@ def test_band_is_what_lies_neither_too_far_below_nor_above(shape: tuple[int, ...
     assert np.array_equal(select(band(lower, upper), torch.zeros(shape)).numpy(), expected)
 
 
-@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
+@given(st.integers(1, 4), shapes(2, 4))
 @many
-def test_block_diagonal_is_what_torch_places_so(n: int, rows: int, columns: int) -> None:
-    expected = torch.block_diag(*[torch.ones(rows, columns)] * n).bool()
-    assert select(block_diagonal(n), torch.zeros(n * rows, n * columns)).equal(expected)
+def test_block_diagonal_is_the_product_of_kronecker(n: int, block: tuple[int, ...]) -> None:
+    expected = np.kron(np.eye(n), np.ones(block)) == 1
+    assert np.array_equal(select(block_diagonal(n), torch.zeros(expected.shape)).numpy(), expected)
 
 
 @given(shapes(1, 3).flatmap(weights), st.floats(0.2, 1))
@@ -290,6 +290,33 @@ def test_largest_is_the_first_of_the_entries_sorted_by_falling_magnitude(weight:
     expected[order[: round(fraction * weight.numel())]] = True
     assume(expected.any())
     assert np.array_equal(select(largest(fraction), weight).flatten().numpy(), expected)
+
+
+def order_of_draws(count: int, seed: int) -> Any:
+    """Return the positions of a tensor's entries in the order in which `random` chooses them.
+
+    References:
+        Mueller, https://stackoverflow.com/a/12996028
+    """
+
+    def mixed(number: Any) -> Any:
+        for _ in range(2):
+            number = ((number >> 16) ^ number) * np.uint32(0x45D9F3B)
+        return (number >> 16) ^ number
+
+    low, high = (np.array([half & 0xFFFFFFFF], dtype=np.uint32) for half in (seed, seed >> 32))
+    return np.argsort(mixed(np.arange(count, dtype=np.uint32) ^ mixed(mixed(low) ^ high)), kind="stable")
+
+
+@given(shapes(0, 4), st.integers(-(2**70), 2**70), st.floats(0, 1))
+@many
+def test_random_is_the_first_of_the_entries_sorted_by_their_draws(
+    shape: tuple[int, ...], seed: int, fraction: float
+) -> None:
+    expected = np.zeros(prod(shape), dtype=bool)
+    expected[order_of_draws(expected.size, seed)[: round(fraction * expected.size)]] = True
+    assume(expected.any())
+    assert np.array_equal(select(random(fraction, seed=seed), torch.zeros(shape)).numpy(), expected.reshape(shape))
 
 
 def test_random_is_the_same_on_every_machine() -> None:
@@ -427,6 +454,21 @@ def test_a_mask_of_the_first_dimensions_selects_as_torch_indexes_by_it(case: tup
     expected[mask] = True
     assert select(mask, torch.zeros(shape)).equal(expected)
     assert select(mask.numpy(), torch.zeros(shape)).equal(expected)
+
+
+@given(
+    shapes(1, 4).flatmap(
+        lambda shape: st.tuples(
+            st.just(shape), st.tuples(*(st.sampled_from([1, size]) for size in shape)).flatmap(masks)
+        )
+    )
+)
+@many
+def test_a_mask_of_as_many_dimensions_selects_as_numpy_broadcasts_it(case: tuple[tuple[int, ...], Tensor]) -> None:
+    shape, mask = case
+    expected = np.broadcast_to(mask.numpy(), shape)
+    assert np.array_equal(select(mask, torch.zeros(shape)).numpy(), expected)
+    assert np.array_equal(select(mask.numpy(), torch.zeros(shape)).numpy(), expected)
 
 
 def test_a_mask_of_as_many_dimensions_broadcasts() -> None:

@@ -466,6 +466,43 @@ def test_entries_that_cannot_be_one_are_refused(tie: Any, shape: tuple[int, ...]
         freeze_entries({"w": weight}, Rule("w", value=tie))
 
 
+def test_labels_say_where_they_start_from() -> None:
+    assert str(Rule("w", value=tied(_LABELS, start="mean"))) == "w = tied(<labels of shape (4, 4)>, start=mean)"
+    with pytest.raises(
+        FrozenValueError, match=r"write `tied\(<labels .*>, start=first\)` or `tied\(<labels .*>, start=me"
+    ):
+        freeze_entries(nn.Linear(4, 4), Rule("weight", value=tied(_LABELS)))
+
+
+@pytest.mark.parametrize("given", [torch.Tensor.int, torch.Tensor.numpy], ids=["tensor", "array"])
+def test_a_state_saved_with_other_labels_is_refused(given: Any) -> None:
+    def freeze(labels: Any, state: Any = None) -> dict[str, Any]:
+        model = nn.Linear(4, 4)
+        model.weight.data.fill_(1)
+        return freeze_entries(model, {"weight": tied(labels)}, state=state).state_dict()
+
+    state = freeze(given(_LABELS))
+    for other in (torch.zeros_like(_LABELS), _LABELS.T, _LABELS.where(_LABELS != -1, 9)):
+        with pytest.raises(
+            StateMismatchError, match=r"rule `weight = tied\(<labels .*: it was saved with other labels"
+        ):
+            freeze(given(other), state)
+    freeze(_LABELS.where(_LABELS != 7, 3), state)  # another number for the same class
+
+
+@pytest.mark.parametrize(
+    "tie", [tied(0, start="mean"), tied(torch.zeros(10, 3, dtype=torch.int64), start="mean")], ids=["slices", "labels"]
+)
+def test_copies_that_are_one_stay_as_they_are_where_the_rule_says_mean(tie: Any) -> None:
+    layer = nn.Linear(3, 10, bias=False)
+    layer.weight.data.fill_(0.1)  # ten times which, a tenth of which is another number
+    assert not same_bits(layer.weight.sum() / 30, torch.tensor(0.1))
+    frozen = freeze_entries(layer, Rule("weight", value=tie))
+    layer.load_state_dict({name: tensor.clone() for name, tensor in layer.state_dict().items()})
+    assert same_bits(layer.weight, torch.full((10, 3), 0.1))
+    frozen.assert_frozen(guarded=False)
+
+
 def test_groups_are_for_slices_and_not_for_labels() -> None:
     with pytest.raises(
         RegionError, match="`groups` of `tied` is for slices along a dimension; say groups in the labels"

@@ -399,6 +399,42 @@ def test_a_run_resumes_where_it_stopped(spec: Any, compact: bool) -> None:
         assert same_bits(first, second), name
 
 
+def _sparse() -> nn.Sequential:
+    """A model of which one weight has no zeros, another some, and a third is all zeros."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight.data[0] = 0
+    model[2].weight.data.zero_()
+    return model
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "wrapped"])
+def test_what_a_wildcard_skipped_does_not_train_on_resuming_and_what_it_named_whole_does(wrapped: bool) -> None:
+    model = _sparse()
+    frozen = train_only(model, "*.weight[zeros]")
+    expected = _requires(model)
+    assert [name for name, requires in expected.items() if requires] == ["1.weight", "2.weight"]
+    state = frozen.state_dict()
+    resumed: Any = nn.DataParallel(_sparse()) if wrapped else _sparse()
+    for parameter in resumed.parameters():
+        parameter.data.fill_(1)  # none of them is zero anymore
+    again = train_only(resumed, "*.weight[zeros]", state=state)
+    assert _requires(resumed.module if wrapped else resumed) == expected
+    (held,) = again.values()
+    assert held.frozen.equal(frozen["1.weight"].frozen)
+
+
+def test_a_state_of_a_run_in_which_a_parameter_did_not_train_is_refused() -> None:
+    state = train_only(_Language(), "wte[5:]").state_dict()
+    for more in ("block", "block[0]", "*[zeros]\nblock.weight[diagonal]"):
+        model = _Language()
+        with pytest.raises(
+            StateMismatchError,
+            match=r"saved under other rules: `block\.weight` did not train, and `block.* = keep` names it",
+        ):
+            train_only(model, f"wte[5:]\n{more}", state=state)
+        assert all(_requires(model).values())
+
+
 def test_a_state_of_other_rules_is_refused_and_changes_nothing() -> None:
     state = train_only(_Language(), "wte[5:]").state_dict()
     model = _Language()

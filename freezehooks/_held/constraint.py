@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from .._entries.entry_set import EntrySet
 from .._entries.writes import Writes
 from .._rules.rule import Rule
+
+SAME_TENSORS: Final = "use the tensors of the saved run, or start from its weights alone"
+"""What to do where a state was saved with another mask, other values or other labels."""
 
 
 class Constraint(ABC):

@@ -41,10 +41,13 @@ class Copies(ABC):
     def mean(self, tensor: Tensor) -> Tensor:
         """Return, for each entry, the mean over its copies."""
 
+    def first_positions(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """Return, for each entry, where in the flattened tensor the first of its copies lies."""
+        return self.first(_positions(shape, device)).expand(shape)
+
     def others(self, shape: torch.Size, device: torch.device) -> Tensor:
         """Return the bool tensor that is True at all copies but the first ones."""
-        positions = torch.arange(shape.numel(), device=device).view(shape)
-        return positions != self.first(positions)
+        return self.first_positions(shape, device) != _positions(shape, device)
 
 
 class Slices(Copies):
@@ -127,13 +130,17 @@ def _first_positions(tie: Tie, parameter: Tensor) -> Tensor:
     Raises:
         RegionError: Labels that are no integers, or below -1.
     """
-    positions = torch.arange(parameter.numel(), device=parameter.device).view(parameter.shape)
+    positions = _positions(parameter.shape, parameter.device)
     if isinstance(tie, Mirrored):
         return positions.minimum(positions.flip(tie.dim)).flatten()
     if isinstance(tie, Symmetric):
         return positions.minimum(positions.mT).flatten()
     labels = _checked_labels(cast("Labeled", tie).labels)
     return _first_of_label(labels.to(parameter.device).flatten(), positions.flatten())
+
+
+def _positions(shape: torch.Size, device: torch.device) -> Tensor:
+    return torch.arange(shape.numel(), device=device).view(shape)
 
 
 def _checked_labels(labels: object) -> Tensor:

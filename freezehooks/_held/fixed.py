@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,9 @@ from .._entries.writes import Writes
 from .._errors import RuleConflictError, StateMismatchError, shortened
 from .._rules.region import Index
 from .._rules.rule import Keep, Rule
-from .constraint import Constraint
+from .constraint import SAME_TENSORS, Constraint
 from .rounding import numbers_of_16_bits, rounded
 from .value import value_of
-
-_SAME_TENSORS: Final = "use the tensors of the saved run, or start from its weights alone"
 
 
 class FixedEntries(Constraint):
@@ -62,14 +60,14 @@ class FixedEntries(Constraint):
         frozen = entries.mask(parameter.device)
         given = isinstance(rule.region, Tensor | Index)
         if given and not bool((frozen == select(rule.region, parameter)).all()):
-            raise StateMismatchError("it was saved with another mask", _SAME_TENSORS)
+            raise StateMismatchError("it was saved with another mask", SAME_TENSORS)
         if rule.value is Keep.KEEP:
             source = state["value"].detach().clone()
             entries.check_values(source)
             return FixedEntries(rule, entries, source)
         own = value_of(rule, entries, frozen, parameter.detach())
         if isinstance(own, Tensor) and not own.cpu().equal(state["value"].cpu()):
-            raise StateMismatchError("it was saved with other values", _SAME_TENSORS)
+            raise StateMismatchError("it was saved with other values", SAME_TENSORS)
         return FixedEntries(rule, entries, own)
 
     def for_shard(self, shard: Tensor, cut: Callable[[Tensor], Tensor]) -> FixedEntries:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from .._entries.plain import as_tensor
 from .._entries.select import select_perhaps_nothing
 from .._errors import RegionError, error_context, shortened
 from .._ranks.agreement import check_same_on_ranks
 from .._ranks.sharding import whole
 from .._rules.patterns.pattern import depends_on_numbers
 from .._rules.rule import Rule
+from .._rules.ties import Labeled
 from . import saved
 from .constraint import Constraint
 from .held import HeldParameters, Model
@@ -40,7 +43,6 @@ def resolve(model: Model, rules: Iterable[Rule], state: Any = None) -> HeldParam
     """
     check_wrappers(model)
     targets = Targets(model)
-    rules = [targets.named(rule) for rule in rules]
     asked = asked_of(targets, rules)
     check_same_on_ranks(model, asked)
     frozen = FrozenParameters()
@@ -63,11 +65,13 @@ def _check_embeddings(frozen: FrozenParameter, targets: Targets) -> None:
 def asked_of(targets: Targets, rules: Iterable[Rule]) -> Asked:
     """Return the parameters that rules name, each under its first name and with its rules.
 
+    These have names as targets, and tensors where arrays were given.
+
     Raises:
         FreezeError: A rule names none, or one that no mechanism can hold.
     """
     asked: dict[str, tuple[Tensor, list[Rule]]] = {}
-    for rule in dict.fromkeys(rules):
+    for rule in map(_with_tensors, dict.fromkeys(map(targets.named, rules))):
         with error_context(f"rule `{shortened(rule)}`"):
             names = targets.find(rule.target)
         for name in names:
@@ -76,6 +80,15 @@ def asked_of(targets: Targets, rules: Iterable[Rule]) -> Asked:
                 check_supported(parameter)
             asked.setdefault(name, (parameter, []))[1].append(rule)
     return asked
+
+
+def _with_tensors(rule: Rule) -> Rule:
+    """Return a rule with tensors where it has arrays, so that saved states and ranks compare what they hold."""
+    region, value = as_tensor(rule.region), as_tensor(rule.value)
+    if isinstance(value, Labeled):
+        labels = as_tensor(value.labels)
+        value = value if labels is value.labels else replace(value, labels=labels)
+    return rule if region is rule.region and value is rule.value else replace(rule, region=region, value=value)
 
 
 def without_empty(asked: Asked, state: Any = None) -> tuple[Asked, dict[str, int]]:
@@ -87,7 +100,7 @@ def without_empty(asked: Asked, state: Any = None) -> tuple[Asked, dict[str, int
     meets: dict[Rule, list[str]] = {}
     for name, (_, rules) in asked.items():
         for rule in rules:
-            if is_wild(rule.target) and depends_on_numbers(rule.region):
+            if may_select_nothing(rule):
                 meets.setdefault(rule, []).append(name)
     written = saved.rules_in(state, asked) if meets and state is not None else None
     empty = {
@@ -101,6 +114,11 @@ def without_empty(asked: Asked, state: Any = None) -> tuple[Asked, dict[str, int
     }
     counts = {str(rule): len(names) for rule, names in skipped.items()}
     return {name: item for name, item in kept.items() if item[1]}, counts
+
+
+def may_select_nothing(rule: Rule) -> bool:
+    """Return whether a rule skips parameters of which it selects nothing: one with wildcards, by their numbers."""
+    return is_wild(rule.target) and depends_on_numbers(rule.region)
 
 
 def _selects_nothing(rule: Rule, name: str, parameter: Tensor, written: Mapping[str, list[str]] | None) -> bool:

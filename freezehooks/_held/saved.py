@@ -1,7 +1,8 @@
 """The saved form of what is frozen: of a handle, of a compact optimizer's state, and of the callbacks.
 
 All are dicts of builtins and plain tensors with one number, `FORMAT`, under "format". What is frozen of a parameter
-stands under its name as ``{"shape": [...], "constraints": [{"rule": ..., "entries": ..., "value": ...}]}``.
+stands under its name as ``{"shape": [...], "constraints": [{"rule": ..., "entries": ..., "value": ...}]}``. A handle
+of `train_only` writes the names of the parameters that do not train under "untrained".
 """
 
 from __future__ import annotations
@@ -35,9 +36,15 @@ Chosen: TypeAlias = "Iterator[tuple[str, list[Constraint]]]"
 """One parameter after another: what is held of the whole of it, before it is cut to what lies on this rank."""
 
 
-def save(frozen: Iterable[FrozenParameter]) -> dict[str, Any]:
-    """Return rules, regions and values as plain tensors and builtins."""
-    return {"format": FORMAT, "parameters": {parameter.name: parameter.state() for parameter in frozen}}
+def save(frozen: Iterable[FrozenParameter], untrained: Sequence[str] = ()) -> dict[str, Any]:
+    """Return rules, regions and values as plain tensors and builtins.
+
+    Args:
+        frozen: What is frozen.
+        untrained: The names of the parameters that `train_only` keeps from training.
+    """
+    state = {"format": FORMAT, "parameters": {parameter.name: parameter.state() for parameter in frozen}}
+    return {**state, "untrained": list(untrained)} if untrained else state
 
 
 def load(asked: Asked, state: Any) -> Chosen:
@@ -66,6 +73,17 @@ def rules_in(state: Any, asked: Collection[str]) -> dict[str, list[str]]:
         check_format("the state", state)
         parameters = _under_present_names(state["parameters"], asked)
         return {name: [unwrapped(item["rule"]) for item in held["constraints"]] for name, held in parameters.items()}
+
+
+def untrained_in(state: Any) -> set[str]:
+    """Return the parameters that `train_only` kept from training when a state was saved, without names of wrappers.
+
+    Raises:
+        StateMismatchError: The state cannot be read.
+    """
+    with readable("the state", _GIVE_A_STATE):
+        check_format("the state", state)
+        return set(map(unwrapped, state.get("untrained", ())))
 
 
 def check_format(what: str, state: Any) -> None:
@@ -99,9 +117,9 @@ def _under_present_names(saved: dict[str, Any], asked: Collection[str]) -> dict[
 
 
 def _constraint(rule: Rule, name: str, parameter: Tensor, item: dict[str, Any]) -> Constraint:
-    if isinstance(rule.value, Tie):
-        return chosen(rule, name, parameter)
     with error_context(f"rule `{shortened(rule)}`", f"parameter `{name}`"):
+        if isinstance(rule.value, Tie):
+            return TiedEntries.from_state(rule, rule.value, item, parameter)
         return FixedEntries.from_state(rule, item, parameter)
 
 

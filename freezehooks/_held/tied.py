@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._entries.entry_set import EntrySet
 from .._entries.writes import Writes
-from .._errors import FrozenValueError, RuleConflictError, UnsupportedParameterError, shortened
+from .._errors import FrozenValueError, RuleConflictError, StateMismatchError, UnsupportedParameterError, shortened
 from .._rules.rule import Rule
-from .._rules.ties import Tie
-from .constraint import Constraint
+from .._rules.ties import Labeled, Tie
+from .constraint import SAME_TENSORS, Constraint
 from .copies import Copies
 
 
@@ -48,6 +49,21 @@ class TiedEntries(Constraint):
         found._check_copies(parameter)
         return found
 
+    @staticmethod
+    def from_state(rule: Rule, tie: Tie, state: dict[str, Any], parameter: Tensor) -> TiedEntries:
+        """Return what `state` wrote down, as `resolve` does: the rule says all of it, and the state must agree.
+
+        Raises:
+            StateMismatchError: It was saved with labels that make other entries one.
+        """
+        found = TiedEntries.resolve(rule, tie, parameter)
+        if isinstance(tie, Labeled):
+            saved = Copies.of(Labeled(state["labels"]), parameter)
+            layout = parameter.shape, parameter.device
+            if not saved.first_positions(*layout).equal(found._copies.first_positions(*layout)):
+                raise StateMismatchError("it was saved with other labels", SAME_TENSORS)
+        return found
+
     def check_start(self, parameter: Tensor) -> None:
         self._check_copies(parameter)
         if parameter.grad is not None:
@@ -55,7 +71,7 @@ class TiedEntries(Constraint):
 
     def _check_copies(self, parameter: Tensor) -> None:
         """Refuse copies that differ, where the rule does not say which to take."""
-        gap = (parameter.detach() - self._copies.first(parameter.detach())).abs()
+        gap = self._gap(parameter.detach())
         if self.tie.start is None and bool((gap != 0).any()):
             first, mean = self.tie.starting_from("first"), self.tie.starting_from("mean")
             raise FrozenValueError(
@@ -63,8 +79,12 @@ class TiedEntries(Constraint):
                 f"write `{first}` or `{mean}`",
             )
 
+    def _gap(self, tensor: Tensor) -> Tensor:
+        """Return how far each entry is from the first of its copies."""
+        return (tensor - self._copies.first(tensor)).abs()
+
     def begin_(self, tensor: Tensor) -> None:
-        if self.tie.start == "mean":
+        if self.tie.start == "mean" and bool((self._gap(tensor) != 0).any()):  # the mean of equal numbers is rounded
             tensor.copy_(self._copies.mean(tensor))
         self.impose_(tensor)
 
@@ -112,6 +132,9 @@ class TiedEntries(Constraint):
             f"rule `{self.rule}`: the copies lie on several ranks, where their gradients are not summed",
             "tie parameters that FSDP2 and tensor parallelism leave whole, or use DistributedDataParallel",
         )
+
+    def state(self) -> dict[str, Any]:
+        return {"labels": torch.as_tensor(self.tie.labels).clone()} if isinstance(self.tie, Labeled) else {}
 
     def check_beside(self, other: Constraint, like: Tensor, name: str) -> None:
         """Refuse a rule that freezes other entries, or other values, in one copy than in another.

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._entries.plain import as_tensor
 from .._entries.select import select
-from .._errors import SpecError, error_context, shortened
+from .._errors import SpecError, StateMismatchError, error_context, shortened
 from .._ranks.agreement import check_same_on_ranks
 from .._ranks.sharding import whole
+from .._rules.patterns.pattern import depends_on_numbers
 from .._rules.region import WHOLE, Index, Not, Region
 from .._rules.rule import Keep, Rule
 from .held import Model
 from .names import Targets, unwrapped
-from .resolve import asked_of, without_empty
-from .saved import readable
+from .resolve import asked_of, may_select_nothing, without_empty
+from .saved import Asked, rules_in, untrained_in
 
 
 class Trained(NamedTuple):
@@ -50,22 +49,18 @@ def trained_alone(model: Model, rules: Sequence[Rule], state: Any = None) -> Tra
     """
     _check_are_regions(rules)
     targets = Targets(model)
-    asked, _ = without_empty(asked_of(targets, [_with_mask(targets.named(rule)) for rule in rules]))
+    asked = asked_of(targets, rules)
+    asked = without_empty(asked)[0] if state is None else _without_untrained(asked, untrained_in(state))
     for name, (parameter, its_rules) in asked.items():
         _check_trains(name, parameter, its_rules, is_buffer=targets.sites[name].is_buffer)
     check_same_on_ranks(model, asked)
-    saved = _saved_names(state)
+    saved = None if state is None else rules_in(state, asked)
     held = [
         Rule(name, region)
         for name, (parameter, its_rules) in asked.items()
-        for region in _rest(name, parameter, its_rules, is_saved=unwrapped(name) in saved)
+        for region in _rest(name, parameter, its_rules, saved)
     ]
     return Trained([parameter for parameter, _ in asked.values()], tuple(held))
-
-
-def _with_mask(rule: Rule) -> Rule:
-    """Return a rule whose region is an array with a tensor instead."""
-    return replace(rule, region=as_tensor(rule.region))
 
 
 def _check_are_regions(rules: Sequence[Rule]) -> None:
@@ -95,22 +90,38 @@ def _check_trains(name: str, parameter: Tensor, rules: Sequence[Rule], *, is_buf
         )
 
 
-def _saved_names(state: Any) -> set[str]:
-    if state is None:
-        return set()
-    with readable("the state", "pass what FrozenEntries.state_dict() returned"):
-        return set(map(unwrapped, state["parameters"]))
+def _without_untrained(asked: Asked, untrained: Collection[str]) -> Asked:
+    """Leave out the parameters of which a rule with wildcards, by their numbers, selected nothing in the saved run.
+
+    Raises:
+        StateMismatchError: Another rule names a parameter that did not train in that run.
+    """
+    for name, (_, rules) in asked.items():
+        for rule in rules if unwrapped(name) in untrained else ():
+            if not may_select_nothing(rule):
+                raise StateMismatchError(
+                    f"the state was saved under other rules: `{name}` did not train, and `{shortened(rule)}` names it",
+                    "use the rules of the saved run, or start from its weights alone",
+                )
+    return {name: item for name, item in asked.items() if unwrapped(name) not in untrained}
 
 
-def _rest(name: str, parameter: Tensor, rules: Sequence[Rule], *, is_saved: bool) -> Iterator[Any]:
+def _rest(name: str, parameter: Tensor, rules: Sequence[Rule], saved: Collection[str] | None) -> Iterator[Any]:
     """Yield the region of all that no rule names; none where the rules name the parameter whole."""
     regions = [rule.region for rule in rules]
     if any(map(is_whole, regions)):
         return
-    chooses = not all(isinstance(region, Tensor | Index) for region in regions)
-    union = None if is_saved and chooses else _union(name, whole(parameter), rules)
-    if union is None or not bool(union.all()):
-        yield _outside(regions, None if union is None else ~union, chooses=chooses)
+    if saved is not None and any(map(_is_chosen_by_numbers, regions)):  # which are others now than when it was chosen
+        if name in saved:
+            yield _outside(regions, None)
+        return
+    union = _union(name, whole(parameter), rules)
+    if not bool(union.all()):
+        yield _outside(regions, ~union)
+
+
+def _is_chosen_by_numbers(region: Any) -> bool:
+    return depends_on_numbers(region) if isinstance(region, Region) else not isinstance(region, Tensor)
 
 
 def _union(name: str, parameter: Tensor, rules: Sequence[Rule]) -> Tensor:
@@ -126,17 +137,18 @@ def _union(name: str, parameter: Tensor, rules: Sequence[Rule]) -> Tensor:
     return reduce(torch.logical_or, found)
 
 
-def _outside(regions: Sequence[Any], others: Tensor | None, *, chooses: bool) -> Any:
+def _outside(regions: Sequence[Any], others: Tensor | None) -> Any:
     """Return the region of what is in none of some regions: as text where all are text, else as a mask.
 
     Args:
         regions: The regions.
         others: What is in none of them, or None where a saved state says it.
-        chooses: Whether functions, or the parameter's numbers, choose some of it.
     """
     if all(isinstance(region, Region) for region in regions):
         return complement(reduce(operator.or_, regions))
-    return Chosen(f"~({' | '.join(map(text_of, regions))})", others) if chooses else others
+    if all(isinstance(region, Tensor | Index) for region in regions):
+        return others
+    return Chosen(f"~({' | '.join(map(text_of, regions))})", others)
 
 
 def is_whole(region: Any) -> bool:

@@ -66,6 +66,12 @@ class Untrained:
         found = (_find(owner, key) for owner, keys in self._places.values() for key in keys)
         return len({id(parameter) for parameter in found if parameter is not None})
 
+    def names_in(self, model: Model) -> list[str]:
+        """Return their names in the model, each parameter's first one."""
+        untrained = {id(_find(owner, key)) for owner, keys in self._places.values() for key in keys}
+        named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
+        return [name for name, parameter in named if id(parameter) in untrained]
+
     def begin(self) -> None:
         """Have them require no gradient; one that is there already would make an optimizer step them."""
         found = [

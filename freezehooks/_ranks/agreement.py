@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .._errors import RuleConflictError
 from .._rules.rule import Rule
+from .._rules.ties import Labeled
 from .sharding import is_sharded
 
 _SECONDS: Final = 60.0
@@ -72,7 +73,8 @@ def _said(rules: Sequence[Rule]) -> str:
     """Return the rules as text, with a digest of the tensors that they hold."""
     texts = []
     for rule in dict.fromkeys(rules):
-        digests = [_digest(given) for given in (rule.region, rule.value) if isinstance(given, Tensor)]
+        given = rule.region, rule.value.labels if isinstance(rule.value, Labeled) else rule.value
+        digests = [_digest(each) for each in given if isinstance(each, Tensor)]
         texts.append(" ".join([f"`{rule}`", *digests]))
     return ", ".join(texts) or "nothing"
 

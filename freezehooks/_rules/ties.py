@@ -206,7 +206,8 @@ class Labeled(Tie):
         return hash((id(self.labels), self.start))
 
     def __str__(self) -> str:
-        return f"tied(<labels of shape {tuple(self.labels.shape)}>)"
+        start = "" if self.start is None else f", start={self.start}"
+        return f"tied(<labels of shape {tuple(self.labels.shape)}>{start})"
 
 
 def _size(dim: int, shape: Sequence[int]) -> int:

@@ -14,6 +14,7 @@ from .._held.supported import check_supported
 from .._rules.region import Described
 from .._rules.rule import Rule, keep
 from .._rules.spec import rules_of
+from .._rules.ties import tied
 from .checkpoints import load_file
 from .claims import Claim
 from .pairs import counterparts
@@ -94,7 +95,9 @@ def _rule(saved: Mapping[str, Any], name: str) -> Rule:
     """Return the rule that was saved; of one that text shows but cannot say, what the rest of the state knows."""
     try:
         (rule,) = rules_of(saved["rule"])
-    except RuleSyntaxError:  # a mask, a function, or a tensor as the value
+    except RuleSyntaxError:  # a mask, a function, a tensor as the value, or labels
+        if "labels" in saved:
+            return Rule(name, value=tied(saved["labels"]))
         value = saved["value"]
         return Rule(name, Described(saved["rule"]), value if isinstance(value, float) else keep)
     return rule
