@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from freezehooks import FreezeError, MaskedOptimizer, UnguardedError, freeze_entries, tied
+from freezehooks import FreezeError, MaskedOptimizer, UnguardedError, freeze_entries, tied, train_only
 
 from .parallel import SPEC, OneProcess, adamw, batch, build, loss_of, my_part, train, wholes
 from .ranks import on_ranks
@@ -52,6 +52,51 @@ def test_entries_hold_and_the_rest_trains_as_in_one_process(before: bool, **opti
     reference.assert_same(model)
     assert_ranks_agree(model)
     frozen.assert_frozen()
+
+
+_ALONE = "up[5:]\ndown.weight[:, 2:5]\nlast.bias"
+
+
+@on_ranks(
+    2,
+    {
+        "before": {"before": True},
+        "find_unused_parameters": {"before": False, "find_unused_parameters": True},
+        "static_graph": {"before": False, "static_graph": True},
+    },
+)
+def test_what_is_named_trains_alone_and_alike_on_every_rank(before: bool, **options: Any) -> None:
+    core = build()
+    frozen = train_only(core, _ALONE) if before else None
+    model = DistributedDataParallel(core, **options)
+    frozen = frozen or train_only(model, _ALONE)
+    optimizer = MaskedOptimizer(adamw(model), frozen)
+    plain = build()
+    one = MaskedOptimizer(adamw(plain), train_only(plain, _ALONE))
+    for step in range(3):
+        for each, stepping, part in ((model, optimizer, my_part(batch(step))), (plain, one, batch(step))):
+            stepping.zero_grad()
+            loss_of(each(part)).backward()
+            stepping.step()
+    frozen.assert_frozen()
+    assert_ranks_agree(model)
+    for (name, tensor), other in zip(core.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(tensor, other, msg=name)
+        assert tensor.requires_grad == other.requires_grad == (name in ("up.weight", "down.weight", "last.bias"))
+
+
+@on_ranks(2, {"model": {"inside": False}, "a part of it": {"inside": True}})
+def test_what_a_reducer_would_wait_for_is_refused(inside: bool) -> None:
+    model: Any = DistributedDataParallel(build())
+    model = nn.ModuleDict({"net": model}) if inside else model
+    with pytest.raises(
+        FreezeError,
+        match=r"`conv\.weight` is not to train, and DistributedDataParallel, which has wrapped it already, would wait "
+        r"for its gradient; call train_only before wrapping, or wrap with find_unused_parameters=True",
+    ):
+        train_only(model, "net.up[5:]" if inside else "up[5:]")
+    assert all(each.requires_grad for each in model.parameters())
+    train_only(model, dict.fromkeys(model.parameters(), ...)).remove()  # nothing stops training
 
 
 def _prefixed(rule: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .._entries.select import select
 from .._errors import SpecError, StateMismatchError, error_context, shortened
 from .._ranks.agreement import check_same_on_ranks
+from .._ranks.reducer import check_may_stop_training
 from .._ranks.sharding import whole
 from .._rules.patterns.pattern import depends_on_numbers
 from .._rules.region import WHOLE, Index, Not, Region
@@ -54,6 +55,7 @@ def trained_alone(model: Model, rules: Sequence[Rule], state: Any = None) -> Tra
     for name, (parameter, its_rules) in asked.items():
         _check_trains(name, parameter, its_rules, is_buffer=targets.sites[name].is_buffer)
     check_same_on_ranks(model, asked)
+    check_may_stop_training(model, {id(parameter) for parameter, _ in asked.values()})
     saved = None if state is None else rules_in(state, asked)
     held = [
         Rule(name, region)
