@@ -204,12 +204,12 @@ class Strided(EntrySet):
         for dimension in range(mask.ndim):
             others = tuple(d for d in range(mask.ndim) if d != dimension)
             hits = (mask.any(dim=others) if others else mask).nonzero().flatten()
-            steps = hits.diff()
-            step = int(steps[0]) if len(steps) else 1
-            if not bool((steps == step).all()):
+            first, second, last = hits[[0, min(1, len(hits) - 1), -1]].tolist()
+            step = max(second - first, 1)
+            if len(hits) != (last - first) // step + 1 or not bool((hits.diff() == step).all()):
                 return None
             volume *= len(hits)
-            spans.append(slice(int(hits[0]), int(hits[-1]) + 1, step))
+            spans.append(slice(first, last + 1, step))
         return Strided(mask, tuple(spans)) if volume == int(mask.sum()) else None
 
     @property

@@ -72,6 +72,8 @@ class FrozenParameter:
         Raises:
             RuleConflictError: They do; the message names both.
         """
+        if len(self.constraints) == 1:
+            return self.constraints[0].entries.count
         for tie in self.ties:
             for other in self.constraints:
                 if other is not tie:
