@@ -10,6 +10,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -336,6 +337,10 @@ _NUMBERS = torch.zeros(2)
             {"a": _MASK, "b": (_MASK, _NUMBERS)}, (Rule("a", _MASK), Rule("b", _MASK, _NUMBERS)), id="tensors"
         ),
         pytest.param({"a": torch.isinf}, (Rule("a", torch.isinf),), id="function"),
+        pytest.param({"a": [3, 7, 11]}, (Rule("a", entries[[3, 7, 11]]),), id="list of integers"),
+        pytest.param({"a": [np.int64(0), np.int8(2)]}, (Rule("a", entries[[0, 2]]),), id="integers of NumPy"),
+        pytest.param({"a": list(torch.tensor([0, 2]))}, (Rule("a", entries[[0, 2]]),), id="integers of torch"),
+        pytest.param({"a": ([0, 2], 1)}, (Rule("a", entries[[0, 2]], 1),), id="list of integers and value"),
         pytest.param([_A, "b.*", {"c": (~entries[0, 1], -2)}], (_A, _B, _C), id="list of every kind"),
         pytest.param([[_A, ["b.*"]], ("c[~(0, 1)] = -2",)], (_A, _B, _C), id="nested"),
         pytest.param(iter([_A, "b.*\nc[~(0, 1)] = -2"]), (_A, _B, _C), id="iterator"),
@@ -357,6 +362,14 @@ def test_a_spec_of_another_kind_is_refused(spec: Any, found: str) -> None:
     expected = f"`spec` must be text, a Rule, a mapping or an iterable of those, found {found}; {advice}"
     with pytest.raises(SpecError, match=re.escape(expected)):
         rules_of(spec)
+
+
+@pytest.mark.parametrize("what", [[True, False], [True, False, True], ([True, False], 1)], ids=repr)
+def test_a_list_of_bools_is_no_mask(what: Any) -> None:
+    with pytest.raises(
+        SpecError, match=r"a mask must be a bool tensor, found the list \[True.*; give torch\.tensor\(mask"
+    ):
+        rules_of({"w": what})
 
 
 @pytest.mark.parametrize(

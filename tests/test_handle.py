@@ -318,12 +318,11 @@ def test_a_state_saved_under_other_rules_is_refused_and_changes_nothing(spec: st
 def test_a_state_saved_with_another_mask_or_tensor_is_refused(given: Any) -> None:
     mask = torch.eye(4, 18).bool()
     state = freeze_entries(_model(), {"2.weight": given(mask)}).state_dict()
-    with pytest.raises(StateMismatchError, match=r"rule `2\.weight\[<tensor .*: it was saved with another mask"):
+    with pytest.raises(StateMismatchError, match=r"rule `2\.weight\[<.*: it was saved with another mask"):
         freeze_entries(_model(), {"2.weight": given(~mask)}, state=state)
     state = freeze_entries(_model(), {"2.bias": (entries[:], given(torch.arange(4.0)))}).state_dict()
     with pytest.raises(StateMismatchError, match=r"it was saved with other values \(parameter `2\.bias`\); use"):
         freeze_entries(_model(), {"2.bias": (entries[:], given(torch.ones(4)))}, state=state)
-    freeze_entries(_model(), {"2.bias": (entries[:], torch.arange(4.0))}, state=state)
 
 
 @pytest.mark.parametrize(

@@ -57,3 +57,5 @@ def test_a_union_of_all_entries_warns() -> None:
     )
     with pytest.warns(UserWarning, match=says):
         freeze_entries(_model(), "0.weight[0 | 1:]")
+    with pytest.warns(UserWarning, match="freezes all 6 entries"):
+        freeze_entries(_model(), "0.weight[:, 0 | 1:]")

@@ -609,6 +609,8 @@ _MISFITS: list[tuple[str, Any, tuple[int, ...], str]] = [
      "bool for each entry"),
     ("mask of integers", _TRUE.int(), (3, 4), "a mask must be a bool tensor, found dtype torch.int32; "
      "give `mask.bool()` if 1 means frozen, `mask == 0` if 1 means trained"),
+    ("array of positions", np.array([0, 2]), (3, 4), "a mask must be a bool tensor, found dtype torch.int64; "
+     "give `indices.tolist()` for an index"),
     ("array of floats", np.ones((3, 4)), (3, 4), "a mask must be a bool tensor, found dtype torch.float64; give `mask"),
     ("mask of numbers", 2 * _TRUE.int(), (3, 4),
      "a mask must be a bool tensor, found dtype torch.int32; give True where an entry is frozen, as in "

@@ -77,6 +77,33 @@ def test_classes_that_match_nothing_are_refused_with_those_that_are_there() -> N
 
 
 @pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("head*(Conv2d)", r"`head\*\(Conv2d\)` matches no parameter; modules of its classes are `stem`, `features\.0`"),
+        ("*(nn.Conv2d).weight", r"names no classes; write them by their names, as in `\*\(Conv2d\)\.weight`"),
+        ("*(Conv*).weight", "names no classes; write"),
+        ("*(Conv2d.weight", "names no classes; write"),
+        ("*().weight", "names no classes; write"),
+    ],
+)
+def test_parentheses_that_find_nothing_say_why(target: str, message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        freeze_entries(_Net(), f"{target} = 0")
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("*.weight[zeros]", r"selects no entry \(parameter .*\); correct it, or leave the rule out"),
+        ("*.weight[3]", r"index 3 is out of range .*; use 0 to 2"),
+    ],
+)
+def test_classes_are_not_proposed_where_the_class_is_not_what_is_wrong(rule: str, message: str) -> None:
+    with pytest.raises(RegionError, match=message):
+        freeze_entries(_Net(), rule)
+
+
+@pytest.mark.parametrize(
     ("rule", "proposed"),
     [
         ("*.weight[center] = 0", r"`\*\(Conv1d, Conv2d, _Half\)\.weight\[center\] = 0`"),

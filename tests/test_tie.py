@@ -7,6 +7,7 @@ import io
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -457,6 +458,13 @@ def test_entries_that_are_one_start_from_their_mean(tie: Any, first: list[list[i
         (tied(_LABELS[:2]), (4, 4), r"labels must have the parameter's shape \(4, 4\), found \(2, 4\) .*; give"),
         (tied(_LABELS.float()), (4, 4), r"labels must be integers from -1 on, found torch\.float32 .*; give"),
         (tied(_LABELS - 1), (4, 4), "labels must be integers from -1 on, found torch.int64"),
+        (
+            tied(_LABELS.to("meta")),
+            (4, 4),
+            "labels must be a dense tensor of integers, found torch.strided on meta .*; con",
+        ),
+        (tied(_LABELS.to_sparse()), (4, 4), "labels must be a dense tensor of integers, found torch.sparse_coo on cpu"),
+        (tied(np.full((4, 4), "a")), (4, 4), r"labels must be a dense tensor of integers, found ndarray of <U1"),
         (tied(torch.arange(16).view(4, 4)), (4, 4), r"no two entries are tied .*; correct the labels"),
     ],
 )

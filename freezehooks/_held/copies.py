@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from .._entries.plain import as_tensor, oddity_of
 from .._errors import RegionError
 from .._rules.ties import Labeled, Mirrored, Symmetric, Tie, Tied
 
@@ -128,7 +129,7 @@ def _first_positions(tie: Tie, parameter: Tensor) -> Tensor:
     """Return, for each entry of a flattened parameter, the position of the first of its copies.
 
     Raises:
-        RegionError: Labels that are no integers, or below -1.
+        RegionError: Labels that are no integers, below -1, or in no dense tensor.
     """
     positions = _positions(parameter.shape, parameter.device)
     if isinstance(tie, Mirrored):
@@ -143,14 +144,21 @@ def _positions(shape: torch.Size, device: torch.device) -> Tensor:
     return torch.arange(shape.numel(), device=device).view(shape)
 
 
-def _checked_labels(labels: object) -> Tensor:
-    found = torch.as_tensor(labels)
+def _checked_labels(labels: Any) -> Tensor:
+    found = as_tensor(labels)
+    oddity = oddity_of(found) if isinstance(found, Tensor) else f"{type(labels).__name__} of {found.dtype}"
+    if oddity:
+        raise RegionError(
+            f"labels must be a dense tensor of integers, found {oddity}",
+            "convert it with `to_dense()`, or make it on a real device",
+        )
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool or bool((found < -1).any()):
         raise RegionError(
             f"labels must be integers from -1 on, found {found.dtype}",
             "give entries that are to be one the same number, and -1 where an entry is free",
         )
-    return found.long()
+    whole: Tensor = found.long()
+    return whole
 
 
 def _first_of_label(labels: Tensor, positions: Tensor) -> Tensor:

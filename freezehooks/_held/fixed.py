@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._entries.bits import differ
 from .._entries.entry_set import EntrySet, is_plus_zero
+from .._entries.plain import as_tensor
 from .._entries.select import select
 from .._entries.writes import Writes
 from .._errors import RuleConflictError, StateMismatchError, shortened
@@ -58,7 +59,7 @@ class FixedEntries(Constraint):
         """
         entries = EntrySet.from_state(state["entries"], parameter)
         frozen = entries.mask(parameter.device)
-        given = isinstance(rule.region, Tensor | Index)
+        given = isinstance(as_tensor(rule.region), Tensor | Index)
         if given and not bool((frozen == select(rule.region, parameter)).all()):
             raise StateMismatchError("it was saved with another mask", SAME_TENSORS)
         if rule.value is Keep.KEEP:

@@ -61,12 +61,17 @@ class Targets:
         return replace(rule, target=names[0] if names else f"{paths[0]}.weight".lstrip("."))
 
     def classes_that_fit(self, rule: Rule) -> list[str]:
-        """Return the classes of the modules that a rule with wildcards meets, and whose parameters its patterns fit."""
+        """Return the classes of the modules that a rule with wildcards meets, and whose parameters its patterns fit.
+
+        There are none where the patterns fit all parameters: then it is not the class that is wrong.
+        """
         if not is_wild(rule.target) or TypedTarget.read(rule.target) is not None:
             return []
-        sites = [self.sites[name] for name in self.find(rule.target)]
-        fitting = [site.owner for site in sites if _fit(rule.region, site.tensor().shape)]
-        return sorted({type(owner).__name__ for owner in fitting if isinstance(owner, nn.Module)})
+        met: dict[bool, set[str]] = {True: set(), False: set()}
+        for site in (self.sites[name] for name in self.find(rule.target)):
+            if isinstance(site.owner, nn.Module):
+                met[_fit(rule.region, site.tensor().shape)].add(type(site.owner).__name__)
+        return sorted(met[True]) if met[False] else []
 
     def find(self, target: str) -> list[str]:
         """Return the names of the parameters that a rule's target speaks of, each parameter once.
@@ -145,11 +150,21 @@ class Targets:
                     f"`{name}` is {kind} and no parameter, so no optimizer trains it",
                     "write its numbers yourself, or make it an nn.Parameter",
                 )
+        if {"(", ")"} & set(target):
+            return self._unknown_classes(target)
         known = [*self.sites, *(name.removesuffix(".weight") for name in self.sites if name.endswith(".weight"))]
         kind = "matches no parameter" if {"*", "?"} & set(target) else "is no parameter of the model"
         close = difflib.get_close_matches(target, known, n=3) or known[:5]
         listed = ", ".join(f"`{name}`" for name in close)
         return TargetError(f"`{target}` {kind}", f"did you mean {listed}?" if close else "the model has no parameters")
+
+    def _unknown_classes(self, target: str) -> TargetError:
+        """Return the error for a target in parentheses: no classes, or no module of them lies where it says."""
+        typed = TypedTarget.read(target)
+        if typed is None:
+            return TargetError(f"`{target}` names no classes", "write them by their names, as in `*(Conv2d).weight`")
+        paths = [f"`{path}`" for path, module in self._modules.items() if typed.takes(module)]
+        return TargetError(f"`{target}` matches no parameter", f"modules of its classes are {', '.join(paths[:5])}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from .._entries.plain import as_tensor
 from .._entries.select import select_perhaps_nothing
 from .._errors import RegionError, error_context, shortened
 from .._ranks.agreement import check_same_on_ranks
 from .._ranks.sharding import whole
 from .._rules.patterns.pattern import depends_on_numbers
 from .._rules.rule import Rule
-from .._rules.ties import Labeled
 from . import saved
 from .constraint import Constraint
 from .held import HeldParameters, Model
@@ -65,13 +62,13 @@ def _check_embeddings(frozen: FrozenParameter, targets: Targets) -> None:
 def asked_of(targets: Targets, rules: Iterable[Rule]) -> Asked:
     """Return the parameters that rules name, each under its first name and with its rules.
 
-    These have names as targets, and tensors where arrays were given.
+    Parameters and modules that were given as targets have become names in them.
 
     Raises:
         FreezeError: A rule names none, or one that no mechanism can hold.
     """
     asked: dict[str, tuple[Tensor, list[Rule]]] = {}
-    for rule in map(_with_tensors, dict.fromkeys(map(targets.named, rules))):
+    for rule in dict.fromkeys(map(targets.named, rules)):
         with error_context(f"rule `{shortened(rule)}`"):
             names = targets.find(rule.target)
         for name in names:
@@ -80,15 +77,6 @@ def asked_of(targets: Targets, rules: Iterable[Rule]) -> Asked:
                 check_supported(parameter)
             asked.setdefault(name, (parameter, []))[1].append(rule)
     return asked
-
-
-def _with_tensors(rule: Rule) -> Rule:
-    """Return a rule with tensors where it has arrays, so that saved states and ranks compare what they hold."""
-    region, value = as_tensor(rule.region), as_tensor(rule.value)
-    if isinstance(value, Labeled):
-        labels = as_tensor(value.labels)
-        value = value if labels is value.labels else replace(value, labels=labels)
-    return rule if region is rule.region and value is rule.value else replace(rule, region=region, value=value)
 
 
 def without_empty(asked: Asked, state: Any = None) -> tuple[Asked, dict[str, int]]:

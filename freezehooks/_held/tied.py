@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._entries.entry_set import EntrySet
+from .._entries.plain import as_tensor
 from .._entries.writes import Writes
 from .._errors import FrozenValueError, RuleConflictError, StateMismatchError, UnsupportedParameterError, shortened
 from .._rules.rule import Rule
@@ -134,7 +135,7 @@ class TiedEntries(Constraint):
         )
 
     def state(self) -> dict[str, Any]:
-        return {"labels": torch.as_tensor(self.tie.labels).clone()} if isinstance(self.tie, Labeled) else {}
+        return {"labels": as_tensor(self.tie.labels).clone()} if isinstance(self.tie, Labeled) else {}
 
     def check_beside(self, other: Constraint, like: Tensor, name: str) -> None:
         """Refuse a rule that freezes other entries, or other values, in one copy than in another.

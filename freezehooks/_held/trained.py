@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._entries.plain import as_tensor
 from .._entries.select import select
 from .._errors import SpecError, StateMismatchError, error_context, shortened
 from .._ranks.agreement import check_same_on_ranks
@@ -50,7 +52,7 @@ def trained_alone(model: Model, rules: Sequence[Rule], state: Any = None) -> Tra
     """
     _check_are_regions(rules)
     targets = Targets(model)
-    asked = asked_of(targets, rules)
+    asked = asked_of(targets, map(_with_mask, rules))
     asked = without_empty(asked)[0] if state is None else _without_untrained(asked, untrained_in(state))
     for name, (parameter, its_rules) in asked.items():
         _check_trains(name, parameter, its_rules, is_buffer=targets.sites[name].is_buffer)
@@ -63,6 +65,11 @@ def trained_alone(model: Model, rules: Sequence[Rule], state: Any = None) -> Tra
         for region in _rest(name, parameter, its_rules, saved)
     ]
     return Trained([parameter for parameter, _ in asked.values()], tuple(held))
+
+
+def _with_mask(rule: Rule) -> Rule:
+    """Return a rule whose region is an array with a tensor instead."""
+    return replace(rule, region=as_tensor(rule.region))
 
 
 def _check_are_regions(rules: Sequence[Rule]) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._entries.plain import as_tensor
 from .._errors import RuleConflictError
 from .._rules.rule import Rule
 from .._rules.ties import Labeled
@@ -70,11 +71,11 @@ def _parameters(model: Any) -> list[tuple[str, Tensor]]:
 
 
 def _said(rules: Sequence[Rule]) -> str:
-    """Return the rules as text, with a digest of the tensors that they hold."""
+    """Return the rules as text, with a digest of the tensors and arrays that they hold."""
     texts = []
     for rule in dict.fromkeys(rules):
         given = rule.region, rule.value.labels if isinstance(rule.value, Labeled) else rule.value
-        digests = [_digest(each) for each in given if isinstance(each, Tensor)]
+        digests = [_digest(each) for each in map(as_tensor, given) if isinstance(each, Tensor)]
         texts.append(" ".join([f"`{rule}`", *digests]))
     return ", ".join(texts) or "nothing"
 

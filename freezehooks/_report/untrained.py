@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -11,7 +12,7 @@ from .._counted import counted
 from .._errors import shortened
 from .._held.held import HeldParameters, Model
 from .._hooks.gradient import watching
-from .._rules.region import Or
+from .._rules.region import Index, Or, Union
 from .trainable import count_frozen
 
 
@@ -20,12 +21,18 @@ def whole_unions(held: HeldParameters) -> Iterator[str]:
     for name in held.names:
         part = held.frozen.by_name[name]
         for constraint in part.constraints:
-            is_union = isinstance(constraint.rule.region, Or)
+            is_union = _is_union(constraint.rule.region)
             if is_union and not part.is_sharded and constraint.entries.count == part.shape.numel():
                 yield (
                     f"rule `{shortened(constraint.rule)}` freezes all {part.shape.numel():,} entries of `{name}`: if "
                     f"that is meant, name `{name}` without brackets"
                 )
+
+
+def _is_union(region: Any) -> bool:
+    return isinstance(region, Or) or (
+        isinstance(region, Index) and any(isinstance(item, Union) for item in region.items)
+    )
 
 
 def nothing_trains(model: Model) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import Any, TypeAlias
 
 from .._errors import SpecError, shown
@@ -55,8 +56,10 @@ def _rule_of_item(target: Any, what: Any) -> Rule:
     value: Any = keep
     if isinstance(what, Tie):
         region, value = WHOLE, what
-    elif isinstance(what, list | range) and all(isinstance(item, int) and not isinstance(item, bool) for item in what):
+    elif isinstance(what, list | range) and all(map(_is_integer, what)):
         region = entries[list(what)]
+    elif isinstance(what, list) and all(isinstance(item, bool) for item in what):
+        raise _a_list_of_bools(what)
     elif isinstance(what, tuple | list):  # a list where YAML has no tuples
         if len(what) != 2:
             raise SpecError(
@@ -67,7 +70,19 @@ def _rule_of_item(target: Any, what: Any) -> Rule:
     return Rule(target, _region(region), parse_value(value) if isinstance(value, str) else value)
 
 
+def _is_integer(item: Any) -> bool:
+    """Return whether something is an integer, be it one of NumPy or a tensor of no dimensions: no mask is in a list."""
+    is_number = isinstance(item, Integral) or getattr(item, "shape", None) == ()
+    return is_number and not isinstance(item, bool) and "int" in str(getattr(item, "dtype", "int"))
+
+
+def _a_list_of_bools(found: list[bool]) -> SpecError:
+    return SpecError(f"a mask must be a bool tensor, found the list {shown(found)}", "give torch.tensor(mask)")
+
+
 def _region(region: Any) -> Any:
     if isinstance(region, str):
         return parse_region(region)
+    if isinstance(region, list) and region and all(isinstance(item, bool) for item in region):
+        raise _a_list_of_bools(region)
     return entries[region] if isinstance(region, list) else region
