@@ -242,12 +242,15 @@ VALUES: Final = {
     ),
 }
 
+_BIASES: Final = ("conv.bias", "up.bias", "square.bias")
+_STATISTICS: Final = ("bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
+
 TARGETS: Final = {
     "class": Form(lambda model: "*(Conv2d).weight[center] = 0", **_of("conv.weight", lambda w: np.s_[..., 1, 1], 0)),
     "classes": Form(
         lambda model: "*(Linear, Conv2d).bias[:2] = 1",
         lambda numbers: {name: _mask(lambda b: np.s_[:2], numbers[name]) for name in _BIASES},
-        dict.fromkeys(("conv.bias", "up.bias", "square.bias"), 1),
+        dict.fromkeys(_BIASES, 1),
     ),
     "parent class": Form(lambda model: "b?(_BatchNorm).bias[0]", **_of("bn.bias", lambda b: 0)),
     "wildcard": Form(lambda model: "*.weight[zeros]", **_of("square.weight", lambda w: w == 0)),
@@ -269,8 +272,6 @@ TARGETS: Final = {
         lambda numbers: {name: _mask(lambda b: np.s_[:2], numbers[name]) for name in _STATISTICS},
     ),
 }
-_BIASES: Final = ("conv.bias", "up.bias", "square.bias")
-_STATISTICS: Final = ("bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
 
 
 def _alone(spec: Any, **trained: Callable[[Array], Any]) -> Form:
@@ -419,7 +420,7 @@ class _Run:
 
     def save(self) -> None:
         self._file = io.BytesIO()
-        parts = {"model": self.model, "frozen": self.frozen, "optimizer": self.optimizer}
+        parts: dict[str, Any] = {"model": self.model, "frozen": self.frozen, "optimizer": self.optimizer}
         torch.save({name: part.state_dict() for name, part in parts.items()}, self._file)
 
     def resumed(self) -> _Run:

@@ -399,9 +399,9 @@ def test_a_run_resumes_where_it_stopped(spec: Any, compact: bool) -> None:
         assert same_bits(first, second), name
 
 
-def _sparse() -> nn.Sequential:
+def _sparse() -> Any:
     """A model of which one weight has no zeros, another some, and a third is all zeros."""
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight.data[0] = 0
     model[2].weight.data.zero_()
     return model
