@@ -47,6 +47,7 @@ ON_CPU: Final[dict[str, Scenario]] = {
     "half": training.half,
     "pruned": training.pruned,
     "tokens": training.tokens,
+    "rows": training.rows_alone,
     "many": many_layers.many,
     "value": training.value,
     "shared": shared_kernel.shared,
@@ -58,6 +59,7 @@ ON_CUDA: Final[dict[str, Scenario]] = {
     "gpt2": gpu.gpt2,
     "resnet50": gpu.resnet50,
     "wide": gpu.wide,
+    "wide_rows": gpu.wide_rows,
 }
 
 SCENARIOS: Final = ON_CPU | ON_CUDA

@@ -14,10 +14,11 @@ from ._comparison import Case, Options, compare
 from ._data import ADAMW, classify, images, predict, reproduce, rows, sentences
 from ._entries import centers, random_entries, spec_of
 from .gpt2 import GPT2
-from .models import perceptron
+from .models import Head, perceptron
 from .peers import MaskAroundStep, Parametrize, Prune
 from .resnet50 import resnet
 from .subjects import FreezeHooks, FreezeHooksCompact, Plain, PlainAgain, Task
+from .training import compare_rows
 
 _FUSED: Final = partial(AdamW, fused=True)
 
@@ -66,6 +67,16 @@ def wide(options: Options) -> Iterator[Case]:
     held = random_entries(model, 0.5)
     task = Task(model, rows((sizes.samples, sizes.wide), device), reproduce, _FUSED, held, spec_of(held), options.steps)
     yield _whole("half of every matrix, wide perceptron, AdamW(fused=True)", task, options, 1.25)
+
+
+def wide_rows(options: Options) -> Iterator[Case]:
+    """All rows but 16 of a large head, and seven of eight rows of a wide perceptron, keep what they hold.
+
+    Must hold: with `skip_gradients` a step takes less time than a plain one.
+    """
+    sizes = options.sizes
+    head = Head(*sizes.wide_head).to(torch.bfloat16)
+    yield from compare_rows(options, head, perceptron(sizes.wide), {"AdamW(fused=True)": _FUSED})
 
 
 def _whole(title: str, task: Task, options: Options, limit: float) -> Case:

@@ -24,6 +24,8 @@ class Sizes:
         vocabulary: Rows of the embedding.
         tokens: Shape of its batches.
         features: Width of an embedded token.
+        head: Features and vocabulary of a language model's head.
+        wide_head: The same, of the one that is for a GPU.
         chains: How many layers the chains have.
         mask: Shape of the parameter that one large mask is installed on.
         gpt2: Vocabulary, context, width, heads and layers of GPT-2.
@@ -41,6 +43,8 @@ class Sizes:
     vocabulary: int = 50_273
     tokens: tuple[int, ...] = (8, 128)
     features: int = 768
+    head: tuple[int, int] = (768, 50_273)
+    wide_head: tuple[int, int] = (4096, 128_256)
     chains: tuple[int, ...] = (10, 100, 1000)
     mask: tuple[int, ...] = (10_000, 1_000)
     gpt2: Architecture = field(default_factory=Architecture)
@@ -60,6 +64,8 @@ TINY = Sizes(
     vocabulary=40,
     tokens=(2, 4),
     features=4,
+    head=(4, 40),
+    wide_head=(4, 40),
     chains=(2, 3, 4),
     mask=(20, 10),
     gpt2=Architecture(vocabulary=20, context=6, width=8, heads=2, layers=2),
@@ -98,12 +104,26 @@ def residual_net(widths: tuple[int, ...]) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
 
 
-def perceptron(width: int, layers: int = 6) -> nn.Module:
+def perceptron(width: int, layers: int = 6) -> nn.Sequential:
     """Return square linear layers with GELU in between."""
     stack: list[nn.Module] = []
     for _ in range(layers):
         stack += [nn.Linear(width, width), nn.GELU()]
     return nn.Sequential(*stack[:-1])
+
+
+class Head(nn.Module):
+    """A language model's head upon a layer that trains."""
+
+    def __init__(self, features: int, vocabulary: int) -> None:
+        super().__init__()
+        self.body = nn.Linear(features, features)
+        self.head = nn.Linear(features, vocabulary, bias=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return the logits."""
+        logits: Tensor = self.head(functional.gelu(self.body(rows)))
+        return logits
 
 
 class Chain(nn.Module):

@@ -146,8 +146,10 @@ class FreezeHooks(Plain):
     freezes = True
     options: dict[str, Any] = {}  # noqa: RUF012  # read only
 
+    skips: dict[str, Any] = {}  # noqa: RUF012  # read only
+
     def prepare(self) -> None:
-        self.frozen = freeze_entries(self.model, self.task.spec)
+        self.frozen = freeze_entries(self.model, self.task.spec, **self.skips)
 
     optimizer: MaskedOptimizer
 
@@ -172,6 +174,28 @@ class FreezeHooksCompact(FreezeHooks):
     def extra_bytes(self) -> int:
         guard = self.frozen.guard(self.optimizer.inner, compact=True)  # the one that guards it already
         return held_bytes(self.frozen) + guard.nbytes
+
+
+class FreezeHooksSkipping(FreezeHooks):
+    """This library, with no gradient computed for frozen rows."""
+
+    name = "freezehooks skipping"
+    skips = {"skip_gradients": True}  # noqa: RUF012  # read only
+
+    @classmethod
+    def missing(cls) -> str | None:
+        takes_it = "skip_gradients" in inspect.signature(freeze_entries).parameters
+        return None if takes_it else "this version's freeze_entries does not take `skip_gradients`"
+
+
+class FreezeHooksSkippingCompact(FreezeHooksSkipping, FreezeHooksCompact):
+    """This library, with neither gradient nor optimizer state for frozen rows."""
+
+    name = "freezehooks skipping compact"
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return FreezeHooksSkipping.missing() or FreezeHooksCompact.missing()
 
 
 OURS: tuple[type[Plain], ...] = (Plain, PlainAgain, FreezeHooks, FreezeHooksCompact)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +11,19 @@ from torch import nn
 from torch.optim import AdamW
 
 from ._comparison import Case, Options, compare
-from ._data import ADAMW, Loss, classify, images, new_tokens, regress, reproduce, rows
+from ._data import ADAMW, Loss, MakeOptimizer, classify, images, new_tokens, regress, reproduce, rows
 from ._entries import centers, random_entries, spec_of
-from .models import TokenModel, perceptron, residual_net
+from .models import Head, TokenModel, perceptron, residual_net
 from .peers import AT_VALUES, AT_ZERO, ForumRecipe, MaskAroundStep, Parametrize, Prune, TrainableTokens
-from .subjects import OURS, FreezeHooks, FreezeHooksCompact, Held, Task
+from .subjects import (
+    OURS,
+    FreezeHooks,
+    FreezeHooksCompact,
+    FreezeHooksSkipping,
+    FreezeHooksSkippingCompact,
+    Held,
+    Task,
+)
 
 
 def center(options: Options) -> Iterator[Case]:
@@ -92,6 +100,46 @@ def tokens(options: Options) -> Iterator[Case]:
         if TrainableTokens.name in case.rows:
             row.claim("no slower than PEFT", row.time.median <= case.rows[TrainableTokens.name].time.median)
     yield case
+
+
+def rows_alone(options: Options) -> Iterator[Case]:
+    """All rows but 16 of a language model's head, and seven of eight rows of a perceptron, keep what they hold.
+
+    Must hold: with `skip_gradients` a step takes less time than a plain one.
+    """
+    sizes = options.sizes
+    yield from compare_rows(options, Head(*sizes.head), perceptron(sizes.hidden), ADAMW)
+
+
+def compare_rows(
+    options: Options, head: Head, net: nn.Sequential, optimizers: Mapping[str, MakeOptimizer]
+) -> Iterator[Case]:
+    """Compare training 16 rows of a head, and an eighth of the rows of a perceptron."""
+    vocabulary, features = head.head.weight.shape
+    width = net[0].in_features
+    labels = torch.randint(vocabulary, (options.sizes.samples,), device=options.device)
+    batches = [batch.to(head.head.weight.dtype) for batch in rows((options.sizes.samples, features), options.device)]
+    of_head = [(batch, labels) for batch in batches]
+    of_net = rows((options.sizes.samples, width), options.device)
+    names = [f"{name}" for name, layer in net.named_children() if isinstance(layer, nn.Linear)]
+    for title, model, batches, loss, held in (
+        ("16 rows of a head", head, of_head, classify, {"head": vocabulary - 16}),
+        ("an eighth of the rows of a perceptron", net, of_net, reproduce, dict.fromkeys(names, width * 7 // 8)),
+    ):
+        model.to(options.device)
+        spec = [f"{name}[:{count}]" for name, count in held.items()]
+        kinds = [*OURS, FreezeHooksSkipping, FreezeHooksSkippingCompact, MaskAroundStep, ForumRecipe]
+        for name, optimizer in optimizers.items():
+            task = Task(model, batches, loss, optimizer, _kept(model, held), spec, options.steps)
+            case = compare(f"{title} train, {name}", kinds, task, options, rounds=20, parts=True)
+            for row in (case.rows[kind.name] for kind in kinds[4:6] if kind.name in case.rows):
+                row.claim("below 1 x plain", row.ratio.median < 1)
+            yield case
+
+
+def _kept(model: nn.Module, rows_of: Mapping[str, int]) -> list[Held]:
+    weights = {f"{name}.weight": slice(None, count) for name, count in rows_of.items()}
+    return [Held(name, rows, model.get_parameter(name).detach().clone()) for name, rows in weights.items()]
 
 
 def value(options: Options) -> Iterator[Case]:

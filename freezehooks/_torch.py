@@ -57,25 +57,40 @@ def reconnect_hooks(parameter: Tensor) -> None:
         parameter._backward_hooks = parameter._backward_hooks
 
 
-class TensorIdentity:
-    """Tells whether a tensor is still the one that was seen, without keeping it alive (torch 1.12 to 2.14).
+class MemoryIdentity:
+    """Tells whether a tensor lies in the memory that was seen, without keeping it alive (torch 1.12 to 2.14).
 
-    Not by a weak reference in Python: torch refuses to swap a tensor that has one. The storage is referenced weakly
-    instead, so that no later tensor can take its address.
+    The storage is referenced weakly, so that no later one can take its address.
     """
 
-    __slots__ = ("_number", "_storage")
+    __slots__ = ("_storage",)
 
     def __init__(self, tensor: Tensor) -> None:
         from torch.multiprocessing.reductions import StorageWeakRef
 
-        self._number = tensor._cdata
         self._storage = StorageWeakRef(tensor.untyped_storage())
 
     def is_of(self, tensor: Tensor) -> bool:
-        """Return whether this is the tensor that was seen, in the memory that it had then."""
+        """Return whether a tensor lies there."""
         same: bool = self._storage.cdata == tensor.untyped_storage()._cdata
-        return self._number == tensor._cdata and same
+        return same
+
+
+class TensorIdentity:
+    """Tells whether a tensor is still the one that was seen, without keeping it alive (torch 1.12 to 2.14).
+
+    Not by a weak reference in Python: torch refuses to swap a tensor that has one.
+    """
+
+    __slots__ = ("_memory", "_number")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._number = tensor._cdata
+        self._memory = MemoryIdentity(tensor)
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Return whether this is the tensor that was seen, in the memory that it had then."""
+        return self._number == tensor._cdata and self._memory.is_of(tensor)
 
 
 # Compilers and transforms
@@ -92,6 +107,15 @@ def is_exporting() -> bool:
 def is_tracing() -> bool:
     """Return whether torch.jit.trace is running (torch 1.0 to 2.14)."""
     return torch._C._get_tracing_state() is not None
+
+
+def is_transformed() -> bool:
+    """Return whether torch.func, forward-mode differentiation or torch.jit.trace is at work around the caller.
+
+    Inside these an autograd function would need rules of its own (torch 2.0 to 2.14).
+    """
+    is_forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return is_forward_mode or torch._C._functorch.maybe_current_level() is not None or is_tracing()
 
 
 def traced_as_constant(function: _Function) -> _Function:
@@ -151,6 +175,11 @@ def call_first(hooks: MutableMapping[int, Any], number: int) -> None:
     """
     for other in [each for each in hooks if each != number]:
         hooks[other] = hooks.pop(other)
+
+
+def has_module_hooks_for_all() -> bool:
+    """Return whether somebody has registered a hook behind the forward of every module (torch 1.8 to 2.14)."""
+    return bool(torch.nn.modules.module._global_forward_hooks)
 
 
 # Modules

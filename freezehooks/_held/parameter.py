@@ -64,6 +64,7 @@ class FrozenParameter:
         only = constraints[0].entries if is_plain else None
         self._only_box = only if isinstance(only, Strided) else None
         self.frozen_count: int = self._count_frozen() if whole is None else whole.frozen_count
+        self._frozen_rows: Tensor | None = None if whole is None else whole._frozen_rows
         self._held_count = self.frozen_count
 
     def _count_frozen(self) -> int:
@@ -132,6 +133,17 @@ class FrozenParameter:
     def frozen_in_whole(self) -> Tensor:
         """Return where the entries of the whole parameter are frozen: gathered, where it is spread over ranks."""
         return self.frozen if self.layout is None else joined(self.frozen, self.layout, self.shape)
+
+    @property
+    def frozen_rows(self) -> Tensor:
+        """Which rows of the whole parameter, its slices along the first dimension, are frozen whole.
+
+        Shape:
+            ``(shape[0],)``, bool.
+        """
+        if self._frozen_rows is None:
+            self._frozen_rows = self.frozen_in_whole().reshape(self.shape[0], -1).all(1)
+        return self._frozen_rows.to(self._device)
 
     @property
     def values(self) -> Tensor:

@@ -28,6 +28,7 @@ class FrozenParameters:
         changes: How often something of it has changed, or a parameter was found elsewhere than before: whoever has
             planned a write looks again then.
         guards: What guards an optimizer for these parameters.
+        skips_gradients: Whether gradients of frozen rows are not computed at all, where a module can do without.
         skipped: How many parameters a rule with wildcards found without any entry of its region, by the rule's text.
     """
 
@@ -36,6 +37,7 @@ class FrozenParameters:
         self.released: set[str] = set()
         self.changes = 0
         self.guards: list[weakref.ref[Any]] = []
+        self.skips_gradients = False
         self.skipped: dict[str, int] = {}
         self._sharded: dict[str, Tensor] = {}
 
@@ -133,7 +135,8 @@ class FrozenParameters:
             guard.check()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"by_name": self.by_name, "released": self.released, "skipped": self.skipped}
+        kept = "by_name", "released", "skips_gradients", "skipped"
+        return {name: value for name, value in vars(self).items() if name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]  # a copied model has optimizers and shards of its own

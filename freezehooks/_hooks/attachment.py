@@ -12,6 +12,7 @@ from .._held.site import Site
 from .forward import install_outer, remove_outer
 from .gradient import unwatch_gradient, watch_gradient
 from .hook_set import HookSet, hook_set_of, uncalled_owners
+from .skipped import skip_frozen_rows
 
 
 class Attachment:
@@ -47,6 +48,8 @@ class Attachment:
         callers = uncalled_owners(self._held.model) if isinstance(self._held.model, nn.Module) else {}
         for module, hooks in by_module.items():
             hooks.install(module, callers.get(module, []))
+            if self._held.frozen.skips_gradients and module not in callers:
+                skip_frozen_rows(module, hooks)
         if by_module:
             install_outer(self._held.model, self._held.frozen)
 

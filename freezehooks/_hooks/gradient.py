@@ -16,6 +16,7 @@ from .._held.tied import TiedEntries
 from .._ranks.agreement import has_process_group
 from .._ranks.sharding import is_sharded
 from .._torch import (
+    MemoryIdentity,
     TensorIdentity,
     at_end_of_backward,
     gradient_hooks,
@@ -41,7 +42,10 @@ class _BackwardPass:
         writes = Writes()
         for hook, parameter in zip(self.hooks, self.parameters, strict=True):
             frozen = hook.frozen.by_name.get(hook.name)  # None where it was thawed meanwhile
-            hook.cleaned = None if frozen is None else frozen.add_zero_accumulated(writes, parameter)
+            if hook.coming is not None and hook.came_clean(parameter):
+                hook.cleaned = parameter.grad
+            else:
+                hook.cleaned = None if frozen is None else frozen.add_zero_accumulated(writes, parameter)
         writes.run()
         for hook in self.hooks:
             if hook.cleaned is not None:
@@ -94,6 +98,7 @@ class ZeroFrozenGradient:
         cleaned: The gradient that was made clean at the end of the latest backward pass. The next step and the next
             forward forget it: a gradient that was dropped before leaves no memory behind.
         version: How often autograd had counted a write to it by then.
+        coming: A gradient on its way that is clean already, if nothing is added to it: where it lies, and its version.
     """
 
     def __init__(self, frozen: FrozenParameters, name: str) -> None:
@@ -102,6 +107,7 @@ class ZeroFrozenGradient:
         self._connected: TensorIdentity | None = None
         self.cleaned: Tensor | None = None
         self.version = 0
+        self.coming: tuple[MemoryIdentity, int] | None = None
 
     def __call__(self, parameter: Tensor) -> None:
         # a hook behind this one looks at the gradient, or steps and drops it, before the pass ends
@@ -139,6 +145,14 @@ class ZeroFrozenGradient:
         As far as autograd counts: writes through `.data` and those of a reducer are not counted.
         """
         return gradient is not None and gradient is self.cleaned and gradient._version == self.version
+
+    def came_clean(self, parameter: Tensor) -> bool:
+        """Return whether the gradient is the one that was coming, with nothing added; it comes no more."""
+        coming, self.coming = self.coming, None
+        gradient = parameter.grad
+        if coming is None or gradient is None or gradient.layout is not torch.strided:
+            return False
+        return coming[0].is_of(gradient) and coming[1] == gradient._version
 
     def connect(self, parameter: Tensor) -> None:
         """Make sure that autograd calls the parameter's hooks, also where the tensor was swapped.
@@ -230,6 +244,18 @@ def watching(parameter: Tensor) -> list[FrozenParameter]:
     """Return what every handle freezes of a parameter that requires a gradient."""
     hooks = [hook for hook in gradient_hooks(parameter).values() if isinstance(hook, ZeroFrozenGradient)]
     return [hook.frozen.by_name[hook.name] for hook in hooks if hook.name in hook.frozen.by_name]
+
+
+def mark_clean(parameter: Tensor, gradient: Tensor) -> None:
+    """Say of a gradient on its way to a parameter that it is +0.0 at all frozen entries.
+
+    Args:
+        parameter: The parameter.
+        gradient: The gradient. Autograd has counted a write to it, which tells it from a sum in the same memory.
+    """
+    for hook in gradient_hooks(parameter).values():
+        if isinstance(hook, ZeroFrozenGradient):
+            hook.coming = MemoryIdentity(gradient), gradient._version
 
 
 def _is_summed(parameter: Tensor, tie: TiedEntries) -> bool:

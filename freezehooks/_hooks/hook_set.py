@@ -75,6 +75,12 @@ class HookSet:
             hooks = [(caller, ImposeAfterCaller(self, path)) for caller, path in callers]
             self._handles_after += [_first_after_forward(*each) for each in hooks]
 
+    def call_after_forward(self, module: nn.Module, hook: Any) -> None:
+        """Register a further hook behind the module's forward, before those of others; `remove` takes it off too."""
+        handle = module.register_forward_hook(hook, with_kwargs=True)
+        call_first(module._forward_hooks, handle.id)
+        self._handles.append(handle)
+
     def lost(self, module: nn.Module, callers: list[tuple[nn.Module, str]]) -> set[str]:
         """Return the moments ("forward", "saving", "loading") whose hooks are no longer on the module or its callers.
 

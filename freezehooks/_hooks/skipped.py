@@ -1,0 +1,207 @@
+"""Frozen rows of a Linear need no gradient: compute that of the free rows alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .._errors import UnsupportedParameterError
+from .._held.held import HeldParameters
+from .._held.parameter import FrozenParameter
+from .._held.site import Site
+from .._ranks.sharding import is_sharded
+from .._torch import has_module_hooks_for_all, is_replica, is_transformed
+from .gradient import mark_clean
+from .hook_set import HookSet, held_on, uncalled_owners
+
+Rows: TypeAlias = "slice | Tensor"
+"""Some rows of a matrix: a slice where they lie at even distances, else their numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class FreeRows:
+    """Which rows of a Linear are computed a gradient for.
+
+    Attributes:
+        weight: Those of the weight.
+        bias: Those of the bias; None where it trains whole, or there is none.
+        is_all: Whether every frozen entry of the weight lies in another row, so that its gradient is clean as it comes.
+    """
+
+    weight: Rows
+    bias: Rows | None
+    is_all: bool
+
+
+class SkipFrozenRows:
+    """After the forward of a Linear: have its backward compute no gradient for frozen rows.
+
+    The output stays as it is. What autograd recorded of it is dropped, and another function put in its place, whose
+    backward multiplies with the free columns of the output's gradient alone. Nothing of the module is changed for that,
+    so that threads, copies and errors do not matter.
+    """
+
+    def __init__(self, hooks: HookSet) -> None:
+        self.hooks = hooks
+        self._planned: tuple[list[FrozenParameter], FreeRows] | None = None
+
+    def __call__(self, module: nn.Linear, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        if not (output.requires_grad and self._is_own(module)):
+            return None
+        inputs = args[0] if args else kwargs["input"]
+        result: Tensor = _WithoutFrozenRows.apply(  # type: ignore[no-untyped-call]  # torch's own is not typed
+            output.detach(), inputs, module._parameters["weight"], module._parameters["bias"], self._rows(module)
+        )
+        return result
+
+    def _is_own(self, module: nn.Linear) -> bool:
+        """Return whether the output is what nn.Linear computed from the module's own parameters, and nobody's since.
+
+        Other hooks behind the forward come after this one, unless somebody has put one before it.
+        """
+        if torch.compiler.is_compiling() or is_transformed() or is_replica(module) or "forward" in vars(module):
+            return False
+        if next(iter(module._forward_hooks.values())) is not self or has_module_hooks_for_all():
+            return False
+        weight = module._parameters.get("weight")
+        if weight is None or "bias" not in module._parameters:  # computed anew for each forward, as by pruning
+            return False
+        is_known = self.hooks.known.get("weight", weight) is weight
+        return is_known and weight.requires_grad and not is_sharded(weight)
+
+    def _rows(self, module: nn.Linear) -> FreeRows:
+        held, of_bias = held_on(module, "weight"), held_on(module, "bias")
+        if self._planned is None or [*held, *of_bias] != self._planned[0]:
+            self._planned = [*held, *of_bias], _free_rows(held, of_bias)
+        return self._planned[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_planned": None}
+
+
+def _free_rows(held: list[FrozenParameter], of_bias: list[FrozenParameter]) -> FreeRows:
+    frozen = [each.frozen_rows for each in held]
+    is_all = all(each.frozen_count == int(rows.sum()) * each.shape[1] for each, rows in zip(held, frozen, strict=True))
+    bias = _rows(~reduce(torch.logical_or, (each.frozen_rows for each in of_bias))) if of_bias else None
+    return FreeRows(_rows(~reduce(torch.logical_or, frozen)), bias, is_all)
+
+
+def _rows(free: Tensor) -> Rows:
+    numbers = free.nonzero().flatten()
+    steps = numbers.diff()
+    if len(numbers) == 0:
+        return slice(0, 0)
+    step = int(steps[0]) if len(steps) else 1
+    return slice(int(numbers[0]), int(numbers[-1]) + 1, step) if bool((steps == step).all()) else numbers
+
+
+class _WithoutFrozenRows(torch.autograd.Function):
+    """The output of a Linear as it is; in backward, the gradients of its input and of the free rows."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *computed_from: Any) -> Tensor:
+        inputs, weight, _bias, rows = computed_from
+        ctx.mark_dirty(output)  # which is nobody else's: unlike a view, it may be written to later, as ReLU does
+        ctx.save_for_backward(inputs.to(output.dtype), weight)  # of lower precision under autocast
+        ctx.rows = rows
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        rows: FreeRows = ctx.rows
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        _, of_inputs, of_weight, of_bias, _ = ctx.needs_input_grad
+        return (
+            None,
+            gradient @ weight.to(gradient.dtype).conj() if of_inputs else None,
+            _gradient_of_weight(flat, inputs.reshape(-1, inputs.shape[-1]), weight, rows) if of_weight else None,
+            _gradient_of_bias(flat, rows) if of_bias else None,
+            None,
+        )
+
+
+def _gradient_of_weight(gradient: Tensor, inputs: Tensor, weight: Tensor, rows: FreeRows) -> Tensor:
+    found = _spread(gradient[:, rows.weight].T @ inputs.conj(), rows.weight, torch.zeros_like(weight))
+    if rows.is_all and not found.requires_grad:
+        mark_clean(weight, found)
+    return found
+
+
+def _gradient_of_bias(gradient: Tensor, rows: FreeRows) -> Tensor:
+    if rows.bias is None:
+        return gradient.sum(0)
+    return _spread(gradient[:, rows.bias].sum(0), rows.bias, gradient.new_zeros(gradient.shape[1]))
+
+
+def _spread(part: Tensor, rows: Rows, zeros: Tensor) -> Tensor:
+    """Return zeros with a part of them written into some rows; differentiable, where that is asked for."""
+    zeros[rows] = part.to(zeros.dtype)
+    return zeros
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# On a module
+
+
+def skip_frozen_rows(module: nn.Module, hooks: HookSet) -> None:
+    """Have a module compute no gradient for frozen rows, where it can do without."""
+    if "weight" in hooks.names and _reason_against(module, [hooks.frozen.by_name[hooks.names["weight"]]]) is None:
+        hooks.call_after_forward(module, SkipFrozenRows(hooks))
+
+
+def skip_gradients_of(held: HeldParameters) -> None:
+    """Have what is held skip gradients as soon as its hooks are put on; not where all of them are needed.
+
+    Raises:
+        UnsupportedParameterError: So they are for every parameter; the message says why.
+    """
+    reasons = dict(_reasons(held))
+    if None not in reasons.values():
+        said = "; ".join(f"of `{name}`: {reason}" for name, reason in reasons.items()) or "nothing is frozen"
+        raise UnsupportedParameterError(
+            f"no gradient can be skipped ({said})",
+            "leave skip_gradients out, or freeze whole rows of an nn.Linear: `head.weight[:-16]`",
+        )
+    held.frozen.skips_gradients = True
+
+
+def skipped_on(held: HeldParameters) -> list[str]:
+    """Return the names of the parameters for whose frozen rows no gradient is computed."""
+    return [name for name, reason in _reasons(held) if reason is None] if held.frozen.skips_gradients else []
+
+
+def _reasons(held: HeldParameters) -> Iterator[tuple[str, str | None]]:
+    """Yield why all gradients of each parameter are needed, or None where some are not."""
+    uncalled = uncalled_owners(held.model) if isinstance(held.model, nn.Module) else {}
+    for name, frozen in held.frozen.by_name.items():
+        sites = [site for other, site in held.sites if other == name]
+        found = [_reason_at(site, frozen, uncalled) for site in sites]
+        yield name, None if None in found else found[0]
+
+
+def _reason_at(site: Site, frozen: FrozenParameter, uncalled: dict[nn.Module, Any]) -> str | None:
+    if not isinstance(site.owner, nn.Module):
+        return "a bare tensor has no forward"
+    if site.owner in uncalled:
+        return f"{type(uncalled[site.owner][0][0]).__name__} computes with it without calling its module"
+    if site.key != "weight":
+        return "the rows of a weight are skipped, and those of the bias beside it"
+    return _reason_against(site.owner, [frozen])
+
+
+def _reason_against(module: nn.Module, held: list[FrozenParameter]) -> str | None:
+    if not isinstance(module, nn.Linear):
+        return f"it belongs to {type(module).__name__}, and only nn.Linear is quicker without"
+    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+        return f"{type(module).__name__} has a forward of its own"
+    if module._parameters.get("weight") is None:
+        return "it is computed anew for each forward"
+    if any(each.ties for each in held):
+        return "entries that are tied need every gradient"
+    return None if any(bool(each.frozen_rows.any()) for each in held) else "no row of it is frozen whole"
