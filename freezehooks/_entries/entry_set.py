@@ -352,8 +352,9 @@ class Masked(EntrySet):
         mask = self._mask_for(tensor)
         if mask.dtype == torch.bool:
             return torch.where(mask, tensor, tensor.new_zeros(()))
-        values = tensor.clone()
-        bits(values).mul_(1 - mask)
+        values = torch.empty_like(tensor)
+        torch.mul(bits(tensor), mask, out=bits(values))  # the other entries,
+        torch.sub(bits(tensor), bits(values), out=bits(values))  # and all but those: nothing further is allocated
         return values
 
     def add_fill(self, writes: Writes, tensor: Tensor, number: float) -> None:

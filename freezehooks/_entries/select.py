@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from types import EllipsisType
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, Final, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -14,7 +14,11 @@ from .._counted import counted
 from .._errors import RegionError, SpecError
 from .._rules.patterns.pattern import Pattern
 from .._rules.region import And, Index, IndexItem, Not, Or, Region, Slice, Union
+from .least import least_drawn, of_least_magnitude
 from .plain import as_tensor, oddity_of
+
+_SELECTED_AT_ONCE: Final = 1 << 22
+"""Of how many entries a pattern may sort the numbers at once: their positions take eight bytes each."""
 
 Item: TypeAlias = "int | Slice | tuple[int, ...] | Union"
 """What an index says of one dimension."""
@@ -174,6 +178,16 @@ class _Selector:
 
     def select(self, region: Region, parameter: Tensor) -> Tensor:
         return _select(region, parameter)
+
+    def of_least_magnitude(self, parameter: Tensor, count: int, *, largest: bool = False) -> Tensor:
+        return of_least_magnitude(parameter, count, largest=largest)
+
+    def least_drawn(self, parameter: Tensor, count: int, draw: Callable[[Tensor], Tensor]) -> Tensor:
+        return least_drawn(parameter, count, draw)
+
+    def by_rows(self, parameter: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
+        rows = max(1, _SELECTED_AT_ONCE // (parameter[:1].numel() or 1))
+        return torch.cat([choose(part) for part in parameter.split(rows)])
 
 
 def coordinates(parameter: Tensor, dims: int) -> list[Tensor]:

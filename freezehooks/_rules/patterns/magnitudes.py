@@ -32,14 +32,12 @@ class MagnitudePattern(FractionPattern):
 
     __slots__ = ()
     depends_on_numbers = True
-    descending: ClassVar[bool]
+    largest: ClassVar[bool]
     extreme: ClassVar[str]
 
     def select(self, parameter: Tensor, selector: Selector) -> Tensor:
         """Return True at the first of the entries sorted by magnitude."""
-        magnitude = parameter.abs().flatten()
-        # stable: the same weights give the same region everywhere
-        return self.first_of(magnitude.sort(stable=True, descending=self.descending).indices, parameter)
+        return selector.of_least_magnitude(parameter, self.count(parameter.numel()), largest=self.largest)
 
     def in_words(self, outside: bool = False) -> str:
         """Return ``among the 50 % of least magnitude``."""
@@ -51,7 +49,7 @@ class Smallest(MagnitudePattern):
     """The entries of least magnitude. Made by `smallest`."""
 
     name = "smallest"
-    descending = False
+    largest = False
     extreme = "least"
     fraction: Fraction
 
@@ -61,7 +59,7 @@ class Largest(MagnitudePattern):
     """The entries of largest magnitude. Made by `largest`."""
 
     name = "largest"
-    descending = True
+    largest = True
     extreme = "largest"
     fraction: Fraction
 
@@ -91,7 +89,10 @@ class NM(Pattern):
 
     def select(self, parameter: Tensor, selector: Selector) -> Tensor:
         """Return True at the m - n least magnitudes of each group."""
-        groups = parameter.abs().movedim(1, -1).unflatten(-1, (parameter.shape[1] // self.m, self.m))
+        return selector.by_rows(parameter, self._of_least_rank)
+
+    def _of_least_rank(self, rows: Tensor) -> Tensor:
+        groups = rows.abs().movedim(1, -1).unflatten(-1, (rows.shape[1] // self.m, self.m))
         rank = groups.argsort(dim=-1, stable=True).argsort(dim=-1)
         return (rank < self.m - self.n).flatten(-2).movedim(-1, 1)
 

@@ -29,6 +29,15 @@ class Selector(Protocol):
     def select(self, region: Region, parameter: Tensor) -> Tensor:
         """Return the bool tensor of the parameter's shape that is True inside a region."""
 
+    def of_least_magnitude(self, parameter: Tensor, count: int, *, largest: bool = False) -> Tensor:
+        """Return True at so many entries of least magnitude, or of largest; of equal ones, at the first."""
+
+    def least_drawn(self, parameter: Tensor, count: int, draw: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return True at so many entries of least draw: 32 bits for each position in the flattened parameter."""
+
+    def by_rows(self, parameter: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what a function makes of a parameter, called with some of its rows at a time."""
+
 
 class Kind(NamedTuple):
     """What an argument may be, in words and as a test."""
@@ -140,17 +149,6 @@ class FractionPattern(Pattern):
 
     __slots__ = ()
     fraction: float
-
-    def first_of(self, order: Tensor, parameter: Tensor) -> Tensor:
-        """Return True at the first of the entries.
-
-        Args:
-            order: The positions in the flattened parameter, one after another.
-            parameter: The parameter.
-        """
-        selected = order.new_zeros(order.shape).bool()
-        selected[order[: self.count(len(order))]] = True
-        return selected.view(parameter.shape)
 
     def count(self, entries: int) -> int:
         """Return the fraction of the entries, rounded to whole ones."""

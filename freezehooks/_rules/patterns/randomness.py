@@ -19,23 +19,13 @@ class Random(FractionPattern):
 
     def select(self, parameter: Tensor, selector: Selector) -> Tensor:
         """Return True at the entries of least draw."""
-        drawn = _mixed(
-            _flat_positions(parameter, selector) ^ _mixed(_mixed(self.seed & _BITS) ^ self.seed >> 32 & _BITS)
-        )
-        return self.first_of(drawn.flatten().sort(stable=True).indices, parameter)
+        seed = _mixed(_mixed(self.seed & _BITS) ^ self.seed >> 32 & _BITS)
+        return selector.least_drawn(parameter, self.count(parameter.numel()), lambda positions: _mixed(positions ^ seed))
 
     def in_words(self, outside: bool = False) -> str:
         """Return ``among the 50 % chosen by chance with seed 1``."""
         side = "outside" if outside else "among"
         return f"{side} the {self.percent} chosen by chance with seed {self.seed}"
-
-
-def _flat_positions(parameter: Tensor, selector: Selector) -> Tensor:
-    """Return where each entry lies in the flattened tensor."""
-    flat = parameter.new_zeros(()).long()
-    for along, size in zip(selector.coordinates(parameter, parameter.ndim), parameter.shape, strict=True):
-        flat = flat * size + along
-    return flat
 
 
 def _mixed(number: Tensor) -> Tensor:
