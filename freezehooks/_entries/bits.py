@@ -24,6 +24,11 @@ def differ(first: Tensor, second: Tensor) -> Tensor:
     return unequal.any(dim=-1) if first.is_complex() else unequal
 
 
+def count_true(mask: Tensor) -> int:
+    """Return how many entries of a bool tensor are True; its `sum` would make integers of all of them first."""
+    return int(torch.count_nonzero(mask))
+
+
 def packed(mask: Tensor) -> Tensor:
     """Return a bool tensor as bytes, eight entries each, row by row."""
     flat = mask.flatten()

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
-from .bits import bits, packed, unpacked
+from .bits import bits, count_true, packed, unpacked
 from .flat_order import FlatOrder, memory_order
 from .writes import Writes
 
@@ -41,7 +41,7 @@ class EntrySet(ABC):
     def __init__(self, mask: Tensor) -> None:
         self.shape = mask.shape
         self.dims = memory_order(mask)
-        self.count = int(mask.sum())
+        self.count = count_true(mask)
 
     @staticmethod
     def of(mask: Tensor) -> EntrySet:
@@ -51,7 +51,7 @@ class EntrySet(ABC):
         box = Strided.around(mask)
         if box is not None:
             return box
-        few = int(mask.sum()) <= _FEW * mask.numel()
+        few = count_true(mask) <= _FEW * mask.numel()
         return Sparse(mask) if few else Masked(mask)
 
     @staticmethod
@@ -210,7 +210,7 @@ class Strided(EntrySet):
                 return None
             volume *= len(hits)
             spans.append(slice(first, last + 1, step))
-        return Strided(mask, tuple(spans)) if volume == int(mask.sum()) else None
+        return Strided(mask, tuple(spans)) if volume == count_true(mask) else None
 
     @property
     def values_shape(self) -> torch.Size:

@@ -8,6 +8,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from .bits import count_true
+
 _FEW: Final = 4
 """Up to this many runs of entries a row, copying them beats an index, and needs no memory of its own."""
 
@@ -88,7 +90,7 @@ class _Runs(FlatOrder):
                 edges = torch.cat([end, rows[0], end]).to(torch.int8).diff().nonzero().flatten().tolist()
                 if len(edges) <= 2 * _FEW:
                     runs = list(zip(edges[::2], edges[1::2], strict=True))
-                    return _Runs(runs, width, int(mask.sum()), dims)
+                    return _Runs(runs, width, count_true(mask), dims)
         return None
 
     def _parts(self, block: Tensor) -> list[Tensor]:

@@ -8,7 +8,7 @@ from typing import Final, TypeAlias
 import torch
 from torch import Tensor
 
-from .bits import bits
+from .bits import bits, count_true
 
 _DIGIT: Final = 16
 """How many bits of each number are looked at in one pass."""
@@ -68,7 +68,7 @@ def least(pieces: Pieces, width: int, count: int) -> Tensor:
     selected, wanted = [], count - below
     for piece in pieces():
         equal = piece == threshold
-        taken = min(int(equal.sum()), wanted)
+        taken = min(count_true(equal), wanted)
         selected.append((piece < threshold) | (equal & (equal.cumsum(0) <= taken)))
         wanted -= taken
     return torch.cat(selected)

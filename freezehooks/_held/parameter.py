@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._counted import counted
-from .._entries.bits import differ
+from .._entries.bits import count_true, differ
 from .._entries.entry_set import Strided
 from .._entries.writes import Writes
 from .._errors import ParameterChangedError, error_context
@@ -79,15 +79,25 @@ class FrozenParameter:
             for other in self.constraints:
                 if other is not tie:
                     tie.check_beside(other, self._blank(), self.name)
-        frozen, held = self._blank().bool(), self._blank()
+        frozen = torch.zeros(self._extent, dtype=torch.bool, device=self._device)
         for n, constraint in enumerate(self._fixed):
-            own, changed = constraint.entries.mask(self._device), held.clone()
-            constraint.impose_(changed)
-            if bool((differ(held, changed) & frozen & own).any()):
-                for earlier in self._fixed[:n]:
-                    earlier.check_beside(constraint, self._blank(), self.name)
-            held, frozen = changed, frozen | own
-        return int(frozen.sum())
+            own = constraint.entries.mask(self._device)
+            shared = frozen & own
+            if bool(shared.any()):
+                self._check_shared(n, shared)
+            frozen |= own
+        return count_true(frozen)
+
+    def _check_shared(self, number: int, shared: Tensor) -> None:
+        """Refuse a constraint that disagrees with an earlier one about an entry that they share."""
+        held = self._blank()
+        for earlier in self._fixed[:number]:
+            earlier.impose_(held)
+        changed = held.clone()
+        self._fixed[number].impose_(changed)
+        if bool((differ(held, changed) & shared).any()):
+            for earlier in self._fixed[:number]:
+                earlier.check_beside(self._fixed[number], self._blank(), self.name)
 
     def check_beside(self, other: FrozenParameter) -> None:
         """Refuse what another handle freezes of the same parameter, where the two disagree about an entry.
@@ -178,13 +188,13 @@ class FrozenParameter:
             return self
         held = reduce(torch.logical_or, [other.frozen.to(self._device) for other in others], self.frozen)
         counted = copy.copy(self)
-        counted._held_count = int(held.sum())
+        counted._held_count = count_true(held)
         return counted
 
     def count_shared(self, others: Sequence[FrozenParameter]) -> int:
         """Return how many of its entries others freeze too; of a sharded parameter, in this rank's shard."""
         theirs = reduce(torch.logical_or, [other.frozen.to(self._device) for other in others])
-        return int((self.frozen & theirs).sum())
+        return count_true(self.frozen & theirs)
 
     @property
     def nbytes(self) -> int:
@@ -337,7 +347,7 @@ class FrozenParameter:
             if not constraint.keeps:
                 constraint.impose_(numbers)
         self.capture_kept(parameter)
-        self._warn_of_replaced(int((differ(numbers, came) & is_new).sum()))
+        self._warn_of_replaced(count_true(differ(numbers, came) & is_new))
 
     def _warn_of_replaced(self, count: int) -> None:
         if count:
@@ -429,7 +439,7 @@ class FrozenParameter:
         gap = (held - found).abs().nan_to_num(nan=torch.inf).where(drifted, -1)
         place = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
         index = place if self.layout is None else index_in_whole(place, self.shape, self.layout)
-        return Violation(self.name, int(drifted.sum()), index, found[place].item(), held[place].item())
+        return Violation(self.name, count_true(drifted), index, found[place].item(), held[place].item())
 
 
 def _is_plain(accumulated: Tensor) -> bool:

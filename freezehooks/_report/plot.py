@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d
 
 from .._counted import counted
+from .._entries.bits import count_true
 from .._errors import SpecError, UnsupportedParameterError, shown
 from .._held.parameter import FrozenParameter
 from .._ranks.sharding import local
@@ -85,7 +86,7 @@ def plot_parameter(
     numbers, frozen = local(parameter.detach()), held.frozen
     picture, notes = _draw(numbers, frozen, owner) if numbers.numel() else (_sheet(4, 1), ["no entries lie here"])
     if held.is_sharded:
-        notes.append(f"this rank's part: {tuple(numbers.shape)}, {int(frozen.sum()):,} of its entries frozen")
+        notes.append(f"this rank's part: {tuple(numbers.shape)}, {count_true(frozen):,} of its entries frozen")
     _write(picture, _title(held), notes)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)

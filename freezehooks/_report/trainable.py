@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .._entries.bits import count_true
 from .._held.held import Model
 from .._held.parameter import FrozenParameter
 from .._hooks.gradient import watching
@@ -63,4 +65,4 @@ def count_frozen(parts: Sequence[FrozenParameter]) -> int:
     """Return how many entries of one parameter are frozen, by any of several handles."""
     if len(parts) < 2:
         return sum(part.frozen_count for part in parts)
-    return int(torch.stack([part.frozen_in_whole() for part in parts]).any(dim=0).sum())
+    return count_true(reduce(torch.logical_or, (part.frozen_in_whole() for part in parts)))

@@ -19,8 +19,8 @@ class Random(FractionPattern):
 
     def select(self, parameter: Tensor, selector: Selector) -> Tensor:
         """Return True at the entries of least draw."""
-        seed = _mixed(_mixed(self.seed & _BITS) ^ self.seed >> 32 & _BITS)
-        return selector.least_drawn(parameter, self.count(parameter.numel()), lambda positions: _mixed(positions ^ seed))
+        seed, count = _mixed(_mixed(self.seed & _BITS) ^ self.seed >> 32 & _BITS), self.count(parameter.numel())
+        return selector.least_drawn(parameter, count, lambda positions: _mixed(positions ^ seed))
 
     def in_words(self, outside: bool = False) -> str:
         """Return ``among the 50 % chosen by chance with seed 1``."""
