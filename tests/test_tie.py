@@ -34,6 +34,7 @@ from freezehooks import (
 from freezehooks.layers import SharedKernelConv2d
 
 from .claims import same_bits
+from .operations import Ops
 from .test_optimizer_matrix import CASES, Case
 
 SPEC = "weight = tied(0)\nbias = tied(0)"
@@ -532,3 +533,23 @@ def test_a_symmetric_matrix_composes_with_a_frozen_diagonal() -> None:
         RuleConflictError, match=r"disagree about entry .* in each entry of the last two dimensions and"
     ):
         freeze_entries(nn.Linear(3, 3), "weight = symmetric(start=mean)\nweight[0, 1] = 0")
+
+
+@pytest.mark.parametrize("tie", ["tied(0)", "tied(0, groups=2)", "mirrored(1)", "symmetric"])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adafactor], ids=["by entry", "mixing"])
+def test_a_step_with_ties_asks_no_number_of_a_tensor(tie: str, make: Any) -> None:
+    def questions(spec: str) -> int:
+        layer = nn.Linear(4, 4)
+        frozen = freeze_entries(layer, spec)
+        optimizer = MaskedOptimizer(make(layer.parameters(), lr=0.1), frozen)
+        found = 0
+        for _ in range(3):
+            optimizer.zero_grad()
+            with Ops() as ops:
+                layer(torch.ones(2, 4)).sum().backward()
+                optimizer.step()
+            found = ops.counts["_local_scalar_dense"]
+        return found
+
+    with_mean = tie.replace(")", ", start=mean)") if ")" in tie else f"{tie}(start=mean)"
+    assert questions(f"weight = {with_mean}") == questions("")

@@ -1,4 +1,4 @@
-"""What is given as a mask or as values: as a tensor, and whether its numbers lie in memory as those of a plain one."""
+"""Arrays as tensors, and whether a tensor lies in memory as a plain one does, each entry in a place of its own."""
 
 from __future__ import annotations
 
@@ -37,3 +37,13 @@ def oddity_of(tensor: Tensor) -> str:
     if tensor.is_meta or tensor.layout != torch.strided:
         return f"{tensor.layout} on {tensor.device}"
     return f"a {type(tensor).__name__}" if is_tensor_subclass(tensor) else ""
+
+
+def owns_its_entries(tensor: Tensor) -> bool:
+    """Return whether each entry has memory of its own, which holds just that entry and may be written to.
+
+    Not so in a lazy conjugate, an expanded tensor, and one made under torch.inference_mode.
+    """
+    if tensor.is_neg() or tensor.is_inference() or tensor.is_conj():
+        return False
+    return tensor.is_contiguous() or 0 not in tensor.stride()  # the first is quicker

@@ -14,6 +14,7 @@ from torch import Tensor
 from .._counted import counted
 from .._entries.bits import count_true, differ
 from .._entries.entry_set import Strided
+from .._entries.plain import owns_its_entries
 from .._entries.writes import Writes
 from .._errors import ParameterChangedError, error_context
 from .._ranks.sharding import Layout, cut, index_in_whole, joined, layout_of, local, local_gradient
@@ -378,7 +379,7 @@ class FrozenParameter:
             frozen = torch.empty_like(gradient, dtype=torch.bool, requires_grad=False).copy_(self.frozen)
             parameter.grad = torch.where(frozen, torch.zeros_like(gradient), gradient)  # laid out like the gradient
             return
-        if not _owns_its_entries(gradient):
+        if not owns_its_entries(gradient):
             gradient = gradient.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
             parameter.grad = gradient
         for add_zero in self._add_zero:
@@ -444,13 +445,3 @@ class FrozenParameter:
 
 def _is_plain(accumulated: Tensor) -> bool:
     return accumulated.layout is torch.strided and not (accumulated.requires_grad or accumulated.is_neg())
-
-
-def _owns_its_entries(tensor: Tensor) -> bool:
-    """Return whether each entry has memory of its own, which holds just that entry and may be written to.
-
-    Not so in a lazy conjugate, an expanded tensor, and one made under torch.inference_mode.
-    """
-    if tensor.is_neg() or tensor.is_inference() or tensor.is_conj():
-        return False
-    return tensor.is_contiguous() or 0 not in tensor.stride()  # the first is quicker

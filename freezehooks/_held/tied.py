@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._entries.entry_set import EntrySet
-from .._entries.plain import as_tensor
+from .._entries.plain import as_tensor, owns_its_entries
 from .._entries.writes import Writes
 from .._errors import FrozenValueError, RuleConflictError, StateMismatchError, UnsupportedParameterError, shortened
 from .._rules.rule import Rule
@@ -107,11 +107,18 @@ class TiedEntries(Constraint):
     def complete_gradient(self, parameter: Tensor) -> None:
         """Sum a gradient that came without the hook: set by hand, or from before the copies were tied.
 
-        One that was summed is the same at every copy, to the bit, and stays as it is.
+        One that was summed is the same at every copy, to the bit, and stays as it is. Nothing here waits for a device.
         """
         gradient = parameter.grad
-        if gradient is not None and not gradient.is_meta and bool((gradient != self._copies.first(gradient)).any()):
-            parameter.grad = self.summed(gradient).clone(memory_format=torch.preserve_format)
+        if gradient is None or gradient.is_meta:
+            return
+        summed = self.summed(gradient)
+        is_summed = (gradient == self._copies.first(gradient)).all()
+        completed = torch.where(is_summed, gradient, summed)
+        if owns_its_entries(gradient) and not gradient.requires_grad:
+            gradient.copy_(completed)
+        else:
+            parameter.grad = torch.empty_like(gradient, requires_grad=False).copy_(completed)
 
     def _check_dense(self, gradient: Tensor) -> None:
         if gradient.layout != torch.strided:
