@@ -25,7 +25,7 @@ from ._held.stacked import misread_stacks
 from ._held.trained import is_whole, trained_alone
 from ._held.violation import Violation
 from ._hooks.attachment import Attachment
-from ._hooks.earlier import EarlierHandles, leave_released, reset_guards
+from ._hooks.earlier import EarlierHandles, copies_in, leave_released, reset_guards
 from ._hooks.hook_set import hook_sets_on
 from ._hooks.skipped import skip_gradients_of, skipped_on
 from ._hooks.untrained import Untrained, untrained_on
@@ -34,7 +34,7 @@ from ._optim.guard import Guard
 from ._optim.guardable import guardable
 from ._optim.state import stepped_by
 from ._optim.step import StepHooks, step_hooks_on
-from ._report.status import check_complete, find_mechanisms
+from ._report.status import Mechanisms, check_complete, find_mechanisms
 from ._report.table import Report, aligned, report_parameter
 from ._report.trainable import Trainable, count_trainable
 from ._report.untrained import nothing_trains, whole_unions
@@ -217,7 +217,7 @@ class FrozenEntries(ReadByName):
         """Return handles of what is frozen in a model, in the order of its modules.
 
         A copied or unpickled model takes its frozen entries along but no handle: this makes one. The names in it are
-        those of the model that was frozen.
+        those of `model`. Names of the model that was frozen are understood too.
 
         Raises:
             SpecError: `model` is no module.
@@ -234,6 +234,8 @@ class FrozenEntries(ReadByName):
                     cls._found(found, model, hooks.frozen)._hooks.take_over(module, hooks)
             for hook in untrained_on(module):
                 cls._found(found, model, hook.frozen)._untrained.add(module, hook.keys)
+        for handle in found.values():
+            handle._held.show_names_of_model()
         return tuple(found.values())
 
     @classmethod
@@ -249,16 +251,17 @@ class FrozenEntries(ReadByName):
     def __getitem__(self, name: str) -> FrozenParameter:
         if not isinstance(name, str):
             raise TargetError(f"a parameter's name is text, found {shown(name)}", "give one of frozen.keys()")
-        part = self._held.frozen.find(name, self._held.names)
-        return part.beside(EarlierHandles(self._held).beside(part)) if self.attached else part
+        part = self._held.find(name)
+        return self._held.as_shown(part.beside(EarlierHandles(self._held).beside(part)) if self.attached else part)
 
     def _counted(self) -> list[FrozenParameter]:
         """Return what is frozen of each parameter, with free entries counted over all handles."""
         earlier = EarlierHandles(self._held)
-        return [part.beside(earlier.beside(part)) if self.attached else part for part in self._parts()]
+        parts = [part.beside(earlier.beside(part)) if self.attached else part for part in self._parts()]
+        return list(map(self._held.as_shown, parts))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._held.names)
+        return (self._held.as_shown(part).name for part in self._parts())
 
     def __len__(self) -> int:
         return len(self._held.names)
@@ -320,10 +323,11 @@ class FrozenEntries(ReadByName):
 
     def held(self) -> Iterator[tuple[FrozenParameter, Tensor]]:
         """Pair what is frozen of each parameter with each tensor that it holds now."""
-        return iter(self._held)
+        return ((self._held.as_shown(part), parameter) for part, parameter in self._held)
 
     def impose(self) -> None:
         """Write the values into the frozen entries now."""
+        self._hooks.follow_rebuilt()
         for frozen, parameter in self._held:
             frozen.impose(parameter)
 
@@ -334,6 +338,7 @@ class FrozenEntries(ReadByName):
             ParameterChangedError: A parameter is gone, has another shape or no numbers (on the meta device), or lies in
                 a module that was replaced.
         """
+        self._hooks.follow_rebuilt()
         return self._held.violations()
 
     def assert_frozen(self, *, guarded: bool = True) -> None:
@@ -356,8 +361,7 @@ class FrozenEntries(ReadByName):
                 + ", ".join(map(str, violations)),
                 "guard every optimizer that steps them (MaskedOptimizer or frozen.guard), or call frozen.impose()",
             )
-        mechanisms = find_mechanisms(self._held, self._hooks.by_module)
-        check_complete(mechanisms, guarded=guarded, removal=self._held.removal)
+        check_complete(self._mechanisms(), guarded=guarded, removal=self._held.removal)
 
     def report(self) -> Report:
         """Look at what is frozen and by what means: values, drift, hooks, guarded optimizers, bytes.
@@ -383,12 +387,16 @@ class FrozenEntries(ReadByName):
         violations: dict[str, list[Violation]] = {}
         for violation in self.violations():
             violations.setdefault(violation.name, []).append(violation)
-        mechanisms = find_mechanisms(self._held, self._hooks.by_module)
+        mechanisms = self._mechanisms()
         parts = {
             part.name: report_parameter(part, violations.get(part.name, ()), mechanisms[part.name])
             for part in self._counted()
         }
         return Report(parts, self._held.removal, tuple(self._held.skips))
+
+    def _mechanisms(self) -> dict[str, Mechanisms]:
+        found = find_mechanisms(self._held, self._hooks.by_module)
+        return {self._held.as_shown(part).name: found[part.name] for part in self._parts()}
 
     def trainable(self) -> Trainable:
         """Count the entries of the model that train, as they are reported: in number and in percent.
@@ -444,9 +452,9 @@ class FrozenEntries(ReadByName):
         """
         from ._report.plot import plot_parameter
 
-        frozen = self[name]
-        site = next(site for owned, site in self._held.sites if owned == frozen.name)
-        pair = self._held.frozen.adopt(frozen.name, site.tensor())
+        frozen, key = self[name], self._held.find(name).name
+        site = next(site for owned, site in self._held.sites if owned == key)
+        pair = self._held.frozen.adopt(key, site.tensor())
         return plot_parameter(frozen, site.tensor() if pair is None else pair[1], path, owner=site.owner)
 
     def guard(self, optimizer: Optimizer, *, compact: bool = False) -> Guard:
@@ -455,7 +463,8 @@ class FrozenEntries(ReadByName):
         Guarding an optimizer twice is guarding it once; one that holds another optimizer, as SAM and Lookahead do, is
         guarded together with it. A wrapper without step hooks of its own is guarded by those of what it wraps: what it
         writes after the step inside is put right by the next forward, or by a `MaskedOptimizer` around it at once.
-        Moments at frozen entries become 0.
+        Moments at frozen entries become 0. Where none of the frozen parameters requires a gradient there is nothing to
+        guard, and the optimizer may step none of them.
 
         Args:
             optimizer: Any optimizer that steps at least one of the frozen parameters.
@@ -499,24 +508,43 @@ class FrozenEntries(ReadByName):
             The optimizers whose hooks are to hold the entries: itself, those inside it, or both.
 
         Raises:
-            OptimizerMismatchError: It steps none.
+            OptimizerMismatchError: It steps none, and some require a gradient, or it steps copies of them.
             UnsupportedOptimizerError: It is to be compact, and does not work entry by entry.
             SpecError: It is no optimizer, or has no step hooks.
             UnguardedError: Its step was replaced by one that calls no hooks.
         """
         found = guardable(optimizer)
+        self._hooks.follow_rebuilt()
         self._held.check_in_place()
-        held, names = {id(parameter) for _, parameter in self._held}, self._held.parameter_names
-        stepping = [each for each in found if held & stepped_by(each)] or ([] if names else found[:1])
+        held = {id(parameter) for _, parameter in self._held}
+        stepping = [each for each in found if held & stepped_by(each)]
         if not stepping:
-            raise OptimizerMismatchError(
-                f"`{type(optimizer).__name__}` steps none of the frozen parameters ({', '.join(names)})",
-                "build it from the parameters of the model that was frozen, after moving or copying that model",
-            )
+            self._check_passed_over(optimizer, found)
+            stepping = found[:1]
         for each in stepping if compact else ():
             check_elementwise(each)
             check_whole(self._held)
         return stepping
+
+    def _check_passed_over(self, optimizer: Optimizer, found: Iterable[Optimizer]) -> None:
+        """Refuse an optimizer that steps nothing of this handle, unless nothing of it is to be stepped.
+
+        Raises:
+            OptimizerMismatchError: Some of its parameters require a gradient; or none does, since a copy trains in
+                their place, as PEFT's `modules_to_save`, for which this handle does not answer.
+        """
+        names = self._held.parameter_names
+        fact = f"`{type(optimizer).__name__}` steps none of the frozen parameters ({', '.join(names)})"
+        if any(parameter.requires_grad for _, parameter in self._held):
+            raise OptimizerMismatchError(
+                fact, "build it from the parameters of the model that was frozen, after moving or copying that model"
+            )
+        stepped = {number for each in found for number in stepped_by(each)}
+        if not self._held.is_found and not stepped.isdisjoint(map(id, copies_in(self._held))):
+            raise OptimizerMismatchError(
+                f"{fact}, but copies of them that the model now has in their place",
+                "guard those: MaskedOptimizer(optimizer, FrozenEntries.of(model))",
+            )
 
     # Coming and going
 
@@ -549,7 +577,7 @@ class FrozenEntries(ReadByName):
                 self.guard_unchecked(self.check_optimizer(optimizer, compact=compact), compact=compact)
 
     def _begin(self) -> None:
-        self._held.frozen.hold(self)
+        self._held.frozen.hold(self._held.names)
         self._untrained.begin()
         for frozen, parameter in self._held:
             frozen.begin(parameter)
@@ -569,7 +597,7 @@ class FrozenEntries(ReadByName):
         if not self._holds_any:
             return
         reset_guards(self._held.frozen)
-        self._held.frozen.release(self)
+        self._held.frozen.release(self._held.names)
         for guard in self._guards:
             guard.suspend()
         leave_released(self._held.frozen)  # of another handle for the same parameters
@@ -634,11 +662,11 @@ class FrozenEntries(ReadByName):
         return rule.target, rule.region
 
     def _known_names(self) -> list[str]:
-        return [name for frozen in self._parts() for name in frozen.names]
+        return [name for part in self._parts() for name in (*self._held.as_shown(part).names, *part.names)]
 
     def _named_by(self, target: str) -> set[str]:
         known = self._known_names()
-        names = {self[name].name for name in matching(target, known) or matching_unwrapped(target, known)}
+        names = {self._held.find(name).name for name in matching(target, known) or matching_unwrapped(target, known)}
         if not names:
             raise self._held.frozen.not_frozen(target, self)
         return names

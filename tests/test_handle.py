@@ -685,6 +685,56 @@ def test_names_that_differ_by_a_wrapper_are_told_apart() -> None:
     assert list(frozen) == ["a.weight"]
 
 
+@pytest.mark.parametrize(
+    "wrapper", ["module", "_orig_mod", "_module", "base_model.model", "head.modules_to_save.default"]
+)
+def test_names_of_wrappers_may_be_left_out_or_written_where_there_are_none(wrapper: str) -> None:
+    wrapped: nn.Module = nn.Linear(2, 2)
+    for part in reversed(wrapper.split(".")):
+        wrapped = nn.ModuleDict({part: wrapped})
+    name, plain = f"{wrapper}.weight", f"{'head.' if 'head' in wrapper else ''}weight"
+    frozen = freeze_entries(wrapped, f"{plain}[0]")
+    assert list(frozen) == [name]
+    assert frozen[plain].name == name
+    model = nn.ModuleDict({"head": nn.Linear(2, 2)}) if "head" in wrapper else nn.Linear(2, 2)
+    assert list(freeze_entries(model, f"{name}[0]", state=frozen.state_dict())) == [plain]
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_handle_whose_parameters_require_no_gradient_is_passed_over(compact: bool) -> None:
+    model = _model()
+    handles = [freeze_entries(model, "2.weight[0] = 1"), freeze_entries(model, "0.weight[0] = 1")]
+    model[2].requires_grad_(False)
+    optimizer = MaskedOptimizer(torch.optim.SGD(model[0].parameters(), lr=0.1), handles, compact=compact)
+    _step(model, optimizer)
+    for handle in handles:
+        handle.assert_frozen()
+    model[2].requires_grad_(True)
+    optimizer.add_param_group({"params": list(model[2].parameters()), "weight_decay": 0.1})
+    _step(model, optimizer)
+    for handle in handles:
+        handle.assert_frozen()
+
+
+def test_a_found_handle_has_the_names_of_the_model_that_is_asked_about() -> None:
+    net = _model()
+    frozen = freeze_entries(net, "2.weight[0] = 1\n0.weight[0] = 2")
+    outer = nn.ModuleDict({"net": copy.deepcopy(net)})
+    (found,) = FrozenEntries.of(outer)
+    (part,) = FrozenEntries.of(outer["net"][2])
+    assert list(frozen) == ["2.weight", "0.weight"]
+    assert list(found) == ["net.0.weight", "net.2.weight"]
+    assert list(part) == ["weight"]
+    outer["net"][2].weight.data.fill_(3)
+    assert [each.name for each in found.violations()] == ["net.2.weight"]
+    found.impose()
+    assert [name for name, _ in found.report().parts.items()] == list(found)
+    found.thaw("net.2.weight[0, :1]")
+    assert found["net.2.weight"].frozen_count == frozen["2.weight"].frozen_count - 1
+    found.thaw("net.0.weight")
+    assert list(found) == ["net.2.weight"]
+
+
 def test_a_name_without_its_wrapper_that_fits_two_parameters_is_refused() -> None:
     model = nn.ModuleDict({"module": nn.Linear(2, 2), "_orig_mod": nn.Linear(2, 2)})
     with pytest.raises(TargetError, match=r"`weight` may be `module\.weight` or `_orig_mod\.weight`"):

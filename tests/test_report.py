@@ -419,6 +419,50 @@ def test_a_replaced_module_is_refused() -> None:
         frozen.report()
 
 
+class _Rebuilt(nn.Module):
+    """Keeps its weights in a container that is made anew, as Keras does in the first `fit`."""
+
+    def __init__(self, container: Any) -> None:
+        super().__init__()
+        self.numbers = nn.Parameter(torch.ones(3, 2))
+        self.rebuild = container
+        self.kept = self.rebuild(self.numbers)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return x @ self.numbers
+
+
+@pytest.mark.parametrize(
+    ("container", "name"),
+    [(lambda p: nn.ParameterDict({"w": p}), "kept.w"), (lambda p: nn.ParameterList([p]), "kept.0")],
+    ids=["dict", "list"],
+)
+def test_a_container_that_was_made_anew_of_the_same_parameters_is_followed(container: Any, name: str) -> None:
+    model = _Rebuilt(container)
+    del model._parameters["numbers"]
+    vars(model)["numbers"] = next(model.kept.parameters())
+    frozen = freeze_entries(model, f"{name}[0] = 0.5")
+    optimizer = MaskedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1), frozen)
+    model.kept = model.rebuild(model.numbers)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    frozen.assert_frozen()
+    model.load_state_dict({name: torch.full((3, 2), 7.0)})
+    assert model.numbers.tolist() == [[0.5, 0.5], [7, 7], [7, 7]]
+    model.numbers.data.fill_(9)
+    assert model.state_dict()[name].tolist() == [[0.5, 0.5], [9, 9], [9, 9]]
+    frozen.remove()
+    assert FrozenEntries.of(model) == ()
+
+
+def test_a_container_of_other_parameters_is_refused() -> None:
+    model = nn.ModuleDict({"kept": nn.ParameterDict({"w": nn.Parameter(torch.ones(2))})})
+    frozen = freeze_entries(model, "kept.w[0] = 0.5")
+    model["kept"] = nn.ParameterDict({"w": nn.Parameter(torch.ones(2))})
+    with pytest.raises(ParameterChangedError, match="no longer in the model"):
+        frozen.assert_frozen()
+
+
 def test_a_gradient_hook_lost_while_gradients_were_off_is_back_after_a_step() -> None:
     model, frozen, optimizer = _guarded()
     model[2].requires_grad_(False)

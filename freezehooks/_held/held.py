@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -13,7 +14,7 @@ from .._errors import ParameterChangedError
 from .parameter import FrozenParameter
 from .parameters import FrozenParameters
 from .place import Place
-from .site import Site
+from .site import Site, tensor_of
 from .violation import Violation
 
 Model: TypeAlias = "nn.Module | Mapping[str, Tensor]"
@@ -29,6 +30,7 @@ class HeldParameters:
         frozen: What is frozen, by name; perhaps of a larger model that this one was a part of.
         sites: Under which name of `frozen` which place stands.
         is_found: Whether it was found in a model that may be a part of the one that was frozen.
+        shown: The names that parameters have in the model, by their names in `frozen`, where they have others.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class HeldParameters:
         self.frozen = frozen
         self.sites = list(sites)
         self.is_found = is_found
+        self.shown: dict[str, list[str]] = {}
         self._around: list[dict[str, nn.Module | None]] = []
         self._children: list[list[nn.Module | None]] | None = None
 
@@ -55,6 +58,29 @@ class HeldParameters:
     def parameter_names(self) -> list[str]:
         """The names of `names` that stand for parameters, and not for buffers alone, which no optimizer steps."""
         return list(dict.fromkeys(name for name, site in self.known_sites() if not site.is_buffer))
+
+    def show_names_of_model(self) -> None:
+        """Show parameters under the names that they have in the model."""
+        paths: dict[Any, list[str]] = {}
+        for path, module in (
+            self.model.named_modules(remove_duplicate=False) if isinstance(self.model, nn.Module) else ()
+        ):
+            paths.setdefault(module, []).append(path)
+        for name, sites in self.sites_by_name().items():
+            self.shown[name] = [f"{path}.{site.key}".lstrip(".") for site in sites for path in paths[site.owner]]
+
+    def as_shown(self, part: FrozenParameter) -> FrozenParameter:
+        """Return what is frozen of a parameter, under the names that it has in the model."""
+        return part.named(self.shown[part.name]) if part.name in self.shown else part
+
+    def find(self, name: str) -> FrozenParameter:
+        """Return what is frozen of the parameter that goes by a name, in the model or in the one that was frozen.
+
+        Raises:
+            TargetError: Nothing is.
+        """
+        shown = [key for key in self.names if name in self.shown.get(key, ())]
+        return self.frozen.by_name[shown[0]] if shown else self.frozen.find(name, self.names)
 
     def sites_by_name(self) -> dict[str, list[Site]]:
         """Return the places of each name of `frozen`."""
@@ -75,7 +101,9 @@ class HeldParameters:
         if self.is_held:
             return ""
         names = self.names
-        released = [f"`{name}`" for name in names if not self.frozen.is_held(name)]
+        released = [
+            f"`{self.as_shown(self.frozen.by_name[name]).name}`" for name in names if not self.frozen.is_held(name)
+        ]
         if not names:
             return "removed: another handle has let all of it go"
         return "removed: none of it is held" if len(released) == len(names) else f"removed: {', '.join(released)}"
@@ -116,6 +144,7 @@ class HeldParameters:
             ParameterChangedError: A parameter is gone or has another shape, or its module was replaced.
         """
         modules = set(self.model.modules()) if isinstance(self.model, nn.Module) else set()
+        modules.update(self.rebuilt())
         for name, site in self.known_sites():
             self.frozen.by_name[name].check_shape(site.tensor())
             if isinstance(site.owner, nn.Module) and site.owner not in modules:
@@ -123,6 +152,29 @@ class HeldParameters:
                     f"the {type(site.owner).__name__} that owned `{name}` is no longer in the model",
                     "call remove() before a module is replaced or converted, and freeze anew after",
                 )
+
+    def rebuilt(self) -> dict[nn.Module, nn.Module]:
+        """Return the containers that left the model, each with the one that was made of the same parameters since.
+
+        A container has no forward: whoever computes with its parameters finds them in the new one. Keras makes them
+        anew when a model is built.
+        """
+        kept: dict[nn.Module, list[str]] = {}
+        for _, site in self.known_sites():
+            if isinstance(site.owner, nn.Module) and type(site.owner).forward is nn.Module.forward:
+                kept.setdefault(site.owner, []).append(site.key)
+        modules = list(self.model.modules()) if kept and isinstance(self.model, nn.Module) else []
+        return {
+            owner: module
+            for owner, keys in kept.items()
+            if owner not in modules
+            for module in modules
+            if all(tensor_of(owner, key) is tensor_of(module, key) is not None for key in keys)
+        }
+
+    def move_to(self, rebuilt: Mapping[nn.Module, nn.Module]) -> None:
+        """Take other modules for those that own the parameters, as `rebuilt` returned them."""
+        self.sites = [(name, replace(site, owner=_successor(site.owner, rebuilt))) for name, site in self.sites]
 
     def check_modules(self) -> None:
         """Refuse to go on where a module that owned frozen parameters was replaced or converted.
@@ -160,8 +212,14 @@ class HeldParameters:
             place = name, id(site.find())
             pair = self.frozen.adopt(name, site.computed())
             if pair is not None and found.get(place) is None:  # of names of one tensor, one may be pruned
-                found[place] = pair[0].violation(pair[1])
+                found[place] = self.as_shown(pair[0]).violation(pair[1])
         return tuple(filter(None, found.values()))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_around": [], "_children": None}
+
+
+def _successor(
+    owner: nn.Module | Mapping[str, Tensor], rebuilt: Mapping[nn.Module, nn.Module]
+) -> nn.Module | Mapping[str, Tensor]:
+    return rebuilt.get(owner, owner) if isinstance(owner, nn.Module) else owner

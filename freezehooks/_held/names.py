@@ -228,8 +228,13 @@ def _fit(region: Any, shape: Sequence[int]) -> bool:
     return True
 
 
-_WRAPPERS: Final = re.compile(r"(^|(?<=\.))(module|_orig_mod|_checkpoint_wrapped_module)\.")
-"""The names under which DataParallel and its kin, torch.compile and activation checkpointing hold what they wrap."""
+_WRAPPERS: Final = re.compile(
+    r"(^|(?<=\.))(module|_orig_mod|_checkpoint_wrapped_module|_module|base_model\.model|modules_to_save\.\w+)\."
+)
+"""The names under which wrappers hold what they wrap.
+
+DataParallel and its kin, torch.compile, activation checkpointing; Opacus; PEFT, also of a module that it trains whole.
+"""
 
 
 def unwrapped(name: str) -> str:

@@ -183,6 +183,12 @@ class FrozenParameter:
         """
         return self.shape.numel() - self._held_count
 
+    def named(self, names: Sequence[str]) -> FrozenParameter:
+        """Return the same under other names."""
+        part = copy.copy(self)
+        part.name, part.names = names[0], tuple(names)
+        return part
+
     def beside(self, others: Sequence[FrozenParameter]) -> FrozenParameter:
         """Return this, with its free entries counted over what other handles freeze of the same parameter too."""
         if not others or self.is_sharded:  # whose counts would need every rank

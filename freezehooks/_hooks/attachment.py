@@ -53,6 +53,15 @@ class Attachment:
         if by_module:
             install_outer(self._held.model, self._held.frozen)
 
+    def follow_rebuilt(self) -> None:
+        """Move the hooks on containers that were made anew, around the same parameters, to the new ones."""
+        rebuilt = self._held.rebuilt()
+        if rebuilt:
+            self._remove_from_modules()
+            self._held.move_to(rebuilt)
+            if self._held.is_held:
+                self.install()
+
     def take_over(self, module: nn.Module, hooks: HookSet) -> None:
         """Be that of the hooks that a copied model has brought along on one of its modules."""
         for place in hooks.places(module):

@@ -145,6 +145,16 @@ def _holds_at(site: Site) -> Iterator[Hold]:
             yield Hold(hooks.frozen, hooks.names[site.key])
 
 
+def copies_in(held: HeldParameters) -> Iterator[Tensor]:
+    """Yield the copies of a handle's parameters that its model has beside them, and that brought their hooks along."""
+    names = set(held.names)
+    for module in held.model.modules() if isinstance(held.model, nn.Module) else ():
+        for hooks in hook_sets_on(module):
+            if hooks.frozen is not held.frozen:
+                own = (place.own() for place in hooks.places(module) if place.name in names)
+                yield from (parameter for parameter in own if parameter is not None)
+
+
 def reset_guards(frozen: FrozenParameters) -> None:
     """Make the state of every optimizer that is guarded for a handle what it would be had the entries never moved."""
     for hooks in frozen.living_guards():
