@@ -7,6 +7,7 @@
 # make wheel  builds what a release uploads, and checks what it holds
 # make test-wheel   runs the tests on the built wheel outside this folder, with no extra and then with all
 # make test-lowest  runs them on the oldest torch that is supported (its download is of gigabytes)
+# make test-frameworks  runs the tests of large frameworks, such as TRL and Keras (a download of gigabytes)
 # make test-versions  runs the core tests on five releases of torch, one after the other (as many downloads of gigabytes)
 #
 # Each makes the virtual environment it needs; the second time it is there already.
@@ -16,7 +17,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/
 INSTALL := $(RUN)python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test coverage lint types check docs bench hooks wheel test-wheel test-lowest test-versions clean
+.PHONY: demo test coverage lint types check docs bench hooks wheel test-wheel test-lowest test-frameworks test-versions clean
 
 demo: $(VENV)/.examples
 	$(RUN)python examples/digits_lightning.py
@@ -58,6 +59,9 @@ test-wheel: wheel
 
 test-lowest: wheel
 	$(RUN)python -m tools.run_on_wheel --constraint constraints-lowest.txt
+
+test-frameworks: | $(VENV)/bin/python
+	$(RUN)python -m tools.run_with_frameworks
 
 test-versions: | $(VENV)/bin/python
 	$(RUN)python -m tools.run_on_torch $(RELEASES)

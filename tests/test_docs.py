@@ -37,6 +37,15 @@ NEEDS = {
     "matplotlib": r"\.plot\(|\bplot_training\(",
     "peft": r"\bpeft\b",
     "safetensors": r"\bsafetensors\b",
+    "ignite": r"\bignite\b",
+    "skorch": r"\bskorch\b",
+    "fastai": r"\bfastai\b",
+    "keras": r"\bkeras\b",
+    "opacus": r"\bopacus\b",
+    "bitsandbytes": r"\badamw_bnb_",
+    "torchao": r"\btorchao\b",
+    "trl": r"\btrl\b",
+    "sentence_transformers": r"\bsentence_transformers\b",
     "yaml": r"\.yaml\b|\byaml\b",
 }
 """By what to know that a block needs an optional package."""
@@ -75,6 +84,8 @@ def _clean_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated")  # Lightning's own
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")  # TRL's own
+@pytest.mark.filterwarnings("ignore:`torch.jit.\\w+` is deprecated")  # Ignite's own
 @pytest.mark.usefixtures("_clean_up")
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_the_blocks_of_a_page_run_and_print_what_it_shows(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -412,6 +412,28 @@ def test_a_trainer_that_restores_callbacks_from_checkpoints_leaves_this_one_alon
         assert callback in trainer.callback_handler.callbacks
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_frozen_model_that_was_saved_loads_again_and_holds(tied: bool, tmp_path: Path) -> None:
+    model = _gpt2(tied=tied)
+    heads = ["transformer.wte"] if tied else ["transformer.wte", "lm_head"]
+    spec = [f"{head}[{rows}] = {value}" for head in heads for rows, value in (("0", 0.5), ("1:4", "keep"))]
+    frozen = freeze_entries(model, spec)
+    optimizer = MaskedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.05), frozen)
+    tokens = _Texts("gpt2").tokens
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    trained = {name: parameter.detach().clone() for name, parameter in parameters_of(model).items()}
+    with torch.no_grad():
+        model.transformer.wte.weight[0] = 9  # a stray write
+    model.save_pretrained(tmp_path)
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert (loaded.lm_head.weight is loaded.transformer.wte.weight) == tied
+    assert all(same_bits(parameter, trained[name]) for name, parameter in parameters_of(loaded).items())
+    freeze_entries(loaded, spec, state=frozen.state_dict()).assert_frozen(guarded=False)
+    model.load_state_dict(loaded.state_dict())
+    frozen.assert_frozen()
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Letting go
 
