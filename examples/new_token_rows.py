@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from freezehooks import FrozenEntries, MaskedOptimizer, freeze_entries
+from freezehooks import FrozenEntries, MaskedOptimizer, train_only
 
 # William Shakespeare, Sonnet 18, lines 1 to 8 (1609; in the public domain)
 SONNET = """\
@@ -50,14 +50,11 @@ def small_gpt2(rows: int, tied: bool) -> GPT2LMHeadModel:
     return model
 
 
-def freeze_all_but_new_rows(model: GPT2LMHeadModel, old: int) -> FrozenEntries:
-    """Let the rows from `old` on train, in the embedding and, where it is another matrix, in the head."""
+def train_new_rows_alone(model: GPT2LMHeadModel, old: int) -> FrozenEntries:
+    """Train the rows from `old` on, in the embedding and, where it is another matrix, in the head, and nothing else."""
     tied = model.lm_head.weight is model.transformer.wte.weight
     matrices = ["transformer.wte"] if tied else ["transformer.wte", "lm_head"]
-    frozen = freeze_entries(model, [f"{matrix}[~{old}:]" for matrix in matrices])
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in frozen)  # what has no new rows does not train at all
-    return frozen
+    return train_only(model, [f"{matrix}[{old}:]" for matrix in matrices])
 
 
 def bytes_of_state(optimizer: torch.optim.Optimizer) -> int:
@@ -85,7 +82,7 @@ def train_new_rows(tied: bool, steps: int) -> None:
         text = text.replace(word, token)
     tokens = tokenizer(text, return_tensors="pt")["input_ids"]
 
-    frozen = freeze_all_but_new_rows(model, old)
+    frozen = train_new_rows_alone(model, old)
     before = {name: parameter.detach().clone() for name, parameter in model.state_dict().items()}
     chance = chance_of_new_tokens(model, tokens, old)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from freezehooks import (
     train_only,
 )
 
-from .claims import same_bits
+from .claims import assert_model_holds, same_bits
+from .trainers import HuggingFace
+from .zoo import Held
 
 peft = pytest.importorskip("peft")
 
@@ -139,3 +142,46 @@ def test_a_merged_model_holds_the_entries() -> None:
     frozen.remove()
     merged = model.merge_and_unload()
     assert bool((merged.head.weight[0] == 0.5).all())
+
+
+# Through the Trainer, as any other framework
+
+HEAD = "base_model.model.lm_head.modules_to_save.default.weight"
+
+
+class _Adapted(HuggingFace):
+    """A GPT-2 whose head is a matrix of its own: PEFT trains a copy of it, and low-rank updates of the rest."""
+
+    spec = "lm_head[~12:]"
+
+    def make_model(self) -> Any:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        sizes = {"vocab_size": 20, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
+        config = GPT2Config(**sizes, bos_token_id=4, eos_token_id=4, tie_word_embeddings=False)
+        adapters = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["lm_head"])
+        return peft.get_peft_model(GPT2LMHeadModel(config), adapters)
+
+    def what_is_held(self) -> dict[str, Held]:
+        weight = self.model.get_parameter(HEAD)
+        frozen = torch.zeros_like(weight, dtype=torch.bool)
+        frozen[:12] = True
+        return {HEAD: Held(frozen, weight.detach().clone())}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's own
+@pytest.mark.parametrize("compact", [False, True])
+def test_the_trainer_holds_the_copy_and_resumes(compact: bool, tmp_path: Path) -> None:
+    def run(name: str, epochs: int, checkpoint: Path | None = None) -> _Adapted:
+        training = _Adapted(tmp_path / name, compact=compact)
+        if checkpoint is not None:
+            training.load(checkpoint)
+        training.fit(epochs, lambda: assert_model_holds(training.model, training.held, "after a step"))
+        training.check()
+        return training
+
+    whole, first = run("whole", 2), run("first", 1)
+    assert bool((whole.weights()[HEAD] != whole.held[HEAD].values)[12:].all())
+    first.save(tmp_path)
+    second = run("second", 1, tmp_path)
+    assert all(same_bits(tensor, second.weights()[name]) for name, tensor in whole.weights().items())

@@ -373,7 +373,7 @@ class HuggingFace(Framework):
     def trainer(self, arguments: dict[str, Any], callbacks: list[Any]) -> Any:
         from transformers import Trainer, TrainingArguments
 
-        tokens = torch.randint(160, (12, 6), generator=torch.Generator().manual_seed(5))
+        tokens = torch.randint(20, (12, 6), generator=torch.Generator().manual_seed(5))
         data: Any = [{"input_ids": row, "labels": row} for row in tokens]
         return Trainer(self.model, TrainingArguments(**arguments), train_dataset=data, callbacks=callbacks)
 

@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         python = environment(options.venv or Path(folder) / "venv")
         results = Path(folder) / "results.xml"
         run([str(python), "-m", "pip", "install", "--quiet", *_constraints(), "torch", *packages()])
-        run([str(python), "-m", "pytest", "-q", "-rs", "-W", "ignore", *TESTS, f"--junitxml={results}"], cwd=ROOT, check=False)
+        pytest = [str(python), "-m", "pytest", "-q", "-rs", "-W", "ignore", f"--junitxml={results}"]
+        run([*pytest, *TESTS], cwd=ROOT, check=False)
         went = outcomes(results)
         print(*table(went, _versions(python)), sep="\n")
         return int(not went or any(set(each) != {"passed"} for each in went.values()))
