@@ -719,7 +719,7 @@ def test_a_handle_whose_parameters_require_no_gradient_is_passed_over(compact: b
 def test_a_found_handle_has_the_names_of_the_model_that_is_asked_about() -> None:
     net = _model()
     frozen = freeze_entries(net, "2.weight[0] = 1\n0.weight[0] = 2")
-    outer = nn.ModuleDict({"net": copy.deepcopy(net)})
+    outer: Any = nn.ModuleDict({"net": copy.deepcopy(net)})
     (found,) = FrozenEntries.of(outer)
     (part,) = FrozenEntries.of(outer["net"][2])
     assert list(frozen) == ["2.weight", "0.weight"]

@@ -157,7 +157,7 @@ class _Adapted(HuggingFace):
     def make_model(self) -> Any:
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        sizes = {"vocab_size": 20, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
+        sizes: dict[str, Any] = {"vocab_size": 20, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
         config = GPT2Config(**sizes, bos_token_id=4, eos_token_id=4, tie_word_embeddings=False)
         adapters = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["lm_head"])
         return peft.get_peft_model(GPT2LMHeadModel(config), adapters)

@@ -326,7 +326,7 @@ class HuggingFace(Framework):
     def make_model(self) -> Any:
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        sizes = {"vocab_size": 160, "n_positions": 8, "n_embd": 32, "n_layer": 1, "n_head": 2}
+        sizes: dict[str, Any] = {"vocab_size": 160, "n_positions": 8, "n_embd": 32, "n_layer": 1, "n_head": 2}
         return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=4, eos_token_id=4, pad_token_id=0))
 
     def what_is_held(self) -> dict[str, Held]:
@@ -462,7 +462,12 @@ class SentenceTransformers(HuggingFace):
         from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
         from transformers import BertConfig, BertModel
 
-        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+        sizes: dict[str, Any] = {
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 128,
+        }
         with tempfile.TemporaryDirectory() as folder:
             BertModel(BertConfig(vocab_size=160, **sizes, max_position_embeddings=8, pad_token_id=0)).save_pretrained(
                 folder
