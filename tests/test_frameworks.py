@@ -27,6 +27,9 @@ ROOT = Path(__file__).parents[1]
 
 every_framework = pytest.mark.parametrize("kind", FRAMEWORKS.values(), ids=FRAMEWORKS)
 
+_COMPACT = {name: kind for name, kind in FRAMEWORKS.items() if kind.has_compact}
+every_framework_of_torch = pytest.mark.parametrize("kind", _COMPACT.values(), ids=_COMPACT)
+
 
 def _watch(training: Framework) -> tuple[Callable[[], None], list[int]]:
     """Return what checks the promise after a step, and the list that it grows."""
@@ -99,7 +102,7 @@ def test_a_resumed_training_equals_one_that_was_never_interrupted(kind: type[Fra
     _assert_same(second.weights(), whole.weights())
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FRAMEWORKS.values() if kind.has_compact])
+@every_framework_of_torch
 def test_an_optimizer_that_holds_the_free_entries_alone_takes_the_same_steps(
     kind: type[Framework], tmp_path: Path
 ) -> None:
@@ -110,7 +113,7 @@ def test_an_optimizer_that_holds_the_free_entries_alone_takes_the_same_steps(
         torch.testing.assert_close(compact.weights()[name], tensor)
 
 
-@pytest.mark.parametrize("kind", [BitsAndBytes, TorchAO])
+@pytest.mark.parametrize("kind", [BitsAndBytes, TorchAO], ids=["bitsandbytes", "torchao_8bit"])
 def test_an_optimizer_in_few_bits_is_refused_in_compact_mode(kind: type[Framework], tmp_path: Path) -> None:
     training = kind(tmp_path, compact=True)
     with pytest.raises(UnsupportedOptimizerError, match="entry by entry"):
@@ -119,7 +122,9 @@ def test_an_optimizer_in_few_bits_is_refused_in_compact_mode(kind: type[Framewor
 
 def _in_few_bits(kind: str, parameters: Any) -> Optimizer:
     if kind == "bitsandbytes":
-        optimizer: Optimizer = pytest.importorskip(kind).optim.AdamW8bit(parameters, min_8bit_size=16)
+        optim = pytest.importorskip(kind).optim
+        optim.GlobalOptimManager.get_instance().initialize()  # it knows embeddings of other tests by their ids
+        optimizer: Optimizer = optim.AdamW8bit(parameters, min_8bit_size=16)
     else:
         optimizer = getattr(pytest.importorskip("torchao.optim"), kind)(parameters)
     return optimizer

@@ -14,6 +14,7 @@ from tools.check_dist import wrong_for_release, wrong_in_archive, wrong_in_wheel
 from tools.check_pins import disagreements
 from tools.run_on_torch import constraints, counts, pytest_arguments, releases
 from tools.run_on_wheel import user_extras
+from tools.run_with_frameworks import PINS, outcomes, packages, table
 
 ROOT = Path(__file__).parents[1]
 
@@ -136,3 +137,33 @@ def test_what_pytest_counted_is_said(tmp_path: Path) -> None:
     assert counts(results) == "pytest did not come to an end"
     results.write_text('<testsuites><testsuite tests="9" failures="2" errors="1" skipped="1"/></testsuites>')
     assert counts(results) == "5 passed, 3 failed, 1 skipped"
+
+
+# Frameworks
+
+
+def test_every_framework_of_the_file_of_pins_is_installed_and_none_is_pinned_twice() -> None:
+    assert {"trl", "keras", "opacus", "pytorch-ignite"} <= set(packages())
+    pinned = re.findall(r"^([\w-]+)==", "".join((ROOT / name).read_text() for name in PINS), re.MULTILINE)
+    assert len(pinned) == len(set(pinned))
+
+
+def test_the_outcome_of_each_framework_is_counted(tmp_path: Path) -> None:
+    results = tmp_path / "results.xml"
+    assert outcomes(results) == {}
+    case = '<testcase classname="tests.test_{}" name="{}">{}</testcase>'
+    cases = [
+        ("frameworks", "test_a[keras]", ""),
+        ("frameworks", "test_b[keras]", "<failure/>"),
+        ("frameworks", "test_b[trl]", "<skipped/>"),
+        ("peft", "test_c[False]", ""),
+    ]
+    results.write_text(f"<testsuites>{''.join(case.format(*each) for each in cases)}</testsuites>")
+    went = outcomes(results)
+    assert went == {"keras": {"passed": 1, "failed": 1}, "trl": {"skipped": 1}, "peft": {"passed": 1}}
+    assert table(went, {"keras": "3.0"}) == [
+        "keras  1 passed, 1 failed",
+        "trl    1 skipped",
+        "peft   1 passed",
+        "keras 3.0",
+    ]

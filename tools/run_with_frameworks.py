@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         python = environment(options.venv or Path(folder) / "venv")
         results = Path(folder) / "results.xml"
         run([str(python), "-m", "pip", "install", "--quiet", *_constraints(), "torch", *packages()])
+        # fastai asks for it and trains without it; beside a torch of another build transformers cannot be imported
+        run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"])
         pytest = [str(python), "-m", "pytest", "-q", "-rs", "-W", "ignore", f"--junitxml={results}"]
         run([*pytest, *TESTS], cwd=ROOT, check=False)
         went = outcomes(results)
