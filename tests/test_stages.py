@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import torch
 from torch import Tensor
 
 pytest.importorskip("lightning")
@@ -19,7 +21,7 @@ from freezehooks import SpecError, StateMismatchError  # these after the skips
 from freezehooks.integrations.lightning import FreezeEntries
 from freezehooks.integrations.transformers import FreezeEntriesCallback
 
-from .claims import same_bits
+from .claims import held_twice, same_bits
 from .test_lightning import PACKAGES, _data, _module, _SaveLast
 from .test_lightning import _trainer as _lightning
 from .test_transformers import SAVING, _At, _gpt2
@@ -79,8 +81,6 @@ class _Rows:
     """After each epoch: which numbers of a parameter moved in it."""
 
     def __init__(self, package: str, name: str) -> None:
-        import importlib
-
         self.callback = importlib.import_module(package).Callback()
         self.callback.on_train_epoch_end = self._look
         self.callback.on_fit_start = lambda trainer, module: self._before.append(self._copy(module))
@@ -142,6 +142,39 @@ def test_lightning_resumes_in_any_stage(tmp_path: Path) -> None:
         trainer.save_checkpoint(path)
     for first, second in itertools.zip_longest(through.parameters(), module.parameters()):
         assert same_bits(first, second)
+
+
+@held_twice
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize(
+    ("epochs", "held"),
+    [
+        ([{"until_epoch": 1}, {"from_epoch": 2, "until_epoch": 3}, {"from_epoch": 4}], [0, 2, 4]),
+        ([{"from_epoch": 1}, {"until_epoch": 3}], [0, 1, 2, 3, 4]),
+    ],
+    ids=["apart", "overlapping"],
+)
+def test_lightning_callbacks_of_the_same_rules_keep_apart_in_checkpoints(
+    package: str, epochs: list[dict[str, int]], held: list[int], tmp_path: Path
+) -> None:
+    def fit(start: Path | None = None) -> Any:
+        module, look = _module(package, watched=False, scheduled=False), _Rows(package, "net.2.bias")
+        module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+        stages = [FreezeEntries("net.2.bias[0]", **each) for each in epochs]
+        save = importlib.import_module(f"{package}.callbacks").ModelCheckpoint(
+            tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True, enable_version_counter=False
+        )
+        callbacks = [*stages, look.callback, save]
+        trainer = _lightning(package, tmp_path, *callbacks, max_epochs=5, enable_checkpointing=True)
+        trainer.fit(module, _data(), _data(), ckpt_path=start)
+        return module, look.moved
+
+    whole, moved = fit()
+    assert [epoch for epoch in range(5) if not moved[epoch][0]] == held
+    for epoch in range(4):
+        resumed, later = fit(tmp_path / f"epoch={epoch}.ckpt")
+        assert later == moved[epoch + 1 :]
+        assert all(same_bits(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
 
 
 def test_lightning_resumes_alone_with_another_epoch(tmp_path: Path) -> None:

@@ -148,16 +148,20 @@ class FreezingCallback(ABC):
 
     def _finish(self) -> None:
         """Take the hooks off, after imposing once more: other callbacks may have written averages into the model."""
+        self._impose()
+        self._break_off()
+
+    def _impose(self) -> None:
+        """Write the values into the frozen entries, where they are held."""
         frozen = self._holding()
         if frozen is not None:
             frozen.impose()
-        self._break_off()
 
     def _break_off(self) -> None:
         """Take the hooks off for good: training is over, or came to an error."""
         if self.frozen is not None:
             self.frozen._unguard()
-            self.frozen.remove()
+        self._remove()
 
     def _remove(self) -> None:
         """Take the hooks off."""

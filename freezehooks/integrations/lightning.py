@@ -8,7 +8,8 @@ import logging
 from contextlib import suppress
 from typing import Any, ClassVar, Final
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from .._errors import OptimizerMismatchError, SpecError
 from .._handle import FrozenEntries, freeze_entries
@@ -87,6 +88,7 @@ class FreezeEntries(FreezingCallback, _Callback):
     ) -> None:
         super().__init__(spec, train_only=train_only, from_epoch=from_epoch, until_epoch=until_epoch, compact=compact)
         self._saved: dict[str, Any] | None = None
+        self._averages: list[FrozenEntries] = []
         self._is_alone = False
 
     @property
@@ -111,16 +113,11 @@ class FreezeEntries(FreezingCallback, _Callback):
 
     def _freeze(self, trainer: Any, pl_module: Any) -> None:
         self.frozen = self._hold(pl_module, self._saved)
-        self._freeze_averages(trainer, self.frozen)
+        self._averages = [
+            freeze_entries(each, self.frozen.rules, state=self.frozen.state_dict()) for each in _averages(trainer)
+        ]
         self._guard(trainer.optimizers, compact=self.compact)
         self._report(trainer, pl_module, self.frozen)
-
-    def _freeze_averages(self, trainer: Any, frozen: FrozenEntries) -> None:
-        """Freeze the copy of the module that Lightning's WeightAveraging made before anything was frozen."""
-        for callback in trainer.callbacks:
-            average = getattr(callback, "_average_model", None)  # it has no public name
-            if average is not None:
-                freeze_entries(average.module, frozen.rules, state=frozen.state_dict())
 
     def _guard(self, optimizers: list[Any], compact: bool = False) -> None:
         frozen = self._holding()
@@ -152,13 +149,34 @@ class FreezeEntries(FreezingCallback, _Callback):
             stage._release_if_due(trainer)
         if self._shall_begin(trainer):
             self._freeze(trainer, pl_module)
+        if batch_idx == 0:
+            self._hold_statistics(trainer, pl_module)
         self._guard_compactly(trainer)
+
+    def _hold_statistics(self, trainer: Any, pl_module: Any) -> None:
+        """Impose on the buffers that SWA has put in the place of those whose statistics it is about to gather anew.
+
+        `keep` would take the numbers of a tensor that is put in another's place.
+        """
+        frozen = self._holding()
+        if frozen is not None and any(getattr(callback, "momenta", None) for callback in trainer.callbacks):
+            for name, buffer in pl_module.named_buffers():
+                if name in frozen:
+                    frozen[name].impose(buffer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Check after the last step of an epoch that every frozen entry holds its value, and its hooks are in place."""
         self._guard_compactly(trainer)
         if trainer.is_last_batch:
             self._check()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Impose before a callback puts its average in the place of the weights that are validated."""
+        self._impose()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Impose, whether a callback has copied its average into the module already or is about to."""
+        self._impose()
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Impose once more and take the hooks off."""
@@ -179,13 +197,25 @@ class FreezeEntries(FreezingCallback, _Callback):
             if self._released:
                 self._remove()
             else:
-                self.frozen.load_state_dict(self._saved)
+                for frozen in (self.frozen, *self._averages):
+                    frozen.load_state_dict(self._saved)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume training from a checkpoint that was saved under other rules."""
         if trainer.state.fn == "fit":
             present = {callback.state_key for callback in trainer.callbacks}
             self._check_saved_rules(checkpoint.get("callbacks", {}), present)
+
+    def _impose(self) -> None:
+        super()._impose()
+        for average in self._averages:
+            average.impose()
+
+    def _remove(self) -> None:
+        super()._remove()
+        for average in self._averages:
+            average.remove()
+        self._averages = []
 
     def _epoch(self, training: Any) -> int:
         return int(training.current_epoch)
@@ -200,6 +230,12 @@ class FreezeEntries(FreezingCallback, _Callback):
 
 def _stages(trainer: Any) -> list[FreezeEntries]:
     return [callback for callback in trainer.callbacks if isinstance(callback, FreezeEntries)]
+
+
+def _averages(trainer: Any) -> list[nn.Module]:
+    """Return the averages of the module that Lightning's callbacks form: copies made before anything was frozen."""
+    found = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # it has no public name
+    return [each.module if isinstance(each, AveragedModel) else each for each in found if each is not None]
 
 
 class FrozenEntriesMonitor(_Callback):
