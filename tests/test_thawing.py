@@ -340,3 +340,44 @@ def test_a_copy_of_what_was_let_go_trains() -> None:
     twin = copy.deepcopy(optimizer)
     twin.param_groups[0]["params"][0].grad = torch.ones(8)
     twin.step()
+
+
+@either_mode
+@pytest.mark.parametrize("way", ["state", "thaw", "remove"])
+def test_moments_that_are_loaded_after_entries_were_let_go_stay_as_they_are_loaded(way: str, compact: bool) -> None:
+    """As where a fresh run chose other entries than the one that it resumes, and takes over the choice first."""
+
+    def run(numbers: list[float]) -> tuple[nn.Parameter, MaskedOptimizer, FrozenEntries]:
+        weight = nn.Parameter(torch.tensor(numbers))
+        frozen = freeze_entries({"weight": weight}, "weight[smallest(0.5)] = 0")
+        return weight, MaskedOptimizer(Adam([weight], lr=LR), frozen, compact=compact), frozen
+
+    def step(weight: nn.Parameter, optimizer: Optimizer, count: int) -> None:
+        generator = torch.Generator().manual_seed(count)
+        optimizer.zero_grad()
+        (weight * torch.randn(4, generator=generator)).sum().backward()
+        optimizer.step()
+
+    weight, optimizer, frozen = run([1.0, 2.0, 3.0, 4.0])
+    again, loading, fresh = run([4.0, 3.0, 2.0, 1.0])
+    for count in range(3):
+        step(weight, optimizer, count)
+    saved = copy.deepcopy(optimizer.state_dict())
+    if way == "state":
+        fresh.load_state_dict(frozen.state_dict())
+    else:
+        _let_go(fresh, way)
+        _let_go(frozen, way)
+        optimizer.load_state_dict(copy.deepcopy(saved))
+    again.data.copy_(weight.data)
+    loading.load_state_dict(copy.deepcopy(saved))
+    plain = nn.Parameter(weight.detach().clone())
+    reference = Adam([plain], lr=LR)
+    reference.load_state_dict(copy.deepcopy(saved))
+    for count in range(3, 6):
+        step(weight, optimizer, count)
+        step(again, loading, count)
+        step(plain, reference, count)
+        assert same_bits(again, weight)
+    assert same_bits(again[2:], plain[2:])
+    assert way == "state" or same_bits(again, plain)

@@ -229,11 +229,12 @@ def _fit(region: Any, shape: Sequence[int]) -> bool:
 
 
 _WRAPPERS: Final = re.compile(
-    r"(^|(?<=\.))(module|_orig_mod|_checkpoint_wrapped_module|_module|base_model\.model|modules_to_save\.\w+)\."
+    r"(^|(?<=\.))(module|_orig_mod|_checkpoint_wrapped_module|_forward_module|_original_module|_module"
+    r"|base_model\.model|modules_to_save\.\w+)\."
 )
 """The names under which wrappers hold what they wrap.
 
-DataParallel and its kin, torch.compile, activation checkpointing; Opacus; PEFT, also of a module that it trains whole.
+DataParallel and its kin, torch.compile, activation checkpointing; Fabric; Opacus; PEFT, also of a module that it trains whole.
 """
 
 

@@ -354,7 +354,7 @@ class StepHooks:
         if self._thawed and not self._is_behind and not torch.compiler.is_compiling():
             groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
             for thawed in self._thawed:
-                if id(thawed.parameter) in groups:
+                if id(thawed.parameter) in groups and not thawed.is_over:
                     order = None if self.compact is None else self.compact.order_of(thawed.parameter)
                     thawed.begin_step(optimizer, groups[id(thawed.parameter)], order)
 
@@ -406,6 +406,8 @@ class StepHooks:
         if self.compact is not None:
             self.compact.interrupt()
         self.reset(optimizer)
+        for thawed in self._thawed:
+            thawed.stand_alone()  # on what was loaded
 
     def before_saving(self, optimizer: Optimizer) -> None:
         """Take from the state what steps have left at frozen entries, as coupled weight decay does.
