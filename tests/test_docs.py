@@ -86,6 +86,7 @@ def _clean_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")  # TRL's own
 @pytest.mark.filterwarnings("ignore:`torch.jit.\\w+` is deprecated")  # Ignite's own
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # and so writes one process's checkpoint
 @pytest.mark.usefixtures("_clean_up")
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_the_blocks_of_a_page_run_and_print_what_it_shows(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -361,8 +361,8 @@ class FrozenParameter:
             warnings.warn(
                 f"`{self.name}` was replaced by another parameter, which held other numbers in "
                 f"{counted(count, 'frozen entry', 'frozen entries')}; the values of "
-                f"{', '.join(f'`{rule}`' for rule in self.rules)} are imposed on it: call remove() before you fold, "
-                "merge or export the model",
+                f"{', '.join(f'`{rule}`' for rule in self.rules)} are imposed on it, as on what is loaded: call "
+                "remove() before you fold, merge or export the model",
                 stacklevel=2,
             )
 
