@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
+import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from freezehooks import SpecError, freeze_entries
@@ -14,9 +18,13 @@ from freezehooks import SpecError, freeze_entries
 pytest.importorskip("lightning")
 pytest.importorskip("pytorch_lightning")
 
-from freezehooks.integrations.lightning import FreezeEntries, FrozenEntriesMonitor  # after the skips
+from freezehooks.integrations._figures import figures  # these after the skips
+from freezehooks.integrations.lightning import FreezeEntries, FrozenEntriesMonitor
 
 from .test_lightning import PACKAGES, SPEC, _data, _module, _trainer, packages, pytestmark  # noqa: F401
+
+Curves = dict[str, dict[int, float]]
+"""For each name, the number at each step."""
 
 NAMES = ("net.0.weight", "net.2.weight", "net.2.bias")
 
@@ -107,13 +115,13 @@ def test_only_the_steps_asked_for_are_logged(
 ) -> None:
     looked: list[int] = []
     module = importlib.import_module("freezehooks.integrations.lightning")
-    watched = module._watched
+    figures = module.figures
 
-    def look(model: Any) -> Any:
+    def look(*args: Any, **kwargs: Any) -> Any:
         looked.append(1)
-        return watched(model)
+        return figures(*args, **kwargs)
 
-    monkeypatch.setattr(module, "_watched", look)
+    monkeypatch.setattr(module, "figures", look)
     rows = _fit(package, tmp_path, _module(package), FreezeEntries(SPEC), every=every, log_every_n_steps=4)
     assert [step for step, _ in rows] == steps
     assert len(looked) == 2 * len(steps)  # before and after those steps, and never else
@@ -127,15 +135,72 @@ def test_every_logger_is_told(tmp_path: Path) -> None:
     assert loggers[0].rows == loggers[1].rows != []
 
 
+def _read_csv(folder: Path) -> Curves:
+    (path,) = folder.rglob("metrics.csv")
+    curves: Curves = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name, number in row.items():
+                if name.startswith("freezehooks/") and number:
+                    curves.setdefault(name, {})[int(row["step"])] = float(number)
+    return curves
+
+
+def _read_events(folder: Path) -> Curves:
+    """Read what TensorBoard reads: records of a length, its checksum, an event and its checksum."""
+    events = importlib.import_module("tensorboardX.proto.event_pb2")
+    (path,) = folder.rglob("events.out.tfevents.*")
+    rest, curves = path.read_bytes(), Curves()
+    while rest:
+        (length,) = struct.unpack("<Q", rest[:8])
+        event, rest = events.Event.FromString(rest[12 : 12 + length]), rest[16 + length :]
+        for value in event.summary.value:
+            if value.tag.startswith("freezehooks/"):
+                curves.setdefault(value.tag, {})[event.step] = value.simple_value
+    return curves
+
+
 @packages
-def test_the_csv_logger_writes_it(package: str, tmp_path: Path) -> None:
-    logger = importlib.import_module(f"{package}.loggers").CSVLogger(tmp_path)
-    trainer = _trainer(
-        package, tmp_path, FreezeEntries(SPEC), FrozenEntriesMonitor(), logger=logger, log_every_n_steps=4
-    )
-    trainer.fit(_module(package), _data(), _data())
-    (table,) = tmp_path.rglob("metrics.csv")
-    assert "freezehooks/net.0.weight/drift" in table.read_text().splitlines()[0]
+@pytest.mark.parametrize(
+    ("kind", "needed", "read"),
+    [("CSVLogger", "csv", _read_csv), ("TensorBoardLogger", "tensorboardX", _read_events)],
+    ids=["csv", "tensorboard"],
+)
+def test_the_curves_are_in_the_files_of_the_logger(
+    package: str, kind: str, needed: str, read: Callable[[Path], Curves], tmp_path: Path
+) -> None:
+    pytest.importorskip(needed)
+    module, kept = _module(package), _logger(package)
+    logger = getattr(importlib.import_module(f"{package}.loggers"), kind)(tmp_path)
+    callbacks = [FreezeEntries(SPEC), FrozenEntriesMonitor()]
+    trainer = _trainer(package, tmp_path, *callbacks, logger=[logger, kept], log_every_n_steps=2)
+    trainer.fit(module, _data(), _data())
+    logger.finalize("success")
+    curves = read(tmp_path)
+    assert len(curves) == 3 * len(NAMES)
+    for name in NAMES:
+        assert curves[f"freezehooks/{name}/drift"] == dict.fromkeys([1, 3, 5, 7], 0.0)
+        assert curves[f"freezehooks/{name}/gradient_norm_frozen"] == dict.fromkeys([1, 3, 5, 7], 0.0)
+    free = curves["freezehooks/net.2.weight/gradient_norm_free"]
+    told = {step: numbers["freezehooks/net.2.weight/gradient_norm_free"] for step, numbers in kept.rows}
+    assert free == pytest.approx(told)
+    assert all(free.values())
+
+
+def test_the_figures_of_a_plain_loop_are_the_same() -> None:
+    """What any callback may log: norms before a step, drift after it."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    freeze_entries(model, "0.weight[0] = 1\n1.bias")
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=1.0)
+    model(torch.ones(1, 2)).sum().backward()
+    model[0].weight.grad = torch.tensor([[3.0, 4.0], [6.0, 8.0]])
+    assert figures(model, before_step_of=optimizer) == {
+        "freezehooks/0.weight/gradient_norm_frozen": 5.0,
+        "freezehooks/0.weight/gradient_norm_free": 10.0,
+    }
+    optimizer.step()  # it is not guarded
+    assert figures(model) == {"freezehooks/0.weight/drift": 4.0, "freezehooks/1.bias/drift": 0.0}
+    assert figures(nn.Linear(2, 2)) == {}
 
 
 def test_logging_stops_where_the_entries_are_let_go(tmp_path: Path) -> None:

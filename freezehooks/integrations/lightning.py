@@ -8,16 +8,14 @@ import logging
 from contextlib import suppress
 from typing import Any, ClassVar, Final
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._errors import OptimizerMismatchError, SpecError
 from .._handle import FrozenEntries, freeze_entries
-from .._held.parameter import FrozenParameter
-from .._optim.state import stepped_by
 from .._optim.step import is_compact
-from .._report.monitor import drift, gradient_norms
 from ._base import FreezingCallback, check_whole_number
+from ._figures import figures
 
 _PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
 
@@ -287,12 +285,7 @@ class FrozenEntriesMonitor(_Callback):
         if not self._is_due(trainer):
             return
         self._has_stepped = True
-        stepped = stepped_by(optimizer)
-        for name, parts, parameter in _watched(pl_module):
-            norms = gradient_norms(parts, parameter) if id(parameter) in stepped else None
-            if norms is not None:
-                self._metrics[f"freezehooks/{name}/gradient_norm_frozen"] = norms.frozen
-                self._metrics[f"freezehooks/{name}/gradient_norm_free"] = norms.free
+        self._metrics |= figures(pl_module, before_step_of=optimizer)
 
     def _is_due(self, trainer: Any) -> bool:
         every = trainer.log_every_n_steps if self.every_n_steps is None else self.every_n_steps
@@ -302,22 +295,11 @@ class FrozenEntriesMonitor(_Callback):
         """Log, where this batch came to a step that is due."""
         if not self._has_stepped:
             return
-        for name, parts, parameter in _watched(pl_module):
-            self._metrics[f"freezehooks/{name}/drift"] = drift(parts, parameter)
+        self._metrics |= figures(pl_module)
         if self._metrics and trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(self._metrics, step=_steps_so_far(trainer))
         self._has_stepped, self._metrics = False, {}
-
-
-def _watched(pl_module: Any) -> list[tuple[str, list[FrozenParameter], Tensor]]:
-    """Return the module's parameters that have frozen entries, with what each handle freezes of them."""
-    names = {parameter: name for name, parameter in pl_module.named_parameters()}
-    parts: dict[Tensor, list[FrozenParameter]] = {}
-    for handle in FrozenEntries.of(pl_module):
-        for part, parameter in handle.held():
-            parts.setdefault(parameter, []).append(part)
-    return [(names.get(parameter, found[0].name), found, parameter) for parameter, found in parts.items()]
 
 
 def _steps_so_far(trainer: Any) -> int:
