@@ -165,3 +165,10 @@ def test_the_versions_in_the_table_are_those_that_are_tested() -> None:
     for row in rows:
         name, version = row.split("|")[-2].split()
         assert f"\n{name}=={version}" in pins
+
+
+def test_the_page_names_tests_that_exist() -> None:
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "frameworks.md").read_text())
+    assert len(named) >= 7
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), test

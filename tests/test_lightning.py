@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from freezehooks import DriftError, MaskedOptimizer, RuleSyntaxError, SpecError, StateMismatchError, TargetError
+from freezehooks import (
+    DriftError,
+    MaskedOptimizer,
+    RuleSyntaxError,
+    SpecError,
+    StateMismatchError,
+    TargetError,
+    freeze_entries,
+)
 
 from .claims import assert_entries_hold, assert_gradients_clean, assert_model_holds, same_bits
 from .zoo import Held
@@ -164,6 +172,21 @@ def test_free_entries_train(package: str, tmp_path: Path) -> None:
     _trainer(package, tmp_path, FreezeEntries(SPEC)).fit(module, _data(), _data())
     moved = module.net[2].weight != before
     assert bool(moved[~module.held["net.2.weight"].frozen].all())
+
+
+@packages
+@pytest.mark.parametrize("compact", [False, True], ids=["masked", "compact"])
+def test_a_fit_equals_the_plain_loop_bit_for_bit(package: str, compact: bool, tmp_path: Path) -> None:
+    module, plain = (_module(package, scheduled=False) for _ in range(2))
+    plain.load_state_dict(module.state_dict())
+    _trainer(package, tmp_path, FreezeEntries(SPEC, compact=compact)).fit(module, _data(), _data())
+    (inner,) = plain.configure_optimizers()
+    optimizer = MaskedOptimizer(inner, freeze_entries(plain, SPEC), compact=compact)
+    for batch in [*_data(), *_data()]:
+        optimizer.zero_grad()
+        plain.training_step(batch, 0).backward()
+        optimizer.step()
+    assert all(same_bits(a, b) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
 
 
 def test_the_module_checks_can_fail(tmp_path: Path) -> None:
