@@ -34,6 +34,7 @@ from ._optim.guard import Guard
 from ._optim.guardable import guardable
 from ._optim.state import stepped_by
 from ._optim.step import StepHooks, step_hooks_on
+from ._report.late import freed_too_late
 from ._report.status import Mechanisms, check_complete, find_mechanisms
 from ._report.table import Report, aligned, report_parameter
 from ._report.trainable import Trainable, count_trainable
@@ -704,6 +705,10 @@ class FrozenEntries(ReadByName):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take regions and kept values from a saved state, and impose them.
 
+        Load it before the weights and the optimizer's state that were saved with it. Where regions are chosen by
+        numbers, other entries may be frozen until then, and the numbers that are loaded for these are lost; a warning
+        says so.
+
         Args:
             state: What `state_dict` returned, under the same rules.
 
@@ -714,6 +719,9 @@ class FrozenEntries(ReadByName):
         loaded = resolve.read(self._held, state)
         if self.attached:
             EarlierHandles(self._held).check(loaded)
+        if any(guard.hooks.is_just_loaded for guard in self._guards):
+            for doubt in freed_too_late(self._held.frozen.by_name, loaded):
+                warnings.warn(doubt, stacklevel=2)
         self._held.frozen.replace(loaded)
         if self.attached:
             for frozen, parameter in self._held:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from freezehooks import FrozenEntries, MaskedOptimizer, freeze_entries
 
@@ -95,6 +96,23 @@ def test_the_same_dict_may_be_loaded_into_a_run_that_stands(first: Run, compact:
 
 
 @compactness
+def test_a_handle_s_state_that_comes_last_and_lets_go_what_was_frozen_is_said(first: Run, compact: bool) -> None:
+    model, optimizer, frozen = first
+    late = _run(seed=4, compact=compact)
+    late[0].load_state_dict(model.state_dict())
+    late[1].load_state_dict(optimizer.state_dict())
+    count = int((late[2]["2.weight"].frozen & ~frozen["2.weight"].frozen).sum())
+    with pytest.warns(
+        UserWarning, match=rf"lets go {count} entries of `2\.weight` that were .*; load the handle's state"
+    ):
+        late[2].load_state_dict(frozen.state_dict())
+    late[2].load_state_dict(frozen.state_dict())  # it lets nothing go now
+    other = _run(seed=5, compact=compact)[2].state_dict()
+    _train(late, range(1))
+    late[2].load_state_dict(other)  # in mid-training, as it is meant
+
+
+@compactness
 @pytest.mark.parametrize("is_plain", [True, False], ids=["plain_optimizer", "frozen_run"])
 def test_model_and_optimizer_alone_go_on_where_rules_are_written(compact: bool, is_plain: bool, tmp_path: Path) -> None:
     """Without the handle's state: the rules choose anew, and `keep` follows the weights that are loaded."""
@@ -124,12 +142,12 @@ def test_distributed_checkpoints_of_one_process_go_on(compact: bool, chosen: boo
     spec = SPEC if chosen else PLAIN
     run = _run(spec, compact=compact)
     _train(run, range(3))
-    dcp.save(_states(run), checkpoint_id=tmp_path)
+    save(_states(run), checkpoint_id=tmp_path)
     torch.save(run[2].state_dict(), tmp_path / "frozen.pt")  # beside it, for regions that numbers chose
     state = torch.load(tmp_path / "frozen.pt", weights_only=True) if chosen else None
     resumed = _run(spec, seed=4, state=state, compact=compact)
     states = _states(resumed)
-    dcp.load(states, checkpoint_id=tmp_path)
+    load(states, checkpoint_id=tmp_path)
     set_state_dict(resumed[0], resumed[1], model_state_dict=states["model"], optim_state_dict=states["optimizer"])
     _assert_goes_on(resumed, run)
 
@@ -138,7 +156,7 @@ def test_safetensors_hold_the_weights_with_the_values_in_them(tmp_path: Path) ->
     safetensors = pytest.importorskip("safetensors.torch")
     run = _run()
     _train(run, range(3))
-    run[0][0].weight.data.fill_(7)  # type: ignore[index, union-attr]  # a stray write
+    run[0].get_parameter("0.weight").data.fill_(7)  # a stray write
     safetensors.save_file(run[0].state_dict(), tmp_path / "model.safetensors")
     weights = safetensors.load_file(tmp_path / "model.safetensors")
     assert sorted(weights) == sorted(_net(4).state_dict())
@@ -149,17 +167,20 @@ def test_safetensors_hold_the_weights_with_the_values_in_them(tmp_path: Path) ->
     assert same_bits(resumed[0].state_dict()["0.bias"], weights["0.bias"])  # `keep` follows
 
 
-def test_safetensors_of_a_model_with_tied_weights_hold(tmp_path: Path) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
+def _tied() -> nn.Module:
     model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6, bias=False))
     model[1].weight = model[0].weight
+    return model
+
+
+def test_safetensors_of_a_model_with_tied_weights_hold(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    model, other = _tied(), _tied()
     freeze_entries(model, "0.weight[0] = 0.5")
-    model[0].weight.data.fill_(7)
+    model.get_parameter("0.weight").data.fill_(7)
     safetensors.save_model(model, str(tmp_path / "model.safetensors"))
-    other = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6, bias=False))
-    other[1].weight = other[0].weight
     safetensors.load_model(other, str(tmp_path / "model.safetensors"))
-    assert other[0].weight[0].tolist() == [0.5] * 4
+    assert other.get_parameter("1.weight")[0].tolist() == [0.5] * 4
 
 
 def test_a_handle_in_a_pickle_is_refused_at_weights_only(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from freezehooks import FrozenEntries, MaskedOptimizer, TargetError, freeze_entries, train_only
@@ -165,11 +166,11 @@ def test_a_name_that_is_none_is_refused() -> None:
 
 @contextmanager
 def _process_group() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch.distributed.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def _data_parallel(model: nn.Module) -> nn.Module:

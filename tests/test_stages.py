@@ -155,7 +155,7 @@ def test_lightning_resumes_in_any_stage(tmp_path: Path) -> None:
     ids=["apart", "overlapping"],
 )
 def test_lightning_callbacks_of_the_same_rules_keep_apart_in_checkpoints(
-    package: str, epochs: list[dict[str, int]], held: list[int], tmp_path: Path
+    package: str, epochs: list[dict[str, Any]], held: list[int], tmp_path: Path
 ) -> None:
     def fit(start: Path | None = None) -> Any:
         module, look = _module(package, watched=False, scheduled=False), _Rows(package, "net.2.bias")

@@ -638,7 +638,9 @@ class Lives(RuleBasedStateMachine):
         state, pieces = known[of % len(known)]
         others = [other for other in self.reference.attached if other is not hold]
         assume(not any(set(other.pieces) & set(pieces) for other in others))
-        hold.handle.load_state_dict(copy.deepcopy(state))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the state lets go")  # after an optimizer's state was loaded
+            hold.handle.load_state_dict(copy.deepcopy(state))
         before = {name: hold.frozen(name) for name in hold.pieces}
         hold.pieces = copied(pieces)
         for stepper in self.steppers if hold.attached else ():

@@ -54,6 +54,7 @@ class StepHooks:
         self._params: list[list[Tensor]] = []
         self._stepped: set[int] = set()
         self._is_behind = False
+        self._was_loaded = False
         self._checked_step = 0
         self._is_elementwise = is_elementwise(optimizer)
         self._keeps_weights = may_keep_weights(optimizer)
@@ -68,6 +69,12 @@ class StepHooks:
     def nbytes(self) -> int:
         """The memory that compact mode takes between steps, in bytes, beside the optimizer's state."""
         return 0 if self.compact is None else self.compact.nbytes
+
+    @property
+    def is_just_loaded(self) -> bool:
+        """Whether the optimizer has a state that was loaded, and has made no step from there."""
+        optimizer = self.optimizer
+        return self._was_loaded and optimizer is not None and bool(optimizer.state)
 
     @property
     def is_over(self) -> bool:
@@ -225,6 +232,7 @@ class StepHooks:
             ParameterChangedError: A module that owned frozen parameters is no longer in its model.
         """
         if not torch.compiler.is_compiling():
+            self._was_loaded = False
             end_calls()
             for member in self.members:
                 member.check_modules()
@@ -408,6 +416,7 @@ class StepHooks:
         self.reset(optimizer)
         for thawed in self._thawed:
             thawed.stand_alone()  # on what was loaded
+        self._was_loaded = True
 
     def before_saving(self, optimizer: Optimizer) -> None:
         """Take from the state what steps have left at frozen entries, as coupled weight decay does.

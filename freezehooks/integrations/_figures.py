@@ -43,7 +43,7 @@ def figures(model: nn.Module, *, before_step_of: Optimizer | None = None) -> dic
 
 def _watched(model: nn.Module) -> list[tuple[str, list[FrozenParameter], Tensor]]:
     """Return the model's parameters that have frozen entries, with what each handle freezes of them."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     parts: dict[Tensor, list[FrozenParameter]] = {}
     for handle in FrozenEntries.of(model):
         for part, parameter in handle.held():
