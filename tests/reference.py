@@ -349,8 +349,9 @@ class Reference:
         self.released = [(own, each) for own, each in self.released if each.steps < 100]
 
     def release(self, optimizer: Optimizer, name: str, entries: Tensor) -> None:
-        """Note that entries of an optimizer that corrects second moments were let go."""
-        if isinstance(optimizer, (Adam, AdamW, NAdam, RAdam)) and bool(entries.any()):
+        """Note that entries of an optimizer that corrects second moments, and has some, were let go."""
+        has_moments = bool(optimizer.state.get(self.parameters[name]))
+        if isinstance(optimizer, (Adam, AdamW, NAdam, RAdam)) and has_moments and bool(entries.any()):
             self.released.append((optimizer, Released(self.parameters[name], entries)))
 
 

@@ -347,7 +347,8 @@ class StepHooks:
             thawed.keep_free(self._held.get(thawed.parameter, []))
         for parameter, frozen in before.items():
             now = self._held.get(parameter, [])
-            if self._is_stepped(parameter) and constraints_of(frozen) != constraints_of(now):
+            has_moments = self._is_stepped(parameter) and bool(optimizer.state.get(parameter))
+            if has_moments and constraints_of(frozen) != constraints_of(now):  # else what is loaded counts as it is
                 self._thawed.append(ThawedEntries(parameter, frozen, now))
 
     def _frozen_parameters(self, optimizer: Optimizer | None) -> dict[Tensor, list[FrozenParameter]]:
@@ -362,7 +363,7 @@ class StepHooks:
         if self._thawed and not self._is_behind and not torch.compiler.is_compiling():
             groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
             for thawed in self._thawed:
-                if id(thawed.parameter) in groups and not thawed.is_over:
+                if id(thawed.parameter) in groups:
                     order = None if self.compact is None else self.compact.order_of(thawed.parameter)
                     thawed.begin_step(optimizer, groups[id(thawed.parameter)], order)
 
@@ -414,8 +415,6 @@ class StepHooks:
         if self.compact is not None:
             self.compact.interrupt()
         self.reset(optimizer)
-        for thawed in self._thawed:
-            thawed.stand_alone()  # on what was loaded
         self._was_loaded = True
 
     def before_saving(self, optimizer: Optimizer) -> None:

@@ -60,10 +60,6 @@ class ThawedEntries:
     def is_over(self) -> bool:
         return self._steps >= _STEPS or not self._entries.count
 
-    def stand_alone(self) -> None:
-        """Leave the second moments as they are from now on."""
-        self._steps = _STEPS
-
     def keep_free(self, held: list[FrozenParameter]) -> None:
         """Forget those that are frozen again."""
         if held:
@@ -81,7 +77,7 @@ class ThawedEntries:
         state = optimizer.state.get(self.parameter) or {}
         moment, gradient = state.get("exp_avg_sq"), local_gradient(self.parameter)
         if moment is None:
-            self.stand_alone()  # it begins with the coming step, as that of a new optimizer
+            self._steps = _STEPS  # it begins with the coming step, as that of a new optimizer
         elif gradient is not None and is_plain(moment, self.parameter) and not _is_captured(gradient):
             self._steps += 1
             seen = self._square(optimizer, group, gradient, local(moment).dtype)
