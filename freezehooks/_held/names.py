@@ -234,7 +234,8 @@ _WRAPPERS: Final = re.compile(
 )
 """The names under which wrappers hold what they wrap.
 
-DataParallel and its kin, torch.compile, activation checkpointing; Fabric; Opacus; PEFT, also of a module that it trains whole.
+DataParallel and its kin, torch.compile, activation checkpointing; Fabric; Opacus; PEFT, also of a module that it
+trains whole.
 """
 
 
