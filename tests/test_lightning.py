@@ -21,6 +21,7 @@ from freezehooks import (
     SpecError,
     StateMismatchError,
     TargetError,
+    UnsupportedParameterError,
     freeze_entries,
 )
 
@@ -630,3 +631,16 @@ def test_a_run_that_only_validates_is_left_alone(package: str, tmp_path: Path) -
     _trainer(package, tmp_path, callback).validate(module, _data(), verbose=False)
     assert callback.frozen is None
     assert same_bits(module.net[0].weight, before)
+
+
+@packages
+def test_it_skips_gradients_where_asked_to(package: str, tmp_path: Path) -> None:
+    callback = FreezeEntries("net.2.weight[:2] = 0", skip_gradients=True)
+    module = _module(package)
+    _trainer(package, tmp_path, callback).fit(module, _data(), _data())
+    assert callback.frozen is not None
+    assert callback.frozen.rules == callback.rules
+    assert not module.net[2].weight[:2].any()
+    assert not module.net[2]._forward_hooks
+    with pytest.raises(UnsupportedParameterError, match="no gradient can be skipped"):
+        _trainer(package, tmp_path, FreezeEntries("net.0.weight[center]", skip_gradients=True)).fit(module, _data())

@@ -146,7 +146,7 @@ def _read_csv(folder: Path) -> Curves:
     return curves
 
 
-def _read_events(folder: Path) -> Curves:
+def read_events(folder: Path, prefix: str = "freezehooks/") -> Curves:
     """Read what TensorBoard reads: records of a length, its checksum, an event and its checksum."""
     events = importlib.import_module("tensorboardX.proto.event_pb2")
     (path,) = folder.rglob("events.out.tfevents.*")
@@ -155,7 +155,7 @@ def _read_events(folder: Path) -> Curves:
         (length,) = struct.unpack("<Q", rest[:8])
         event, rest = events.Event.FromString(rest[12 : 12 + length]), rest[16 + length :]
         for value in event.summary.value:
-            if value.tag.startswith("freezehooks/"):
+            if value.tag.startswith(prefix):
                 curves.setdefault(value.tag, {})[event.step] = value.simple_value
     return curves
 
@@ -163,7 +163,7 @@ def _read_events(folder: Path) -> Curves:
 @packages
 @pytest.mark.parametrize(
     ("kind", "needed", "read"),
-    [("CSVLogger", "csv", _read_csv), ("TensorBoardLogger", "tensorboardX", _read_events)],
+    [("CSVLogger", "csv", _read_csv), ("TensorBoardLogger", "tensorboardX", read_events)],
     ids=["csv", "tensorboard"],
 )
 def test_the_curves_are_in_the_files_of_the_logger(

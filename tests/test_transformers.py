@@ -40,7 +40,7 @@ pytest.importorskip("accelerate")
 import accelerate  # these after the skips
 import transformers
 
-from freezehooks.integrations.transformers import FreezeEntriesCallback
+from freezehooks.integrations.transformers import FreezeEntriesCallback, FrozenEntriesMonitor
 
 needs_compact = pytest.mark.skipif(
     "compact" not in inspect.signature(FrozenEntries.guard).parameters,
@@ -748,3 +748,79 @@ def test_accelerate_prepares_steps_and_restores(kind: str, tmp_path: Path) -> No
     frozen.assert_frozen()
     step()
     assert any(not same_bits(parameter, trained[name]) for name, parameter in model.named_parameters())
+
+
+def _logged(trainer: Any) -> dict[int, dict[str, float]]:
+    """Return what was logged of frozen entries, by step."""
+    rows = [row for row in trainer.state.log_history if any(name.startswith("freezehooks/") for name in row)]
+    return {row["step"]: {name: row[name] for name in row if name.startswith("freezehooks/")} for row in rows}
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_what_the_trainer_logs_of_frozen_entries(compact: bool, tmp_path: Path) -> None:
+    trainer = _trainer(
+        _gpt2(), tmp_path, FreezeEntriesCallback(SPECS["gpt2"], compact=compact), logging_strategy="steps",
+        logging_steps=3, logging_first_step=True,
+    )  # fmt: skip
+    trainer.add_callback(FrozenEntriesMonitor(trainer))
+    trainer.train()
+    rows = _logged(trainer)
+    assert list(rows) == [1, 3, 6]
+    names = {name.split("/")[1] for name in rows[1]}
+    held = _held(_gpt2())
+    assert names == set(held) - {"lm_head.weight"}  # the other name of a tied one
+    for row in rows.values():
+        for name in names:
+            assert row[f"freezehooks/{name}/drift"] == row[f"freezehooks/{name}/gradient_norm_frozen"] == 0
+            assert (row[f"freezehooks/{name}/gradient_norm_free"] == 0) == bool(held[name].frozen.all())
+    assert [row["step"] for row in trainer.state.log_history if "loss" in row] == [1, 3, 6]
+
+
+def test_drift_is_logged_at_the_end_of_epochs(tmp_path: Path) -> None:
+    model = _gpt2()
+
+    def spoil(**kwargs: Any) -> None:
+        model.transformer.wte.weight.data[...] = 9.0
+
+    spec = "transformer.wte[0] = 8.5"
+    model_held = freeze_entries(model, spec)
+    trainer = _trainer(model, tmp_path, _At("on_step_end", spoil), logging_strategy="epoch")
+    trainer.add_callback(FrozenEntriesMonitor(trainer))
+    trainer.train()
+    assert _logged(trainer) == {4: {"freezehooks/transformer.wte.weight/drift": 0.5}, 8: {
+        "freezehooks/transformer.wte.weight/drift": 0.5
+    }}  # fmt: skip
+    model_held.remove()
+
+
+def test_a_reporter_writes_them_into_its_files(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    pytest.importorskip("lightning")
+    from .test_monitor import read_events
+
+    options = {"logging_strategy": "steps", "logging_steps": 4, "report_to": ["tensorboard"]}
+    trainer = _trainer(_gpt2(), tmp_path, FreezeEntriesCallback(SPECS["gpt2"]), **options)
+    trainer.add_callback(FrozenEntriesMonitor(trainer))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+        trainer.train()
+    curves = read_events(tmp_path, "train/freezehooks/")
+    logged = {
+        f"train/{name}": {step: pytest.approx(row[name]) for step, row in _logged(trainer).items()}
+        for name in _logged(trainer)[4]
+    }
+    assert curves == logged
+
+
+def test_it_skips_gradients_where_asked_to(tmp_path: Path) -> None:
+    spec = "lm_head[:-2]"
+    usual, quick = _gpt2(tied=False), _gpt2(tied=False)
+    _trainer(usual, tmp_path, FreezeEntriesCallback(spec)).train()
+    callback = FreezeEntriesCallback(spec, skip_gradients=True)
+    said: list[str] = []
+    look = _At("on_step_end", lambda **kwargs: said.append(str(callback.frozen)))
+    _trainer(quick, tmp_path, callback, look).train()
+    assert "no gradient is computed for frozen rows of lm_head.weight" in said[0]
+    assert not quick.lm_head._forward_hooks
+    for name, parameter in quick.named_parameters():
+        torch.testing.assert_close(parameter, usual.get_parameter(name))

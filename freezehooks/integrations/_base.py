@@ -29,6 +29,7 @@ class FreezingCallback(ABC):
         from_epoch: The epoch, counted from 0, before whose first step the entries are frozen. None: from the start on.
         until_epoch: The epoch, counted from 0, at whose start all entries are let go. None: never.
         compact: Whether the optimizers hold and step the free entries alone.
+        skip_gradients: Whether no gradient is computed for frozen rows, as `freeze_entries` says.
 
     Attributes:
         frozen: The handle of the latest training; None before any, and where all entries were let go.
@@ -50,6 +51,7 @@ class FreezingCallback(ABC):
         from_epoch: int | None,
         until_epoch: int | None,
         compact: bool,
+        skip_gradients: bool,
     ) -> None:
         _check_epochs(from_epoch, until_epoch)
         self.rules = rules_of(_either(spec, train_only))
@@ -57,6 +59,7 @@ class FreezingCallback(ABC):
         self.from_epoch = from_epoch
         self.until_epoch = until_epoch
         self.compact = compact
+        self.skip_gradients = skip_gradients
         self.frozen: FrozenEntries | None = None
         self._released = False
 
@@ -113,7 +116,7 @@ class FreezingCallback(ABC):
     def _hold(self, model: nn.Module, saved: dict[str, Any] | None) -> FrozenEntries:
         """Freeze what the rules say, or all but that where they say what is to train."""
         hold = train_only if self.trains_rules else freeze_entries
-        return hold(model, self.rules, state=saved)
+        return hold(model, self.rules, state=saved, skip_gradients=self.skip_gradients)
 
     def _report(self, training: Any, model: nn.Module, frozen: FrozenEntries) -> None:
         """Log how many entries are frozen, and which."""

@@ -55,6 +55,8 @@ class FreezeEntries(FreezingCallback, _Callback):
         until_epoch: The epoch, counted from 0, at whose start all entries are let go. Left out: never.
         compact: Whether the optimizers hold and step the free entries alone, as `MaskedOptimizer` says.
             Checkpoints hold their state in the plain shapes.
+        skip_gradients: Whether no gradient is computed for rows of an `nn.Linear` that are frozen whole, as
+            `freeze_entries` says.
 
     Attributes:
         frozen: The handle of the latest fit, detached after it; None before any, and where all entries were let go.
@@ -83,8 +85,16 @@ class FreezeEntries(FreezingCallback, _Callback):
         from_epoch: int | None = None,
         until_epoch: int | None = None,
         compact: bool = False,
+        skip_gradients: bool = False,
     ) -> None:
-        super().__init__(spec, train_only=train_only, from_epoch=from_epoch, until_epoch=until_epoch, compact=compact)
+        super().__init__(
+            spec,
+            train_only=train_only,
+            from_epoch=from_epoch,
+            until_epoch=until_epoch,
+            compact=compact,
+            skip_gradients=skip_gradients,
+        )
         self._saved: dict[str, Any] | None = None
         self._averages: list[FrozenEntries] = []
         self._is_alone = False

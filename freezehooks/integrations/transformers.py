@@ -1,4 +1,4 @@
-"""Freeze entries inside the Trainer of Hugging Face transformers: one callback."""
+"""Freeze entries inside the Trainer of Hugging Face transformers, and watch them: two callbacks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from .._errors import FreezeError, StateMismatchError
 from .._rules.spec import Spec
 from ._base import FreezingCallback
+from ._figures import figures
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -48,6 +49,8 @@ class FreezeEntriesCallback(FreezingCallback, TrainerCallback):
             Left out: from the start on.
         until_epoch: The epoch, counted from 0, at whose start all entries are let go. Left out: never.
         compact: Keep the optimizer's state for the free entries alone, as `FrozenEntries.guard` does when it is asked.
+        skip_gradients: Whether no gradient is computed for rows of an `nn.Linear` that are frozen whole, as
+            `freeze_entries` says.
 
     Attributes:
         frozen: The handle of the latest training, detached after it; None before any, and where all entries were let
@@ -79,8 +82,16 @@ class FreezeEntriesCallback(FreezingCallback, TrainerCallback):
         from_epoch: int | None = None,
         until_epoch: int | None = None,
         compact: bool = False,
+        skip_gradients: bool = False,
     ) -> None:
-        super().__init__(spec, train_only=train_only, from_epoch=from_epoch, until_epoch=until_epoch, compact=compact)
+        super().__init__(
+            spec,
+            train_only=train_only,
+            from_epoch=from_epoch,
+            until_epoch=until_epoch,
+            compact=compact,
+            skip_gradients=skip_gradients,
+        )
         self._run = ""
 
     def on_train_begin(
@@ -189,6 +200,64 @@ class FreezeEntriesCallback(FreezingCallback, TrainerCallback):
     def _log(self, training: Any, message: str) -> None:
         if training.is_world_process_zero:
             logging.getLogger("transformers").info(message)
+
+
+class FrozenEntriesMonitor(TrainerCallback):  # type: ignore[misc]  # untyped
+    """Log how far frozen entries drifted, and the norms of their gradients, to all that `report_to` names.
+
+    For each parameter of the model with frozen entries, be they frozen by a callback or by hand, at every step that
+    the Trainer logs (`logging_steps`, `logging_first_step`):
+
+    - ``freezehooks/<name>/drift``: the largest absolute difference of a frozen entry from its value, after the step.
+    - ``freezehooks/<name>/gradient_norm_frozen``: the 2-norm of the gradient over the frozen entries, as the optimizer
+      is about to see it: clipped, where the Trainer clips. 0 at every step.
+    - ``freezehooks/<name>/gradient_norm_free``: the same over the free entries.
+
+    The Trainer tells its reporters before its other callbacks, so this one has it log once more: it is given the
+    Trainer, and is added to it. Under ``logging_strategy="epoch"`` the drift alone is logged.
+
+    Args:
+        trainer: The Trainer.
+
+    Example:
+        >>> from freezehooks.integrations.transformers import FrozenEntriesMonitor
+        >>> def watch(trainer):
+        ...     trainer.add_callback(FrozenEntriesMonitor(trainer))
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._norms: dict[str, float] = {}
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Take the norms of the gradients that the optimizer is about to step with."""
+        if _is_logged(args, state, state.global_step + 1):
+            self._norms = figures(model, before_step_of=_unwrapped(optimizer))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Log, where the Trainer is about to log."""
+        self._log_before_trainer(control, model)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Log, where the Trainer logs at the end of epochs."""
+        self._log_before_trainer(control, model)
+
+    def _log_before_trainer(self, control: Any, model: Any) -> None:
+        if not control.should_log:
+            return
+        norms, self._norms = self._norms, {}
+        found = {**norms, **figures(model)}
+        if found:
+            self.trainer.log(found)
+            control.should_log = True  # which logging has reset: the Trainer's own numbers are still to come
+
+
+def _is_logged(args: Any, state: Any, step: int) -> bool:
+    """Return whether the Trainer logs a step, as its own callback for that decides."""
+    is_first = step == 1 and args.logging_first_step
+    return is_first or (args.logging_strategy == "steps" and step % state.logging_steps == 0)
 
 
 def _unwrapped(optimizer: Any) -> Any:
