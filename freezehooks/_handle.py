@@ -29,7 +29,7 @@ from ._hooks.earlier import EarlierHandles, copies_in, leave_released, reset_gua
 from ._hooks.hook_set import hook_sets_on
 from ._hooks.skipped import skip_gradients_of, skipped_on
 from ._hooks.untrained import Untrained, untrained_on
-from ._optim.compact import check_elementwise, check_whole
+from ._optim.compact import check_elementwise, check_spread
 from ._optim.guard import Guard
 from ._optim.guardable import guardable
 from ._optim.state import stepped_by
@@ -524,7 +524,7 @@ class FrozenEntries(ReadByName):
             stepping = found[:1]
         for each in stepping if compact else ():
             check_elementwise(each)
-            check_whole(self._held)
+            check_spread(each, self._held)
         return stepping
 
     def _check_passed_over(self, optimizer: Optimizer, found: Iterable[Optimizer]) -> None:

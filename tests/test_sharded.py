@@ -36,6 +36,7 @@ from .claims import same_bits
 from .parallel import (
     FIXED,
     SPEC,
+    STEPS,
     OneProcess,
     adamw,
     batch,
@@ -104,6 +105,9 @@ _WAYS: dict[str, dict[str, Any]] = {
     "root alone, resharded": {"layers": (), "reshard_after_forward": True},
     "offloaded": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
 }
+
+
+_WHOLE_OR_COMPACT = {"whole state": {"compact": False}, "compact": {"compact": True}}
 
 
 def crossed(*tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -524,11 +528,142 @@ def test_regions_take_half_the_memory_on_each_of_two_ranks() -> None:
     assert freeze_entries(model, "1.weight[:, 3] = 0\n1.weight[::2, 5:9] = 0.5").nbytes == 0
 
 
-@on_ranks(2)
-def test_compact_state_of_sharded_parameters_is_refused() -> None:
+_COMPACT: dict[str, dict[str, Any]] = {
+    "AdamW": {"kind": "AdamW", "weight_decay": 0.1},
+    "AdamW, foreach": {"kind": "AdamW", "weight_decay": 0.1, "foreach": True},
+    "AdamW, fused": {"kind": "AdamW", "weight_decay": 0.1, "fused": True},
+    "SGD with momentum": {"kind": "SGD", "momentum": 0.9, "weight_decay": 0.1, "foreach": True},
+    "ASGD": {"kind": "ASGD", "weight_decay": 0.1},
+}
+
+
+def _made(model: nn.Module, kind: str, **options: Any) -> torch.optim.Optimizer:
+    made: torch.optim.Optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.05, **options)
+    return made
+
+
+@computes_in_shards
+@on_ranks(2, crossed(_BOTH, _COMPACT))
+def test_each_rank_may_hold_the_free_entries_of_its_shard_alone(first: str, **options: Any) -> None:
+    model, frozen = frozen_and_sharded(first)
+    reference = OneProcess(make=lambda each: _made(each, **options)).train(4)
+    optimizer = MaskedOptimizer(_made(model, **options), frozen, compact=True)
+    train(model, optimizer, reference, 4)
+    reference.assert_same(model)
+    frozen.assert_frozen()
+    for parameter, state in optimizer.inner.state.items():
+        held = [part for part, its in frozen.held() if its is parameter]
+        free = part_here(parameter).numel() - sum(int(part.frozen.sum()) for part in held)
+        assert all(item.shape == (free,) for item in state.values() if isinstance(item, Tensor) and item.ndim)
+
+
+@computes_in_shards
+@on_ranks(2, {"one whole": {"options": {}}, "clipped and accumulated": {"options": {"clip": 0.01}}})
+def test_compact_shards_are_clipped_by_the_norm_of_all_free_entries(options: Any) -> None:
+    model, frozen = frozen_and_sharded("frozen")
+    reference = OneProcess().train(**options)
+    optimizer = MaskedOptimizer(adamw(model), frozen, compact=True)
+
+    def clip() -> None:
+        if options:
+            nn.utils.clip_grad_norm_(model.parameters(), options["clip"])
+
+    train(model, optimizer, reference, before_step=clip)
+    reference.assert_same(model)
+
+
+def _full_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"{n}.{name}": whole(item) for n, own in state.items() for name, item in own.items()}
+
+
+@computes_in_shards
+@on_ranks(2, _BOTH)
+def test_a_compact_state_dict_is_that_of_whole_shards(first: str) -> None:
+    model, frozen = frozen_and_sharded(first)
+    optimizer = MaskedOptimizer(adamw(model), frozen, compact=True)
+    reference = OneProcess().train()
+    train(model, optimizer, reference)
+    saved = optimizer.state_dict()
+    for number, parameter in enumerate(model.parameters()):
+        for name in ("exp_avg", "exp_avg_sq"):
+            item = saved["state"][number][name]
+            assert (item.placements, item.shape) == (parameter.placements, parameter.shape)
+    expected = _full_state(reference.optimizer)
+    found = _full_state(optimizer)
+    assert found.keys() == expected.keys()
+    for name, item in expected.items():
+        assert torch.allclose(found[name], item, 1e-9, 1e-9), name
+    with pytest.raises(FreezeError, match="spread over ranks"):
+        optimizer.state_dict(compact=True)
+
+
+@computes_in_shards
+@on_ranks(2, {"compact": {"compact": True}, "whole": {"compact": False}})
+def test_a_compact_run_resumes_on_shards(compact: bool) -> None:
     model, frozen = frozen_and_sharded("sharded")
-    with pytest.raises(FreezeError, match="compact"):
-        MaskedOptimizer(adamw(model), frozen, compact=True)
+    optimizer = MaskedOptimizer(adamw(model), frozen, compact=True)
+    reference = OneProcess().train(2 * STEPS)
+    train(model, optimizer, reference)
+    weights, state = get_state_dict(model, optimizer)
+    again, held = frozen_and_sharded("sharded")
+    other = MaskedOptimizer(adamw(again), held, compact=compact)
+    set_state_dict(again, other, model_state_dict=weights, optim_state_dict=state)
+    train(again, other, reference, start=STEPS)
+    reference.assert_same(again)
+
+
+@computes_in_shards
+@on_ranks(2)
+def test_compact_shards_thaw_and_freeze_in_mid_training() -> None:
+    runs = []
+    for compact in (False, True):
+        model, frozen = frozen_and_sharded("sharded")
+        optimizer = MaskedOptimizer(adamw(model), frozen, compact=compact)
+        reference = OneProcess()
+        train(model, optimizer, reference)
+        frozen.thaw("up.weight")
+        for step in range(2):
+            optimizer.zero_grad()
+            loss_of(model(my_part(batch(step)))).backward()
+            optimizer.step()
+        later = freeze_entries(model, "up.weight[:, 4] = 0.25")
+        later.guard(optimizer)
+        for step in range(2):
+            optimizer.zero_grad()
+            loss_of(model(my_part(batch(step)))).backward()
+            optimizer.step()
+        later.assert_frozen()
+        runs.append(wholes(model))
+    for name, expected in runs[0].items():
+        assert torch.allclose(runs[1][name], expected, 1e-9, 1e-9), name
+
+
+@computes_in_shards
+@on_ranks(2)
+def test_new_rows_of_a_sharded_embedding_have_a_state_of_their_size() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Embedding(40, 4), nn.Linear(4, 4))
+    fully_shard(model)
+    frozen = freeze_entries(model, "0.weight[~-6:]")
+    optimizer = MaskedOptimizer(adamw(model), frozen, compact=True)
+    before = whole(model[0].weight).clone()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.tensor([[1, 35, 39, 34]])).square().sum().backward()
+        optimizer.step()
+    after = whole(model[0].weight)
+    assert same_bits(after[:34], before[:34])
+    assert not bool((after[[34, 35, 39]] == before[[34, 35, 39]]).any())
+    rows = 0 if dist.get_rank() == 0 else 6
+    assert optimizer.inner.state[model[0].weight]["exp_avg"].shape == (4 * rows,)
+
+
+@on_ranks(2)
+def test_compact_state_of_shards_is_refused_where_an_optimizer_looks_at_all_entries_together() -> None:
+    model, frozen = frozen_and_sharded("sharded")
+    with pytest.raises(FreezeError, match="entries of one rank alone"):
+        MaskedOptimizer(torch.optim.LBFGS(model.parameters()), frozen, compact=True)
 
 
 _DIFFERENT: dict[str, dict[str, Any]] = {
@@ -713,13 +848,16 @@ _PLANS: dict[str, dict[str, Any]] = {
 }
 
 
-@on_ranks(2, crossed({"frozen first": {"first": "frozen"}, "split first": {"first": "split"}}, _PLANS))
-def test_tensor_parallel_trains_as_one_process(first: str, plan: Any) -> None:
+_SPLIT: dict[str, dict[str, Any]] = {"frozen first": {"first": "frozen"}, "split first": {"first": "split"}}
+
+
+@on_ranks(2, crossed(_SPLIT, _PLANS, _WHOLE_OR_COMPACT))
+def test_tensor_parallel_trains_as_one_process(first: str, plan: Any, compact: bool) -> None:
     model = build()
     frozen = freeze_entries(model, SPEC) if first == "frozen" else None
     parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
     frozen = frozen or freeze_entries(model, SPEC)
-    optimizer = MaskedOptimizer(adamw(model), frozen)
+    optimizer = MaskedOptimizer(adamw(model), frozen, compact=compact)
     reference = OneProcess().train()
     train(model, optimizer, reference, share=lambda images: images)
     reference.assert_same(model)
@@ -771,15 +909,15 @@ def test_a_norm_over_a_split_sequence_has_clean_gradients() -> None:
 
 
 @computes_in_shards
-@on_ranks(4, {"frozen first": {"first": "frozen"}, "split first": {"first": "split"}})
-def test_fsdp2_over_tensor_parallel_trains_as_one_process(first: str) -> None:
+@on_ranks(4, crossed(_SPLIT, _WHOLE_OR_COMPACT))
+def test_fsdp2_over_tensor_parallel_trains_as_one_process(first: str, compact: bool) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     model: Any = build()
     frozen = freeze_entries(model, SPEC) if first == "frozen" else None
     parallelize_module(model, mesh["tensor"], _PLANS["by columns, then rows"]["plan"])
     shard(model, mesh=mesh["data"])
     frozen = frozen or freeze_entries(model, SPEC)
-    optimizer = MaskedOptimizer(adamw(model), frozen)
+    optimizer = MaskedOptimizer(adamw(model), frozen, compact=compact)
     reference = OneProcess().train()
     train(model, optimizer, reference, share=lambda images: images.chunk(2)[mesh["data"].get_local_rank()])
     reference.assert_same(model)

@@ -8,7 +8,7 @@ Whatever happens in a step, an error included, the optimizer itself never change
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import torch
@@ -56,16 +56,17 @@ def check_elementwise(optimizer: Optimizer) -> None:
         )
 
 
-def check_whole(held: Iterable[tuple[FrozenParameter, Tensor]]) -> None:
-    """Refuse parameters that are spread over ranks: how many entries are free differs from rank to rank.
+def check_spread(optimizer: Optimizer, held: Iterable[tuple[FrozenParameter, Tensor]]) -> None:
+    """Refuse parameters that are spread over ranks, for an optimizer that asks for numbers of all entries together.
 
     Raises:
         UnsupportedParameterError: One is.
     """
     for frozen, parameter in held:
-        if is_sharded(parameter):
+        if is_sharded(parameter) and not is_elementwise(optimizer):
             raise UnsupportedParameterError(
-                f"`{frozen.name}` is spread over ranks ({type(parameter).__name__}), and compact=True needs it whole",
+                f"`{frozen.name}` is spread over ranks ({type(parameter).__name__}), and compact=True would have "
+                f"`{type(optimizer).__name__}` see the entries of one rank alone",
                 "leave out compact=True, or train with DistributedDataParallel",
             )
 
@@ -141,13 +142,25 @@ class Compact:
         for parameter, frozen_by in found.items():
             # tied copies are summed and made one as whole parameters; what others step is imposed after every step
             if parameter not in overlapping and not any(frozen.ties for frozen in frozen_by):
-                flat = self._parameters.get(parameter)
-                fits = flat is not None and flat.fits(frozen_by)
-                wanted[parameter] = flat if flat is not None and fits else FlatParameter(parameter, frozen_by)
+                wanted[parameter] = self._flat(parameter, frozen_by)
+        wanted.update(self._beside(optimizer, wanted))
         others = any(parameter not in wanted for group in optimizer.param_groups for parameter in group["params"])
         if others or any(flat.free.count for flat in wanted.values()) or is_elementwise(optimizer):
             return wanted
         return {}  # nothing is free: LBFGS asks for the largest gradient, and there must be one
+
+    def _beside(self, optimizer: Optimizer, wanted: Mapping[Tensor, FlatParameter]) -> dict[Tensor, FlatParameter]:
+        """Return the other parameters that are spread over ranks: no kernel takes these and plain tensors together."""
+        if not any(map(is_sharded, wanted)):
+            return {}
+        every = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        others = [parameter for parameter in every if is_sharded(parameter) and parameter not in wanted]
+        return {parameter: self._flat(parameter, []) for parameter in others}
+
+    def _flat(self, parameter: Tensor, held: list[FrozenParameter]) -> FlatParameter:
+        """Return a parameter's free entries as they are stepped: the present ones, where they still fit."""
+        flat = self._parameters.get(parameter)
+        return flat if flat is not None and flat.fits(held) else FlatParameter(parameter, held)
 
     def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the optimizer's state dict with flat tensors of the free entries, and which those are."""

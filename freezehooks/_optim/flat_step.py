@@ -15,6 +15,7 @@ from .._entries.flat_order import FlatOrder
 from .._errors import UnsupportedParameterError
 from .._held.constraint import Constraint
 from .._held.parameter import FrozenParameter
+from .._ranks.sharding import local, local_gradient
 
 
 class FlatParameter:
@@ -33,19 +34,30 @@ class FlatParameter:
     def __init__(self, parameter: Tensor, held: list[FrozenParameter]) -> None:
         self.parameter = parameter
         self.held = held
-        self.free: FlatOrder = EntrySet.like(parameter, self.frozen).complement().order
-        self._memory = parameter.data
+        self.free: FlatOrder = EntrySet.like(self._here, self.frozen).complement().order
+        self._memory = self._here
         self._constraints = constraints_of(held)
         self._gradient: Tensor | None = None
         self._version = -1
         self._is_stray = True
-        self.flat = self.free.gather(parameter.detach())
-        self._is_view = self.flat.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+        self.flat = self.free.gather(self._counted)
+        self._is_view = self.flat.untyped_storage().data_ptr() == self._here.untyped_storage().data_ptr()
+
+    @property
+    def _here(self) -> Tensor:
+        """What of the parameter lies on this rank; writes to it are not counted by autograd."""
+        return local(self.parameter).data
+
+    @property
+    def _counted(self) -> Tensor:
+        """The same, counted with the parameter."""
+        return local(self.parameter).detach()
 
     @property
     def frozen(self) -> Tensor:
-        """The bool tensor that is True where any of the handles freezes an entry."""
-        return reduce(torch.logical_or, [each.frozen for each in self.held])
+        """The bool tensor that is True where any of the handles freezes an entry, of those on this rank."""
+        none = torch.zeros_like(self._here, dtype=torch.bool)
+        return reduce(torch.logical_or, [each.frozen for each in self.held], none)
 
     @property
     def nbytes(self) -> int:
@@ -55,14 +67,14 @@ class FlatParameter:
 
     def fits(self, held: list[FrozenParameter]) -> bool:
         """Return whether these freeze the same entries, of a parameter that still lies where it did."""
-        in_place = not self.parameter.is_meta and self.parameter.is_set_to(self._memory)
+        in_place = not self.parameter.is_meta and self._here.is_set_to(self._memory)
         return in_place and self._constraints == constraints_of(held)
 
     def gather(self) -> None:
         """Take the free entries, and their gradient, from the parameter."""
-        self._is_stray = self.parameter._version != self._version
+        self._is_stray = self._counted._version != self._version
         if not self._is_view:
-            self.free.gather(self.parameter.detach(), out=self.flat)
+            self.free.gather(self._counted, out=self.flat)
         self.gather_gradient()
 
     def gather_gradient(self) -> None:
@@ -77,12 +89,13 @@ class FlatParameter:
         self.flat.grad = gradient
 
     def _flat_gradient(self) -> Tensor | None:
-        gradient = self.parameter.grad
+        gradient = local_gradient(self.parameter)
         if gradient is None:
             return None
         if gradient.layout != torch.strided:
+            name = f"`{self.held[0].name}`" if self.held else "a parameter"
             raise UnsupportedParameterError(
-                f"`{self.held[0].name}` has a gradient of layout {gradient.layout}, and compact=True needs dense ones",
+                f"{name} has a gradient of layout {gradient.layout}, and compact=True needs dense ones",
                 "make the layer without sparse=True, or leave out compact=True",
             )
         plain = gradient.detach().resolve_conj().resolve_neg()
@@ -103,10 +116,10 @@ class FlatParameter:
         The optimizer never reads or writes a frozen entry. What somebody wrote there through `.data` leaves no trace,
         and is put right by the next forward.
         """
-        self.free.scatter_(self.parameter.detach(), self.flat)  # counted by autograd, as every step is
+        self.free.scatter_(self._counted, self.flat)  # counted by autograd, as every step is
         if self._is_stray:
             self.impose()
-        self._version, self._is_stray = self.parameter._version, False
+        self._version, self._is_stray = self._counted._version, False
 
 
 def constraints_of(held: list[FrozenParameter]) -> list[Constraint]:

@@ -91,11 +91,17 @@ def is_as_expected(value: Any, parameter: Tensor) -> bool:
     )
 
 
-def is_plain(value: Tensor, parameter: Tensor) -> bool:
-    """Return whether a tensor is a dense one without tricks, spread over ranks as the parameter is."""
-    layout = layout_of(value)
-    is_known_class = type(value) is Tensor if layout is None else layout == layout_of(parameter)
-    return is_known_class and value.layout is torch.strided and not (layout is None and layout_of(parameter))
+def is_plain(value: Tensor, parameter: Tensor, *, is_flat: bool = False) -> bool:
+    """Return whether a tensor is a dense one without tricks, spread over ranks as the parameter is.
+
+    Args:
+        value: The tensor.
+        parameter: The parameter.
+        is_flat: Whether it is to hold the free entries of this rank alone.
+    """
+    layout, wanted = layout_of(value), None if is_flat else layout_of(parameter)
+    is_known_class = type(value) is Tensor if layout is None else True
+    return is_known_class and layout == wanted and value.layout is torch.strided
 
 
 def _dtypes_of(parameter: Tensor) -> tuple[Any, ...]:

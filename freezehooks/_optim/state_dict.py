@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._entries.flat_order import FlatOrder
-from .._errors import StateMismatchError
+from .._errors import StateMismatchError, UnsupportedParameterError
 from .._held.parameter import FrozenParameter
 from .._held.saved import FORMAT, check_format, load_entries, readable, save_entries
+from .._ranks.sharding import is_sharded, local
 from .state import has_history, history_vectors, is_plain, known_items, started, with_history
 
 FlatOrders: TypeAlias = "Mapping[Tensor, FlatOrder]"
@@ -77,15 +78,15 @@ def _convert_items(
     for name, start in items.items():
         value = state.get(name)
         if isinstance(value, Tensor):
-            _check_item(name, value, parameter, shape)
+            _check_item(name, value, parameter, shape, is_flat=before is not None)
             changed[name] = _convert(value, started(start, parameter, group, value), before, after)
     return changed
 
 
-def _check_item(name: str, value: Tensor, parameter: Tensor, shape: torch.Size) -> None:
+def _check_item(name: str, value: Tensor, parameter: Tensor, shape: torch.Size, *, is_flat: bool = False) -> None:
     """Refuse an item that is not one number for each entry."""
     _check_shape(name, value, parameter, shape)
-    if not is_plain(value, parameter) or not (value.is_floating_point() or value.is_complex()):
+    if not is_plain(value, parameter, is_flat=is_flat) or not (value.is_floating_point() or value.is_complex()):
         raise StateMismatchError(
             f"the optimizer's `{name}` is a {type(value).__name__} of dtype {value.dtype}, expected a plain tensor of "
             f"{parameter.dtype}",
@@ -103,11 +104,14 @@ def _check_shape(name: str, value: Tensor, parameter: Tensor, shape: torch.Size)
 
 
 def _convert(value: Tensor, start: Tensor, before: FlatOrder | None, after: FlatOrder | None) -> Tensor:
-    """Return a tensor of entries in another form; `start` is whole, and written to."""
+    """Return a tensor of entries in another form; `start` is whole, and written to.
+
+    Of what is spread over ranks, the flat form is of the entries on this rank.
+    """
     if before is not None:
-        before.scatter_(start, value)
+        before.scatter_(local(start), value)
         value = start
-    return value if after is None else after.gather(value).clone()
+    return value if after is None else after.gather(local(value)).clone()
 
 
 def _convert_history(
@@ -184,8 +188,13 @@ def compact_state_dict(
         state_dict: Its state dict, flat as it is in memory.
         orders: Which parameters' state is flat.
         held: What is frozen of each of them.
+
+    Raises:
+        UnsupportedParameterError: A parameter is spread over ranks.
     """
     index_of = _indices(optimizer)
+    for parameter in orders:
+        _check_on_one_rank(parameter)
     sets = {parameter: [c.entries for each in found for c in each.constraints] for parameter, found in held.items()}
     described = {index_of[parameter]: save_entries(found, parameter.shape) for parameter, found in sets.items()}
     in_rows = {parameter: _in_rows(parameter, described[index_of[parameter]]) for parameter in orders}
@@ -241,6 +250,7 @@ def check_in_plain_shapes(optimizer: Optimizer, state_dict: dict[str, Any]) -> N
 
 def _in_rows(parameter: Tensor, item: dict[str, Any]) -> FlatOrder:
     """Return the free entries that `save_entries` wrote down the others of."""
+    _check_on_one_rank(parameter)
     if item["shape"] != list(parameter.shape):
         raise StateMismatchError(
             f"the compact optimizer state is of a parameter of shape {tuple(item['shape'])}, found "
@@ -248,6 +258,15 @@ def _in_rows(parameter: Tensor, item: dict[str, Any]) -> FlatOrder:
             "give the optimizer the parameters of the saved run, in the same order",
         )
     return FlatOrder.in_rows(~load_entries(item, parameter))
+
+
+def _check_on_one_rank(parameter: Tensor) -> None:
+    if is_sharded(parameter):
+        raise UnsupportedParameterError(
+            f"state_dict(compact=True) is of whole parameters, found one that is spread over ranks, of shape "
+            f"{tuple(parameter.shape)}",
+            "save state_dict(), which has the plain shapes",
+        )
 
 
 def _indices(optimizer: Optimizer) -> dict[Tensor, int]:

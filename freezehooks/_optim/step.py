@@ -22,7 +22,7 @@ from .._hooks.moment import Moment
 from .._ranks.agreement import has_process_group
 from .._torch import call_first
 from .calls import calls_hooks, check_step, current_step
-from .compact import Compact, check_whole
+from .compact import Compact, check_spread
 from .elementwise import is_elementwise
 from .flat_step import constraints_of
 from .state import impose_on_weights, may_keep_weights, reset_frozen_state, reset_history, settle_frozen_state
@@ -257,7 +257,7 @@ class StepHooks:
         if self.compact is not None and (plan is not self._converted or not self.compact.is_current(optimizer)):
             self.compact.interrupt()
             held = self.pairs(optimizer)
-            check_whole(held)
+            check_spread(optimizer, held)
             self.compact.convert(optimizer, held)
             self._whole.forget()
             self._converted = plan

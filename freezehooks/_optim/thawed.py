@@ -78,7 +78,7 @@ class ThawedEntries:
         moment, gradient = state.get("exp_avg_sq"), local_gradient(self.parameter)
         if moment is None:
             self._steps = _STEPS  # it begins with the coming step, as that of a new optimizer
-        elif gradient is not None and is_plain(moment, self.parameter) and not _is_captured(gradient):
+        elif gradient is not None and _can_take(moment, self.parameter, order) and not _is_captured(gradient):
             self._steps += 1
             seen = self._square(optimizer, group, gradient, local(moment).dtype)
             seen.mul_(1 - float(group["betas"][1]) ** float(state["step"]))
@@ -102,6 +102,10 @@ class ThawedEntries:
         now = _real(entries.gather(moment)).to(seen.dtype)
         mean = torch.maximum(now + (seen - now) / self._steps, seen * _LEAST)
         entries.scatter_(moment, (torch.view_as_complex(mean) if moment.is_complex() else mean).to(moment.dtype))
+
+
+def _can_take(moment: Tensor, parameter: Tensor, order: FlatOrder | None) -> bool:
+    return is_plain(moment, parameter, is_flat=order is not None)
 
 
 def _frozen(held: list[FrozenParameter], parameter: Tensor) -> Tensor:
