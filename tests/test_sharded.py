@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -788,18 +789,18 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Non
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 
-def _resumed(path: Path, model: nn.Module, frozen: FrozenEntries) -> MaskedOptimizer:
-    optimizer = MaskedOptimizer(adamw(model), frozen)
+def _resumed(path: Path, model: nn.Module, frozen: FrozenEntries, *, compact: bool = False) -> MaskedOptimizer:
+    optimizer = MaskedOptimizer(adamw(model), frozen, compact=compact)
     _load(path, model, optimizer)
     return optimizer
 
 
-def _load_alone(folder: Path) -> None:
+def _load_alone(folder: Path, name: str = "of two ranks") -> None:
     model = build(seed=5)
     frozen = freeze_entries(model, FIXED)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that it loads in a single process
-        optimizer = _resumed(folder / "of two ranks", model, frozen)
+        optimizer = _resumed(folder / name, model, frozen)
     reference = OneProcess(FIXED).train(5)
     reference.assert_held(wholes(model))
     train(model, optimizer, reference, 2, 3, share=lambda images: images)
@@ -826,6 +827,32 @@ def test_a_checkpoint_of_two_ranks_resumes_on_two_and_on_one() -> None:
     reference.assert_same(other)
     train(other, optimizer, reference.train(2, 3), 2, 3)
     reference.assert_same(other)
+
+
+@computes_in_shards
+@on_ranks(2, after=partial(_load_alone, name="compact of two ranks"))
+def test_a_compact_checkpoint_of_two_ranks_resumes_on_two_and_on_one() -> None:
+    model, frozen = frozen_and_sharded("sharded", FIXED)
+    optimizer = MaskedOptimizer(adamw(model), frozen, compact=True)
+    reference = OneProcess(FIXED).train()
+    train(model, optimizer, reference)
+    _save(folder() / "compact of two ranks", model, optimizer)
+    other = shard(build(seed=5))
+    held = freeze_entries(other, FIXED)
+    optimizer = _resumed(folder() / "compact of two ranks", other, held, compact=True)
+    reference.assert_same(other)
+    train(other, optimizer, reference.train(2, 3), 2, 3)
+    reference.assert_same(other)
+
+
+@computes_in_shards
+@on_ranks(4, before=_save_alone)
+def test_a_checkpoint_of_one_process_resumes_compact_on_four_ranks() -> None:
+    model = shard(build(seed=5))
+    optimizer = _resumed(folder() / "of one process", model, freeze_entries(model, FIXED), compact=True)
+    reference = OneProcess(FIXED).train()
+    train(model, optimizer, reference.train(2, 3), 2, 3)
+    reference.assert_same(model)
 
 
 @computes_in_shards
