@@ -34,7 +34,7 @@ from typing import Final
 
 import torch
 
-from . import gpu, installation, many_layers, shared_kernel, training
+from . import command_line, gpu, installation, many_layers, shared_kernel, training
 from ._comparison import Case, Options
 from ._machine import environment, restart
 from ._report import broken, table, write_json
@@ -52,6 +52,7 @@ ON_CPU: Final[dict[str, Scenario]] = {
     "value": training.value,
     "shared": shared_kernel.shared,
     "install": installation.install,
+    "commands": command_line.commands,
 }
 
 ON_CUDA: Final[dict[str, Scenario]] = {
