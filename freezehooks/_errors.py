@@ -1,4 +1,4 @@
-"""What can go wrong: one small tree of exceptions, each also the builtin that fits it."""
+"""The exceptions of freezehooks: one small tree, each also a subclass of the builtin that fits it."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class FreezeError(Exception):
         return f"{self.fact}; {self.advice}" if self.advice else self.fact
 
     def within(self, context: str, detail: str = "") -> Self:
-        """Return the same error with `context` before its fact and `detail` in parentheses behind it."""
+        """Return the same error with `context` before its fact and `detail` in parentheses after it."""
         behind = f" ({detail})" if detail else ""
         return type(self)(f"{context}: {self.fact}{behind}", self.advice)
 
 
 _LONGEST: Final = 160
-"""How many characters of something that was given a message shows."""
+"""The most characters of an argument that a message shows."""
 
 
 def shortened(text: object) -> str:
-    """Return a text as a message shows it: without its middle where it is long, as that of a mask or of many indices.
+    """Return a text as a message shows it: with its middle left out if it is long, like a list of many indices.
 
     Example:
         >>> shortened("conv.weight[0] = 1")
@@ -50,16 +50,16 @@ def shortened(text: object) -> str:
 
 
 def shown(found: object) -> str:
-    """Return how a message shows what was found in the place of something else: as Python prints it, shortened."""
+    """Return an object as a message shows it: the way Python prints it, shortened."""
     try:
         return shortened(repr(found))
-    except Exception:  # an integer of thousands of digits, or whatever a class of somebody else's does
+    except Exception:  # an integer of thousands of digits, or a third-party class whose repr fails
         return f"{type(found).__name__}, which cannot be printed"
 
 
 @contextmanager
 def error_context(context: str, detail: str = "") -> Iterator[None]:
-    """Put `context` before the fact of an error inside the block, and `detail` in parentheses behind it."""
+    """Add `context` before the fact of an error raised in the block, and `detail` in parentheses after it."""
     try:
         yield
     except FreezeError as error:
@@ -67,7 +67,7 @@ def error_context(context: str, detail: str = "") -> Iterator[None]:
 
 
 class RuleSyntaxError(FreezeError, ValueError):
-    """Text that is no rule; the message names the column."""
+    """Text that is not a rule; the message names the column."""
 
 
 class SpecError(FreezeError, TypeError):
@@ -75,11 +75,11 @@ class SpecError(FreezeError, TypeError):
 
 
 class TargetError(FreezeError, KeyError):
-    """A target that names no parameter of the model."""
+    """A target that matches no parameter of the model."""
 
 
 class RegionError(FreezeError, ValueError):
-    """A region that does not fit the parameter, or selects nothing of it."""
+    """A region that does not fit the parameter, or that selects none of its entries."""
 
 
 class FrozenValueError(FreezeError, ValueError):
@@ -91,7 +91,7 @@ class RuleConflictError(FreezeError, ValueError):
 
 
 class UnsupportedParameterError(FreezeError, TypeError):
-    """A parameter whose entries no mechanism here can hold."""
+    """A parameter whose entries freezehooks has no way to hold."""
 
 
 class OptimizerMismatchError(FreezeError, ValueError):
@@ -99,19 +99,19 @@ class OptimizerMismatchError(FreezeError, ValueError):
 
 
 class UnsupportedOptimizerError(FreezeError, TypeError):
-    """An optimizer that cannot hold the free entries alone."""
+    """An optimizer that cannot be compacted to the free entries."""
 
 
 class ParameterChangedError(FreezeError, RuntimeError):
-    """A frozen parameter that has since been removed, or replaced by one that cannot be held in its place."""
+    """A frozen parameter that has since been removed, or replaced by one that cannot be frozen in the same way."""
 
 
 class StateMismatchError(FreezeError, RuntimeError):
-    """A saved state made under other rules, or for another model."""
+    """A saved state that was made under other rules, or for another model."""
 
 
 class CheckpointError(FreezeError, ValueError):
-    """A file that cannot be read as a model's tensors, or not without executing what it says."""
+    """A file that cannot be read as a model's tensors, or only by running code that it contains."""
 
 
 class DriftError(FreezeError, RuntimeError):
@@ -119,4 +119,4 @@ class DriftError(FreezeError, RuntimeError):
 
 
 class UnguardedError(FreezeError, RuntimeError):
-    """Frozen entries that hold their values now, while something that is to hold them is missing."""
+    """Frozen entries that hold their values now, while a hook or a guard that would keep them there is missing."""

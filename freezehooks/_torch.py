@@ -1,4 +1,4 @@
-"""Everything private of torch that freezehooks needs, each with the versions it was seen in.
+"""Every private part of torch that freezehooks uses, each with the versions it was seen in.
 
 Nothing here is imported from torch before it is used, so a name that a later torch drops breaks the one feature that
 needs it, and not the import of the package.
@@ -26,15 +26,15 @@ graph_task_id: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", l
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
-    """Have the running backward pass call back when it has accumulated all gradients (torch 1.5 to 2.14).
+    """Call a function once the running backward pass has accumulated all gradients (torch 1.5 to 2.14).
 
-    A callback that another one queues comes after all that were queued before.
+    A callback that is queued by another callback runs after all those queued before it.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
 
 
 kept_gradient_hooks: Callable[[Tensor], Any] = operator.attrgetter("_post_accumulate_grad_hooks")
-"""Returns the post-accumulate hooks of a tensor as torch keeps them, or None (torch 2.1 to 2.14)."""
+"""Returns the dict in which torch keeps a tensor's post-accumulate hooks, or None (torch 2.1 to 2.14)."""
 
 
 def gradient_hooks(parameter: Tensor) -> MutableMapping[int, Any]:
@@ -43,14 +43,14 @@ def gradient_hooks(parameter: Tensor) -> MutableMapping[int, Any]:
 
 
 def tensor_hooks(tensor: Tensor) -> MutableMapping[int, Any]:
-    """Return what `Tensor.register_hook` has registered (torch 1.0 to 2.14)."""
+    """Return the hooks that were registered with `Tensor.register_hook` (torch 1.0 to 2.14)."""
     return tensor._backward_hooks or {}  # type: ignore[return-value]
 
 
 def reconnect_hooks(parameter: Tensor) -> None:
     """Make autograd call a tensor's hooks again after `torch.utils.swap_tensors` (torch 2.3 to 2.14).
 
-    The swapped tensor keeps the lists and loses the nodes that call them; setting a list makes a new node.
+    The swapped tensor keeps the dicts of hooks and loses the nodes that call them; assigning a dict makes a new node.
     """
     parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
     if parameter._backward_hooks:
@@ -58,9 +58,9 @@ def reconnect_hooks(parameter: Tensor) -> None:
 
 
 class MemoryIdentity:
-    """Tells whether a tensor lies in the memory that was seen, without keeping it alive (torch 1.12 to 2.14).
+    """Tells whether a tensor uses a remembered piece of memory, without keeping it alive (torch 1.12 to 2.14).
 
-    The storage is referenced weakly, so that no later one can take its address.
+    The weak reference to the storage keeps a later storage from getting the same address.
     """
 
     __slots__ = ("_storage",)
@@ -71,15 +71,15 @@ class MemoryIdentity:
         self._storage = StorageWeakRef(tensor.untyped_storage())
 
     def is_of(self, tensor: Tensor) -> bool:
-        """Return whether a tensor lies there."""
+        """Return whether a tensor uses that memory."""
         same: bool = self._storage.cdata == tensor.untyped_storage()._cdata
         return same
 
 
 class TensorIdentity:
-    """Tells whether a tensor is still the one that was seen, without keeping it alive (torch 1.12 to 2.14).
+    """Tells whether a tensor is the same as before, without keeping it alive (torch 1.12 to 2.14).
 
-    Not by a weak reference in Python: torch refuses to swap a tensor that has one.
+    A weak reference in Python would not do: torch refuses to swap a tensor that has one.
     """
 
     __slots__ = ("_memory", "_number")
@@ -89,7 +89,7 @@ class TensorIdentity:
         self._memory = MemoryIdentity(tensor)
 
     def is_of(self, tensor: Tensor) -> bool:
-        """Return whether this is the tensor that was seen, in the memory that it had then."""
+        """Return whether this is the same tensor, in the same memory."""
         return self._number == tensor._cdata and self._memory.is_of(tensor)
 
 
@@ -97,7 +97,7 @@ class TensorIdentity:
 
 
 def is_exporting() -> bool:
-    """Return whether torch.export is tracing (torch 2.7 to 2.14; before, it cannot be told).
+    """Return whether torch.export is tracing (torch 2.7 to 2.14; earlier versions do not tell).
 
     The public function of the same name is True in every frame that torch.compile of torch 2.7 to 2.12 traces.
     """
@@ -110,32 +110,32 @@ def is_tracing() -> bool:
 
 
 def is_transformed() -> bool:
-    """Return whether torch.func, forward-mode differentiation or torch.jit.trace is at work around the caller.
+    """Return whether the caller runs inside torch.func, forward-mode differentiation or torch.jit.trace.
 
-    Inside these an autograd function would need rules of its own (torch 2.0 to 2.14).
+    An autograd function would need special support inside these (torch 2.0 to 2.14).
     """
     is_forward_mode = torch.autograd.forward_ad._current_level >= 0
     return is_forward_mode or torch._C._functorch.maybe_current_level() is not None or is_tracing()
 
 
 def traced_as_constant(function: _Function) -> _Function:
-    """Have compiled frames call a function while they are traced, without being part of them (torch 2.0 to 2.14).
+    """Have torch.compile run a function while it traces and use the result as a constant (torch 2.0 to 2.14).
 
-    As `torch.compiler.assume_constant_result`, which imports the compiler.
+    Does what `torch.compiler.assume_constant_result` does, without importing the compiler.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def not_compiled(function: _Function) -> _Function:
-    """Keep a function out of compiled frames, as `torch.compiler.disable`, which imports the compiler (2.0 to 2.14)."""
+    """Do what `torch.compiler.disable` does to a function, without importing the compiler (torch 2.0 to 2.14)."""
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return function
 
 
 @contextmanager
 def outside_tracing() -> Iterator[None]:
-    """Step outside of torch.export, which traces with tensors that have no numbers, for a while (torch 2.0 to 2.14)."""
+    """Suspend torch.export, whose tensors have no numbers while it traces, inside the block (torch 2.0 to 2.14)."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     with _disable_current_modes(), torch._C.DisableTorchFunction(), outside_transforms():
@@ -143,9 +143,9 @@ def outside_tracing() -> Iterator[None]:
 
 
 def outside_transforms() -> AbstractContextManager[Any]:
-    """Step outside of torch.func transforms and of torch.jit.trace for a while.
+    """Suspend torch.func transforms and torch.jit.trace inside the block.
 
-    Inside, the first forbid writes to what a function captured, and the second writes them into its program.
+    The transforms forbid writes to captured tensors, and the trace would record them in its program.
     """
     if torch._C._functorch.maybe_current_level() is not None:  # torch 2.0 to 2.14
         from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack  # torch 2.0 to 2.14
@@ -168,17 +168,17 @@ def _untraced() -> Iterator[None]:
 
 
 def call_first(hooks: MutableMapping[int, Any], number: int) -> None:
-    """Have a hook called before the others that a module or an optimizer has.
+    """Move a hook of a module or an optimizer to the front, so that it is called before the others.
 
-    The others are taken out and put in again. `prepend` and `move_to_end` leave an OrderedDict in another order than
-    the plain dict below it, by which torch.compile of torch 2.7 to 2.12 finds hooks: it takes one for another.
+    The others are taken out and put in again. `prepend` and `move_to_end` would leave the OrderedDict in another order
+    than the plain dict underneath, which torch.compile of torch 2.7 to 2.12 goes by: it would mix up the hooks.
     """
     for other in [each for each in hooks if each != number]:
         hooks[other] = hooks.pop(other)
 
 
 def has_module_hooks_for_all() -> bool:
-    """Return whether somebody has registered a hook behind the forward of every module (torch 1.8 to 2.14)."""
+    """Return whether a global forward hook is registered, one that runs for every module (torch 1.8 to 2.14)."""
     return bool(torch.nn.modules.module._global_forward_hooks)
 
 
@@ -186,17 +186,17 @@ def has_module_hooks_for_all() -> bool:
 
 
 def is_replica(module: nn.Module) -> bool:
-    """Return whether a module is a copy that nn.DataParallel computes with once (torch 1.5 to 2.14)."""
+    """Return whether a module is a copy that nn.DataParallel made for one forward (torch 1.5 to 2.14)."""
     return "_is_replica" in vars(module)
 
 
 def is_scripted(module: nn.Module) -> bool:
-    """Return whether torch.jit has compiled or traced a module: it has no dicts of its own (torch 1.2 to 2.14)."""
+    """Return whether torch.jit has compiled or traced a module, which then has no dicts (torch 1.2 to 2.14)."""
     return isinstance(module, torch.jit.ScriptModule)
 
 
 def is_inside_functional_call() -> bool:
-    """Return whether `torch.func.functional_call` is running around the caller (torch 1.13 to 2.14)."""
+    """Return whether the caller runs inside `torch.func.functional_call` (torch 1.13 to 2.14)."""
     code = torch.nn.utils.stateless._functional_call.__code__
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code is not code:
@@ -204,39 +204,39 @@ def is_inside_functional_call() -> bool:
     return frame is not None
 
 
-# Tensors that are more than one plain tensor
+# Tensors that wrap other tensors
 
 
 def is_tensor_subclass(tensor: Tensor) -> bool:
-    """Return whether a tensor's numbers lie in other tensors, as those of quantized ones do (torch 2.1 to 2.14)."""
+    """Return whether a tensor's data lies in other tensors, as in quantized ones (torch 2.1 to 2.14)."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def is_expanded_weight(tensor: Tensor) -> bool:
-    """Return whether a tensor stands for a parameter that wants gradients of single samples (torch 1.13 to 2.14)."""
+    """Return whether a tensor wraps a parameter to get its gradient for each sample (torch 1.13 to 2.14)."""
     module = sys.modules.get("torch.nn.utils._expanded_weights.expanded_weights_impl")
     return module is not None and isinstance(tensor, module.ExpandedWeight)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Return whether a tensor is a DTensor; torch imports their module before it makes one (torch 2.5 to 2.14)."""
+    """Return whether a tensor is a DTensor; there is none before torch has imported their module (2.5 to 2.14)."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_tensor(tensor: Any) -> Tensor:
-    """Return what of a DTensor lies on this rank: its own memory, unlike `to_local` outside autograd (2.5 to 2.14)."""
+    """Return a DTensor's shard on this rank, without the autograd node that `to_local` adds (torch 2.5 to 2.14)."""
     return tensor._local_tensor  # type: ignore[no-any-return]
 
 
 def has_fsdp2(model: nn.Module) -> bool:
     """Return whether `fully_shard` was applied to a module of the model (torch 2.6 to 2.14)."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # without which there is none
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported: no module uses it
     return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
 def fsdp2_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Yield the parameters that FSDP2 steps, each with its owner and its name there (torch 2.6 to 2.14)."""
+    """Yield the sharded parameters of FSDP2, each after its module and its name there (torch 2.6 to 2.14)."""
     kind = sys.modules["torch.distributed.fsdp"].FSDPModule
     for module in model.modules():
         if isinstance(module, kind):

@@ -612,7 +612,7 @@ def test_what_yaml_takes_for_numbers_is_the_text_that_it_was(folder: Folder) -> 
         ("r.yaml", "- w\n- [a, b]", "item 2: expected a rule or a mapping, found a list"),
         ("r.yaml", "- w\n- 'w['", "item 2: line 1: rule `w.`: column 3"),
         ("r.yaml", "w: {a: b}", "rule for `w`: expected text, found a mapping"),
-        ("r.yaml", "w: [0, 1, 2]", "rule for `w`: a mapping's item is a region or .region, value., found 3 parts"),
+        ("r.yaml", "w: [0, 1, 2]", "rule for `w`: a mapping's item is a region or .region, value., found 3 items"),
         ("r.yaml", "w: [0, center]", "rule for `w`: value `center`: column 1"),
         ("r.yaml", "w: middle", "rule for `w`: region `middle`: column 1: unknown pattern"),
         ("r.yaml", "w:", "rule for `w`: the region or the value is empty; write `...`"),
@@ -717,7 +717,7 @@ def test_odd_numbers_are_shown_too(folder: Folder, numbers: list[Any], said: str
 @pytest.mark.parametrize(
     ("copies", "said"),
     [
-        ([1.0, 1.0], "the 2 slices along dimension 0 are one"),
+        ([1.0, 1.0], "the 2 slices along dimension 0 are tied"),
         ([1.0, 3.5], "the 2 slices along dimension 0 differ, by up"),
     ],
 )
@@ -732,7 +732,7 @@ def test_one_of_a_kind_is_counted_as_one(folder: Folder) -> None:
     path = folder.checkpoint("a.pt", w=ramp(1))
     assert folder.run("show", path)[1].endswith("\n1 tensor, 1 entry\n")
     assert folder.run("show", path, "--rule", "w")[1].endswith("\nfrozen: 1 of all 1 entry of the file (100 %)\n")
-    assert "the 1 slice along dimension 0 is one\n" in folder.run("show", path, "--rule", "w = tied(0)")[1]
+    assert "the 1 slice along dimension 0 is tied\n" in folder.run("show", path, "--rule", "w = tied(0)")[1]
 
 
 def test_a_wildcard_passes_over_integers_and_a_name_does_not(folder: Folder) -> None:

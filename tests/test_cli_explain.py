@@ -97,8 +97,8 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
             "`c[~(zeros & border) | border]` is held at 0. `zeros`: every entry that is exactly 0. `border`: every "
             "entry on the border of the kernel.",
         ),
-        ("d.weight = tied(0)", "All slices along dimension 0 of `d.weight` are one: they hold the same numbers."),
-        ("d = tied(-1, start=mean)", "All slices along dimension -1 of `d` are one"),
+        ("d.weight = tied(0)", "All slices along dimension 0 of `d.weight` are tied: they hold the same numbers."),
+        ("d = tied(-1, start=mean)", "All slices along dimension -1 of `d` are tied"),
     ],
 )
 def test_a_rule_in_words(text: str, words: str) -> None:
@@ -170,8 +170,8 @@ def test_every_rule_is_explained_or_refused(rule: Rule, shape: tuple[int, ...]) 
         ("w[smallest(0.5)]", "10,10", "10x10: 100 entries, 50 (50 %) frozen, 50 free"),
         ("w[zeros]", "10,10", "10x10: 100 entries, how many are frozen depends on the numbers"),
         ("w[zeros | 0]", "4,5", "20 entries, how many are frozen depends on the numbers"),
-        ("d = tied(0)", "64,1,3,3", "576 entries, but the 64 slices along dimension 0 are one: 9 numbers to train"),
-        ("d = tied(-1)", "3,1", "3 entries, but the 1 slice along dimension 1 is one: 3 numbers to train"),
+        ("d = tied(0)", "64,1,3,3", "576 entries, but the 64 slices along dimension 0 are tied: 9 numbers to train"),
+        ("d = tied(-1)", "3,1", "3 entries, but the 1 slice along dimension 1 is tied: 3 numbers to train"),
     ],
 )
 def test_a_count_as_printed(capsys: pytest.CaptureFixture[str], rule: str, shape: str, counted: str) -> None:

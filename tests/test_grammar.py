@@ -222,8 +222,8 @@ _NO_RULES = [
     ("w[0 @ 1]", "column 5: '@' has no meaning here"),
     ("w = 1 # one", "column 7: '#' has no meaning here"),
     ("w = \u0663", "column 5: '\u0663' has no meaning here"),
-    (f"w[{'9' * 1001}]", "column 3: an integer of more than 1000 digits is no position in a tensor"),
-    (f"w[-{'1' * 1001}:]", "column 4: an integer of more than 1000 digits is no position in a tensor"),
+    (f"w[{'9' * 1001}]", "column 3: an integer of more than 1000 digits is not a position in a tensor"),
+    (f"w[-{'1' * 1001}:]", "column 4: an integer of more than 1000 digits is not a position in a tensor"),
     ("w[~(0)" + "|~(0)" * 30, "column 109: a region holds at most 64 operators and parentheses, found 92; "
      "use a list of integers, or pass a bool mask as the region"),
     ("w[~0, 1]", f"column 3: `~` beside a comma is ambiguous; {_AMBIGUOUS}"),
@@ -231,7 +231,7 @@ _NO_RULES = [
     ("w[0, 1 & center]", f"column 8: `&` beside a comma is ambiguous; {_AMBIGUOUS}"),
     ("w[(0, 1), 2]", f"column 3: `(` beside a comma is ambiguous; {_AMBIGUOUS}"),
     ("w[center, 1]", f"column 3: `center` beside a comma is ambiguous; {_AMBIGUOUS}"),
-    ("w[:, ... | 2]", "column 6: `...` cannot be part of a union; write `:`"),
+    ("w[:, ... | 2]", "column 6: `...` cannot be in a union; write `:`"),
     ("w[0 & 1, 2]", f"column 5: `&` beside a comma is ambiguous; {_AMBIGUOUS}"),
     ("w[random(0.5)]", "column 3: pattern `random` got 1 argument; write `random(fraction, seed=...)`"),
     ("w[random(0.5, 1)]", "column 3: pattern `random` got 2 arguments; write `random(fraction, seed=...)`"),
@@ -243,9 +243,9 @@ _NO_RULES = [
     ("w[each(diagonal, 4)]",
      "column 3: `k` of `each` must be a positive integer, found Diagonal; write `each(k, region)`"),
     ("w = []",
-     "column 5: a list of values holds numbers, or lists of one length, and at least one; write for instance"),
-    ("w = [1, [2]]", "column 5: a list of values holds numbers, or lists of one length"),
-    ("w = [[1, 2], [3]]", "column 5: a list of values holds numbers, or lists of one length"),
+     "column 5: a list of values must contain at least one number, or lists of equal lengths; write for instance"),
+    ("w = [1, [2]]", "column 5: a list of values must contain at least one number, or lists of equal lengths"),
+    ("w = [[1, 2], [3]]", "column 5: a list of values must contain at least one number, or lists of equal lengths"),
     ("w = [1, 1e999]", "column 9: `1e999` is too large for any floating-point number"),
     ("w = 1+2", "column 6: expected the end of the rule, found `+`"),
     ("w = mirrored", "column 5: `mirrored` takes other arguments; write `mirrored(dim)`, perhaps with `start=first`"),
@@ -261,7 +261,7 @@ _NO_RULES = [
     ("w[smallest(-0.5)]", "column 3: `fraction` of `smallest` must be a number above 0, at most 1, found -0.5"),
     ("w[smallest(1e999)]", "column 3: `fraction` of `smallest` must be a number above 0, at most 1, found inf"),
     ("w[nm(4, 2)]", "column 3: pattern `nm(4, 2)` freezes nothing: 4 of every 2 stay free; give n < m"),
-    ("w[..., ...]", "column 3: an index takes one `...` at most; write the other dimensions out as `:`"),
+    ("w[..., ...]", "column 3: an index takes at most one `...`; write the other dimensions out as `:`"),
     ("w[center | ::0]", "column 12: a slice step must not be 0; leave it out to take every position"),
 ]  # fmt: skip
 
@@ -376,7 +376,7 @@ def test_a_list_of_bools_is_no_mask(what: Any) -> None:
     ("what", "count"), [((), 0), ((center,), 1), ([center, 0, 1], 3)], ids=["nothing", "one part", "three parts"]
 )
 def test_a_mapping_s_item_has_a_region_and_a_value(what: Any, count: int) -> None:
-    message = f"a mapping's item is a region or (region, value), found {count} parts for 'w'"
+    message = f"a mapping's item is a region or (region, value), found {count} items for 'w'"
     with pytest.raises(SpecError, match=re.escape(message)):
         rules_of({"w": what})
 

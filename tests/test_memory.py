@@ -63,7 +63,7 @@ def some(fraction: float) -> Tensor:
 def test_installing_takes_a_few_times_the_weight_at_most(
     spec: Any, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(least, "_PIECE", 1 << 12)  # as one of many
+    monkeypatch.setattr(least, "_CHUNK", 1 << 12)  # as one of many
     monkeypatch.setattr(select, "_SELECTED_AT_ONCE", 1 << 12)
     layer = nn.Linear(COLUMNS, ROWS, bias=False, dtype=torch.bfloat16)
     layer.weight.data[some(0.5)] = 0

@@ -520,7 +520,7 @@ def test_what_is_no_name_is_in_no_handle(name: str) -> None:
         (lambda frozen: center | 3, SpecError, "combined with a region by `|` and `&`, found int; write an index"),
         (lambda frozen: torch.ones(2) & center, SpecError, "found Tensor; write an index"),
         (lambda frozen: np.ones(2) | center, SpecError, "found ndarray; write an index"),
-        (lambda frozen: entries[10**5000], RegionError, "an integer of more than 1000 digits is no position"),
+        (lambda frozen: entries[10**5000], RegionError, "an integer of more than 1000 digits is not a position"),
         (lambda frozen: diagonal(10**5000), RegionError, "`k` of `diagonal` must be an integer, found int, which"),
         (lambda frozen: tied(10**5000), SpecError, "`dim` of `tied` must be an integer, found int, which cannot"),
         (lambda frozen: _tied(0, start=np.ones(3)), RegionError, "must be first or mean, found array"),
@@ -590,7 +590,7 @@ def test_a_rule_of_many_indices_is_printed_in_part_and_saved_in_full() -> None:
 def test_a_spec_that_holds_itself_is_refused() -> None:
     spec: list[Any] = ["0.weight[0]"]
     spec.append(spec)
-    with pytest.raises(SpecError, match="`spec` is nested too deeply, or holds itself; give a flat list"):
+    with pytest.raises(SpecError, match="`spec` is nested too deeply, or contains itself; give a flat list"):
         freeze_entries(_model(), spec)
 
 

@@ -656,7 +656,7 @@ def test_a_region_of_another_kind_is_refused(region: Any, found: str) -> None:
 
 
 _UNMADE: list[tuple[str, Callable[[], Any], str]] = [
-    ("two ellipses", lambda: entries[..., 0, ...], "an index takes one `...` at most; write the other dimensions out"),
+    ("two ellipses", lambda: entries[..., 0, ...], "an index takes at most one `...`; write the other dimensions out"),
     ("step 0", lambda: entries[::0], "a slice step must not be 0; leave it out to take every position"),
     ("mask in an index", lambda: entries[torch.ones(1, dtype=torch.bool)],
      "an index holds integers, slices, `...` and lists of integers, found True; pass a bool mask as the region itself"),

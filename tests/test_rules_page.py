@@ -171,9 +171,9 @@ RAISE: Final = {
 NO_MESSAGE: Final = {
     "a shape in a rule's text": "<{} of shape {}>",
     "how a violation prints, which a drift error lists": "`{}[{}]` holds {} instead of {} ({} drifted)",
-    "what to do about it": "give fewer lists",
+    "what to do about it": "nest fewer lists",
     "labels without a shape, as a nested tensor has them": "labels must be a dense tensor of integers, found {}",
-    "a list of values too deep for any tensor": "a list of values is nested {} deep at most",
+    "a list of values too deep for any tensor": "a list of values is nested at most {} deep",
     "the topic of a comparison between ranks, which no message shows": "in the first forward",
 }
 

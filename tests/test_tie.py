@@ -452,7 +452,7 @@ def test_entries_that_are_one_start_from_their_mean(tie: Any, first: list[list[i
             (4, 4),
             r"`tied\(0, groups=3\)` needs dimension 0 to be a multiple of 3, found 4 .*; choose",
         ),
-        (mirrored(2), (4, 4), r"dimension 2 is out of range for a tensor of 2 .*; use 0 to 1"),
+        (mirrored(2), (4, 4), r"dimension 2 is out of range for a tensor of 2 dimensions .*; use 0 to 1"),
         (mirrored(0), (1, 4), "dimension 0 has no two slices to mirror"),
         (symmetric, (4, 3), "`symmetric` needs square last two dimensions of 2 or more, found 4 x 3"),
         (symmetric, (4,), "`symmetric` needs square last two dimensions of 2 or more, found 4"),
@@ -514,7 +514,7 @@ def test_copies_that_are_one_stay_as_they_are_where_the_rule_says_mean(tie: Any)
 
 def test_groups_are_for_slices_and_not_for_labels() -> None:
     with pytest.raises(
-        RegionError, match="`groups` of `tied` is for slices along a dimension; say groups in the labels"
+        RegionError, match="`groups` of `tied` is for slices along a dimension; give each group labels of its own"
     ):
         tied(_LABELS, groups=2)
 

@@ -1,8 +1,8 @@
-"""Some of the entries of a tensor, in the cheapest form that is exact.
+"""Sets of entries of a tensor, each in the cheapest form that reads and writes them exactly.
 
-A strided box is reached through a view, few entries by their positions, many by a mask. Every form leaves the other
-entries as they are at any moment, also for another thread that reads them, and never computes with floating-point
-numbers: inf, nan and -0.0 come and go unchanged.
+A strided box uses a view, a few scattered entries use their positions, many use a mask. No form ever changes the other
+entries, not even for a moment that another thread could see, and none computes with floating-point numbers: inf, nan
+and -0.0 are read and written unchanged.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from .flat_order import FlatOrder, memory_order
 from .writes import Writes
 
 _FEW: Final = 0.05
-"""Up to this fraction of a tensor, writing by position beats a pass over all of it."""
+"""Up to this fraction of a tensor, writing by position is faster than a pass over all of it."""
 
 _MOST_IN_ONE_KERNEL: Final = 1 << 22
-"""Above so many entries, a GPU writes by a bool mask, one tensor at a time; below, in one kernel for all tensors."""
+"""On a GPU, larger tensors are written one at a time by a bool mask, and smaller ones all in one kernel."""
 
 
 class EntrySet(ABC):
-    """Some of the entries of a tensor of one shape and order of memory; it does not change.
+    """An immutable set of entries, for tensors of one shape and memory order.
 
-    What `read` returns, and `write_` takes, is in the form's own shape: the box without dimensions of one position,
-    ``(count,)`` for positions, or the tensor's shape with zeros at the other entries.
+    The values that `read` returns and `write_` takes have a shape that depends on the form: that of the box without
+    its dimensions of one position, ``(count,)`` for positions, or the tensor's shape with zeros at the other entries.
 
     Attributes:
         shape: The tensor's shape.
@@ -45,7 +45,7 @@ class EntrySet(ABC):
 
     @staticmethod
     def of(mask: Tensor) -> EntrySet:
-        """Return the cheapest form of what is True in a bool tensor, which lies in memory as the tensor does."""
+        """Return the True entries of a mask in the cheapest form; the mask has the memory layout of the tensor."""
         if not bool(mask.any()):
             return Empty(mask)
         box = Strided.around(mask)
@@ -56,12 +56,12 @@ class EntrySet(ABC):
 
     @staticmethod
     def like(parameter: Tensor, mask: Tensor) -> EntrySet:
-        """Return the cheapest form of what is True in `mask`, laid out like the parameter."""
+        """Return the True entries of a mask in the cheapest form, for the memory layout of a parameter."""
         return EntrySet.of(torch.empty_like(parameter, dtype=torch.bool, requires_grad=False).copy_(mask))
 
     @staticmethod
     def from_state(state: dict[str, Any], parameter: Tensor) -> EntrySet:
-        """Return the set that `state` wrote down, laid out like the parameter."""
+        """Restore the set that `state` returned, for the memory layout of a parameter."""
         mask = torch.zeros(parameter.shape, dtype=torch.bool, device="cpu")
         if "box" in state:
             mask[tuple(slice(*span) for span in state["box"])] = True
@@ -75,7 +75,7 @@ class EntrySet(ABC):
         return EntrySet.like(parameter, mask)
 
     def mask(self, device: torch.device | None = None) -> Tensor:
-        """Return the bool tensor that is True at the entries, laid out like the tensor."""
+        """Return the bool tensor that is True at the entries, in the memory layout of the tensor."""
         ordered = torch.zeros([self.shape[dim] for dim in self.dims], dtype=torch.int8, device=device or "cpu")
         numbers = ordered.permute([self.dims.index(dim) for dim in range(len(self.dims))])
         self.fill_(numbers, 1)
@@ -86,7 +86,7 @@ class EntrySet(ABC):
         return EntrySet.of(~self.mask())
 
     def check_values(self, values: Tensor) -> None:
-        """Raise a ValueError where values are not in this form's own shape."""
+        """Raise a ValueError if values do not have the shape that this form writes."""
         if values.shape != self.values_shape:
             raise ValueError(f"values of shape {tuple(values.shape)}, expected {tuple(self.values_shape)}")
 
@@ -97,7 +97,7 @@ class EntrySet(ABC):
 
     @abstractmethod
     def fill_(self, tensor: Tensor, number: float) -> None:
-        """Write one number into the entries."""
+        """Write the same number into all entries."""
 
     @abstractmethod
     def write_(self, tensor: Tensor, values: Tensor) -> None:
@@ -111,7 +111,7 @@ class EntrySet(ABC):
         """Write +0.0 into the entries."""
         self.fill_(tensor, 0.0)
 
-    # The same writes, to be carried out with others.
+    # The same writes, collected to be run together with others.
 
     def add_fill(self, writes: Writes, tensor: Tensor, number: float) -> None:
         """Add to `writes` what `fill_` does."""
@@ -125,15 +125,15 @@ class EntrySet(ABC):
         """Add to `writes` what `zero_` does."""
         writes.call(partial(self.zero_, tensor))
 
-    # One after another, in the order of the tensor's memory
+    # The entries as a flat tensor, in memory order
 
     @cached_property
     def order(self) -> FlatOrder:
-        """How the entries lie in a flat tensor."""
+        """How the entries are gathered into a flat tensor and scattered back."""
         return FlatOrder.of(self.mask(), self.dims)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Return the entries of a tensor one after another, of shape ``(count,)``."""
+        """Return the entries of a tensor as a flat one of shape ``(count,)``."""
         return self.order.gather(tensor)
 
     def scatter_(self, tensor: Tensor, flat: Tensor) -> None:
@@ -146,11 +146,11 @@ class EntrySet(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Return plain tensors and builtins from which `from_state` makes the same set."""
+        """Return the set as plain tensors and builtins, for `from_state`."""
 
 
 class Empty(EntrySet):
-    """No entry at all: what a rank may hold of a region that lies on others."""
+    """No entries: on a rank whose shard has none of the region."""
 
     def fill_(self, tensor: Tensor, number: float) -> None:
         pass
@@ -179,17 +179,17 @@ _Geometry: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], 
 
 
 class Strided(EntrySet):
-    """Entries that form a strided box: reached through a view, at no memory.
+    """Entries that form a strided box: read and written through a view, without memory of its own.
 
     Attributes:
-        key: What a tensor is indexed by to get the view.
+        key: The index that returns the view.
     """
 
     def __init__(self, mask: Tensor, spans: tuple[slice, ...]) -> None:
         super().__init__(mask)
         self._spans = spans
-        # the quickest key: full dimensions before the first other one are an ellipsis, those after the last left out,
-        # one position is a number
+        # the quickest key: full dimensions at the front become an ellipsis, those at the end are left out, and a single
+        # position becomes an integer
         full = [span == slice(0, size, 1) for span, size in zip(spans, self.shape, strict=True)]
         first, last = (full.index(False), len(full) - full[::-1].index(False)) if not all(full) else (0, 0)
         terse = tuple(span.start if span.stop == span.start + 1 else span for span in spans)
@@ -198,7 +198,7 @@ class Strided(EntrySet):
 
     @staticmethod
     def around(mask: Tensor) -> Strided | None:
-        """Return the box that holds exactly the entries that are True, or None where they form no box."""
+        """Return the box that contains exactly the True entries, or None if they do not form a box."""
         spans: list[slice] = []
         volume = 1
         for dimension in range(mask.ndim):
@@ -236,7 +236,7 @@ class Strided(EntrySet):
         writes.zero(tensor[self.key])
 
     def view(self, tensor: Tensor) -> Tensor:
-        """Return the entries of a plain tensor, as `tensor[key]` does in more time; not for compiled frames."""
+        """Return the view `tensor[key]` of a plain tensor, in less time; not for compiled code."""
         strides = tensor.stride()
         if strides != self._geometry[0]:
             view = torch.empty_strided(self.shape, strides, device="meta")[self.key]
@@ -249,7 +249,7 @@ class Strided(EntrySet):
 
 
 class Sparse(EntrySet):
-    """Few entries, by their positions in the flattened tensor."""
+    """A few scattered entries, by their positions in the flat tensor."""
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__(mask)
@@ -263,13 +263,13 @@ class Sparse(EntrySet):
         return self._positions
 
     def _by_dimension(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Return the positions along each dimension: what a tensor that is not contiguous can be indexed by."""
+        """Return the positions along each dimension, to index a tensor that is not contiguous."""
         flat = self._flat(tensor)
         if self._index is None:
             self._index = torch.unravel_index(flat, tensor.shape)
         return self._index
 
-    # Not by `put_`, which refuses to run under torch.use_deterministic_algorithms.
+    # `put_` would not do: it refuses to run under torch.use_deterministic_algorithms.
 
     def fill_(self, tensor: Tensor, number: float) -> None:
         if tensor.is_contiguous():
@@ -294,10 +294,10 @@ class Sparse(EntrySet):
 
 
 class Masked(EntrySet):
-    """Many entries anywhere, by a mask in the form that the tensor's device writes by fastest.
+    """Many scattered entries, by a mask in the form that is fastest on the tensor's device.
 
-    Integers of 1 at all *other* entries, as wide as the tensor's numbers; for a large tensor on a GPU, a bool mask of
-    the entries themselves, which moves fewer bytes and takes a quarter of the memory.
+    The mask is made of integers as wide as the tensor's dtype, with 1 at all *other* entries. For a large tensor on a
+    GPU it is a bool mask of the entries themselves, which moves fewer bytes and takes a quarter of the memory.
     """
 
     def __init__(self, mask: Tensor) -> None:
@@ -306,13 +306,13 @@ class Masked(EntrySet):
         self._filled: tuple[float, Tensor] | None = None
 
     def _mask_for(self, tensor: Tensor) -> Tensor:
-        """Return the mask in the form that a tensor needs, and keep it in that form alone."""
+        """Return the mask in the form that a tensor needs, and keep only that form."""
         is_wide = tensor.device.type == "cpu" or tensor.numel() < _MOST_IN_ONE_KERNEL
         dtype, kept = bits(tensor).dtype if is_wide else torch.bool, self._mask
         if kept.dtype != dtype or kept.device != tensor.device:
             mask = self.mask(tensor.device)
             self._mask = kept = (~mask).to(dtype) if is_wide else mask
-        return kept.unsqueeze(-1) if is_wide and tensor.is_complex() else kept  # one for both parts
+        return kept.unsqueeze(-1) if is_wide and tensor.is_complex() else kept  # for the real and imaginary components
 
     @property
     def values_shape(self) -> torch.Size:
@@ -343,8 +343,8 @@ class Masked(EntrySet):
         if mask.dtype == torch.bool:
             torch.where(mask, values, tensor, out=tensor)
         else:
-            # values + others * own, in integers: exact. One pass, nothing allocated, and one store of the final bits:
-            # the forward of another thread never sees anything in between.
+            # values + others * own, in integers: exact. It is one pass that allocates nothing and stores the final bits
+            # at once, so that the forward of another thread never sees anything in between.
             own = bits(tensor)
             torch.addcmul(bits(values), mask, own, out=own)
 
@@ -353,8 +353,8 @@ class Masked(EntrySet):
         if mask.dtype == torch.bool:
             return torch.where(mask, tensor, tensor.new_zeros(()))
         values = torch.empty_like(tensor)
-        torch.mul(bits(tensor), mask, out=bits(values))  # the other entries,
-        torch.sub(bits(tensor), bits(values), out=bits(values))  # and all but those: nothing further is allocated
+        torch.mul(bits(tensor), mask, out=bits(values))  # first the other entries,
+        torch.sub(bits(tensor), bits(values), out=bits(values))  # then all but those, with no further allocation
         return values
 
     def add_fill(self, writes: Writes, tensor: Tensor, number: float) -> None:
@@ -371,7 +371,7 @@ class Masked(EntrySet):
             writes.multiply(bits(tensor), mask)
 
     def mask(self, device: torch.device | None = None) -> Tensor:
-        kept = self._mask  # another thread may change its form meanwhile
+        kept = self._mask  # read once: another thread may change its form meanwhile
         mask = kept if kept.dtype == torch.bool else kept == 0
         return mask.to(device or mask.device, copy=mask is kept)
 

@@ -1,4 +1,4 @@
-"""How some entries of a tensor lie one after another in a flat one: what gathers them and scatters them back."""
+"""Gathers some entries of a tensor into a flat one, and scatters them back."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from .bits import count_true
 
 _FEW: Final = 4
-"""Up to this many runs of entries a row, copying them beats an index, and needs no memory of its own."""
+"""Up to this many runs in each row, copying them is faster than an index, and needs no memory of its own."""
 
 
 class FlatOrder(ABC):
-    """Some entries of a tensor, in the order of its memory, so that a copy in either direction reads on and on.
+    """Some entries of a tensor in memory order, so that copies in either direction read memory sequentially.
 
     Attributes:
         count: How many entries there are.
@@ -28,21 +28,21 @@ class FlatOrder(ABC):
 
     @staticmethod
     def of(mask: Tensor, dims: tuple[int, ...]) -> FlatOrder:
-        """Return the cheapest form of what is True in a mask, for tensors whose memory has their dimensions so."""
+        """Return the True entries of a mask in the cheapest form, for tensors with the given memory order."""
         ordered = mask.permute(dims).contiguous()
         return _Runs.found_in(ordered, dims) or _Positions(ordered, dims)
 
     @staticmethod
     def in_rows(mask: Tensor) -> FlatOrder:
-        """Return the entries row by row, whatever the memory of the tensor: an order to be saved in."""
+        """Return the True entries of a mask row by row, an order that does not depend on memory and so can be saved."""
         return FlatOrder.of(mask, tuple(range(mask.ndim)))
 
     def gather(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return the entries of a tensor.
+        """Return the entries of a tensor as a flat one.
 
         Args:
-            tensor: It need not lie in memory as the one that the order is of.
-            out: Where to write them, of shape ``(count,)``. Left out: a view where they lie in one piece, else a copy.
+            tensor: The tensor, in any memory order.
+            out: Where to write them, of shape ``(count,)``. Left out: a view if they are contiguous, else a copy.
         """
         return self._gather(tensor.permute(self.dims).contiguous(), out)
 
@@ -58,7 +58,7 @@ class FlatOrder(ABC):
 
     @property
     def nbytes(self) -> int:
-        """The memory that it holds, in bytes."""
+        """The memory used by this object's tensors, in bytes."""
         return 0
 
     @abstractmethod
@@ -71,7 +71,7 @@ class FlatOrder(ABC):
 
 
 class _Runs(FlatOrder):
-    """Entries in a few runs, the same in every row of a matrix that the tensor is seen as: no memory."""
+    """Entries that form a few runs, the same in every row of the tensor viewed as a matrix; it stores no tensors."""
 
     def __init__(self, runs: list[tuple[int, int]], width: int, count: int, dims: tuple[int, ...]) -> None:
         super().__init__(count, dims)
@@ -80,7 +80,7 @@ class _Runs(FlatOrder):
 
     @staticmethod
     def found_in(mask: Tensor, dims: tuple[int, ...]) -> _Runs | None:
-        """Return the runs in the widest rows that are all alike and have few of them, or None."""
+        """View the mask as the widest rows that are all alike and have few runs, and return those, or None."""
         width = mask.numel()
         for size in (1, *mask.shape) if width else ():
             width //= size
@@ -93,36 +93,36 @@ class _Runs(FlatOrder):
                     return _Runs(runs, width, count_true(mask), dims)
         return None
 
-    def _parts(self, block: Tensor) -> list[Tensor]:
+    def _views(self, block: Tensor) -> list[Tensor]:
         rows = block.view(-1, self._width)
         return [rows[:, start:stop] for start, stop in self._runs]
 
     def _gather(self, block: Tensor, out: Tensor | None) -> Tensor:
-        parts = self._parts(block)
+        views = self._views(block)
         if out is not None:
-            self._copy(self._flat_parts(out), parts)
+            self._copy(self._flat_views(out), views)
             return out
-        if len(parts) == 1:
-            return parts[0].reshape(-1)
-        return torch.cat(parts, dim=1).view(-1) if parts else block.new_empty(0)
+        if len(views) == 1:
+            return views[0].reshape(-1)
+        return torch.cat(views, dim=1).view(-1) if views else block.new_empty(0)
 
     def _scatter_(self, block: Tensor, flat: Tensor) -> None:
-        parts = self._parts(block)
-        if parts and parts[0].data_ptr() != flat.data_ptr():  # else a view: what was written to it stands here
-            self._copy(parts, self._flat_parts(flat))
+        views = self._views(block)
+        if views and views[0].data_ptr() != flat.data_ptr():  # else `flat` is a view of the block itself
+            self._copy(views, self._flat_views(flat))
 
-    def _flat_parts(self, flat: Tensor) -> list[Tensor]:
+    def _flat_views(self, flat: Tensor) -> list[Tensor]:
         sizes = [stop - start for start, stop in self._runs]
         return list(flat.view(-1, sum(sizes)).split(sizes, dim=1)) if sizes else []
 
     @staticmethod
-    def _copy(parts: list[Tensor], sources: list[Tensor]) -> None:
-        for part, source in zip(parts, sources, strict=True):
-            part.copy_(source)
+    def _copy(views: list[Tensor], sources: list[Tensor]) -> None:
+        for view, source in zip(views, sources, strict=True):
+            view.copy_(source)
 
 
 class _Positions(FlatOrder):
-    """Entries anywhere, by their positions, of eight bytes: in four, torch takes half as much time again."""
+    """Scattered entries by their positions, of eight bytes each: with four, torch takes half as long again."""
 
     def __init__(self, mask: Tensor, dims: tuple[int, ...]) -> None:
         positions = mask.flatten().nonzero().flatten()
@@ -146,6 +146,6 @@ class _Positions(FlatOrder):
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...]:
-    """Return the dimensions from the one with the longest stride to the one with the shortest."""
+    """Return the dimensions of a tensor by descending stride."""
     strides = tensor.stride()
     return tuple(sorted(range(tensor.ndim), key=lambda dim: (-strides[dim], dim)))

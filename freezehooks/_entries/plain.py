@@ -1,4 +1,4 @@
-"""Arrays as tensors, and whether a tensor lies in memory as a plain one does, each entry in a place of its own."""
+"""Converts arrays to tensors, and tells whether a tensor is dense and whether its entries share memory."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .._torch import is_tensor_subclass
 
 
 def as_tensor(given: Any) -> Any:
-    """Return an array as a tensor; whatever cannot be one as it is."""
+    """Return an array as a tensor, and anything else unchanged."""
     if isinstance(given, Tensor) or not hasattr(type(given), "__array__"):
         return given
     try:
         return torch.as_tensor(given, device="cpu")
-    except (TypeError, ValueError, RuntimeError):  # an array of objects, or of dtypes that torch has not
+    except (TypeError, ValueError, RuntimeError):  # an array of objects, or of dtypes that torch lacks
         return given
 
 
 def oddity_of(tensor: Tensor) -> str:
-    """Return what keeps a tensor from being a dense one with numbers, in words; empty where nothing does.
+    """Describe what kind of tensor this is if it is not a dense one with data; else return an empty string.
 
     Example:
         >>> oddity_of(torch.ones(2)), oddity_of(torch.ones(2, device="meta"))
@@ -40,10 +40,10 @@ def oddity_of(tensor: Tensor) -> str:
 
 
 def owns_its_entries(tensor: Tensor) -> bool:
-    """Return whether each entry has memory of its own, which holds just that entry and may be written to.
+    """Return whether each entry has memory of its own that may be written to.
 
-    Not so in a lazy conjugate, an expanded tensor, and one made under torch.inference_mode.
+    The answer is no for a lazy conjugate, an expanded tensor, and a tensor made under torch.inference_mode.
     """
     if tensor.is_neg() or tensor.is_inference() or tensor.is_conj():
         return False
-    return tensor.is_contiguous() or 0 not in tensor.stride()  # the first is quicker
+    return tensor.is_contiguous() or 0 not in tensor.stride()  # the quicker test comes first

@@ -1,4 +1,4 @@
-"""Which entries of a tensor a region means: region + parameter -> bool tensor (True = frozen)."""
+"""Turns a region and a parameter into a bool tensor that is True at the region's entries."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .least import least_drawn, of_least_magnitude
 from .plain import as_tensor, oddity_of
 
 _SELECTED_AT_ONCE: Final = 1 << 22
-"""Of how many entries a pattern may sort the numbers at once: their positions take eight bytes each."""
+"""The most entries that a pattern may sort at once: their positions take eight bytes each."""
 
 Item: TypeAlias = "int | Slice | tuple[int, ...] | Union"
-"""What an index says of one dimension."""
+"""What an index contains for one dimension."""
 
 
 def select(region: Any, parameter: Tensor) -> Tensor:
@@ -30,11 +30,11 @@ def select(region: Any, parameter: Tensor) -> Tensor:
     Args:
         region: A `Region`; a bool tensor or array of the parameter's shape or of its leading dimensions, or one that
             broadcasts to it with as many dimensions; or a function from the parameter to one of these.
-        parameter: The tensor the region is to be cut from; its numbers matter to some patterns and functions alone.
+        parameter: The tensor to select from; what it contains matters only to some patterns and functions.
 
     Raises:
         RegionError: The region does not fit the parameter's shape, or selects no entry.
-        SpecError: `region` is none of the three.
+        SpecError: `region` is none of these.
     """
     frozen = select_perhaps_nothing(region, parameter)
     if not bool(frozen.any()):
@@ -72,23 +72,23 @@ def _select(region: Any, parameter: Tensor) -> Tensor:
 
 
 def _is_function(region: Any) -> TypeGuard[Callable[[Tensor], Any]]:
-    """Return whether something can be called with a parameter alone: not so `nm`, which makes a pattern of two."""
+    """Return whether a region is a function of one parameter; `nm`, which makes a pattern from two numbers, is not."""
     if not callable(region) or isinstance(region, type | Region):
         return False
     try:
         inspect.signature(region).bind(None)
     except TypeError:
         return False
-    except ValueError:  # some of those that are written in C do not say
+    except ValueError:  # some functions written in C have no signature
         return True
     return True
 
 
 def _checked_mask(mask: Any, parameter: Tensor) -> Tensor:
-    """Return a mask in the parameter's shape: read as torch reads it, along the leading dimensions, or broadcast.
+    """Return a mask expanded to the parameter's shape, by its leading dimensions as in torch or by broadcasting.
 
     Raises:
-        RegionError: It is no dense bool tensor, fits in neither way, or in both and means two things.
+        RegionError: It is not a dense bool tensor, fits in neither way, or fits in both with different results.
     """
     mask = as_tensor(mask)
     _check_is_mask(mask)
@@ -118,10 +118,10 @@ def _check_is_mask(mask: Any) -> None:
 
 
 def _in_shape(mask: Tensor, shape: torch.Size) -> Tensor:
-    """Return a mask of the leading dimensions, or of as many as the parameter has, expanded to the whole shape.
+    """Return a mask of the leading dimensions, or one with as many dimensions as the shape, expanded to the shape.
 
     Raises:
-        RegionError: It is neither, or may be of the last dimensions as well.
+        RegionError: It is neither, or could be a mask of the last dimensions as well.
     """
     if mask.shape == shape:
         return mask
@@ -160,7 +160,7 @@ def _show(tensor: Tensor) -> str:
 
 
 def select_pattern(pattern: Pattern, parameter: Tensor) -> Tensor:
-    """Return the bool tensor of the parameter's shape that is True where `pattern` says.
+    """Return the bool tensor of the parameter's shape that is True at the entries of a pattern.
 
     Raises:
         RegionError: The pattern does not fit the parameter's shape.
@@ -171,7 +171,7 @@ def select_pattern(pattern: Pattern, parameter: Tensor) -> Tensor:
 
 
 class _Selector:
-    """What patterns, which import no torch, are given to select with."""
+    """The operations of torch for patterns, which do not import torch themselves."""
 
     def coordinates(self, parameter: Tensor, dims: int) -> list[Tensor]:
         return coordinates(parameter, dims)
@@ -187,11 +187,11 @@ class _Selector:
 
     def by_rows(self, parameter: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
         rows = max(1, _SELECTED_AT_ONCE // (parameter[:1].numel() or 1))
-        return torch.cat([choose(part) for part in parameter.split(rows)])
+        return torch.cat([choose(chunk) for chunk in parameter.split(rows)])
 
 
 def coordinates(parameter: Tensor, dims: int) -> list[Tensor]:
-    """Return each of the last `dims` coordinates of a tensor, shaped to broadcast over those dimensions.
+    """Return the coordinates along each of the last `dims` dimensions, shaped to broadcast over those dimensions.
 
     Example:
         >>> coordinates(torch.zeros(5, 2, 3), 2)
@@ -207,7 +207,7 @@ def coordinates(parameter: Tensor, dims: int) -> list[Tensor]:
 
 
 def select_index(index: Index, shape: torch.Size, device: torch.device) -> Tensor:
-    """Return the bool tensor of the given shape that is True at `index`."""
+    """Return the bool tensor of the given shape that is True at the entries of an index."""
     frozen = torch.zeros(shape, dtype=torch.bool, device=device)
     if any(isinstance(item, Union) for item in index.items):
         frozen.view(-1)[positions(index, shape).to(device)] = True
@@ -217,9 +217,9 @@ def select_index(index: Index, shape: torch.Size, device: torch.device) -> Tenso
 
 
 def positions(index: Index, shape: torch.Size) -> Tensor:
-    """Return, in the shape and order of ``tensor[index]``, where its entries lie in the flattened tensor.
+    """Return the positions in the flat tensor of the entries of ``tensor[index]``, in its shape and order.
 
-    A union gives its dimension as many positions as it has, each once, whatever the index holds elsewhere.
+    A union keeps its dimension, with each of its positions once, whatever the index contains for the others.
     """
     count = torch.arange(shape.numel(), device="cpu").view(shape)
     by_dimension = _by_dimension(index, shape)
@@ -239,22 +239,22 @@ def positions(index: Index, shape: torch.Size) -> Tensor:
 
 
 def _joined(union: Union, dimension: int, size: int) -> list[int]:
-    """Return the positions of a union, each once."""
+    """Return the positions in a union, each once."""
     found: dict[int, None] = {}
-    for part in union.parts:
-        if isinstance(part, Slice):
-            found.update(dict.fromkeys(range(*slice(part.start, part.stop, part.step).indices(size))))
+    for span in union.parts:
+        if isinstance(span, Slice):
+            found.update(dict.fromkeys(range(*slice(span.start, span.stop, span.step).indices(size))))
         else:
-            _check_range(part, dimension, size)
-            found[part % size] = None
+            _check_range(span, dimension, size)
+            found[span % size] = None
     return list(found)
 
 
 def as_key(index: Index, shape: torch.Size, flipped: bool = False) -> tuple[Any, ...]:
-    """Return `index` as what a tensor of the given shape takes between its brackets.
+    """Convert an index to the key that a tensor of the given shape takes between its brackets.
 
-    torch has no slices that run backward: they become the forward slice of the same positions, or, for a tensor
-    that was flipped along their dimension, the forward slice of the same order.
+    torch has no slices that run backward. They become the forward slice with the same positions or, for a tensor
+    flipped along their dimension, the forward slice with the same order.
     """
     key: list[Any] = []
     for dimension, item in _by_dimension(index, shape):
@@ -269,17 +269,17 @@ def as_key(index: Index, shape: torch.Size, flipped: bool = False) -> tuple[Any,
 
 
 def _by_dimension(index: Index, shape: torch.Size) -> list[tuple[int, Item]]:
-    """Pair every dimension that `index` speaks of with its item; ``...`` stands for the full ones between."""
+    """Pair every dimension of an index with its item, with a full slice for each dimension that ``...`` covers."""
     items: list[IndexItem] = list(index.items)
     split = items.index(...) if ... in items else len(items)
     before, after = _without_ellipsis(items[:split]), _without_ellipsis(items[split + 1 :])
-    spoken_of = len(before) + len(after)
-    if spoken_of > len(shape):
+    indexed = len(before) + len(after)
+    if indexed > len(shape):
         raise RegionError(
-            f"an index of {counted(spoken_of, 'dimension', 'dimensions')} on a tensor of {len(shape)}",
+            f"an index of {counted(indexed, 'dimension', 'dimensions')} on a tensor of {len(shape)}",
             f"give {len(shape)} at most",
         )
-    skipped = len(shape) - spoken_of if split < len(items) else 0
+    skipped = len(shape) - indexed if split < len(items) else 0
     filled = [*before, *[Slice(None, None, None)] * skipped, *after]
     return list(enumerate(filled))
 

@@ -1,4 +1,4 @@
-"""Writes into the entries of many tensors, carried out together: one call for each kind and dtype."""
+"""Batches writes into many tensors: one call for each kind of write and dtype."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _Grouped: TypeAlias = "defaultdict[torch.dtype, list[Tensor]]"
 
 
 class Writes:
-    """What is to be written where. Collected once, it may be run any number of times.
+    """A batch of writes that is collected once and can be run any number of times.
 
-    torch's `_foreach` functions take many tensors in one call, and on a GPU, where all are of one dtype, in one kernel.
-    Whatever has no such function is carried out after them, one call each.
+    torch's `_foreach` functions take many tensors in one call, and run as one kernel on a GPU if all have one dtype.
+    Writes without such a function run after them, in one call each.
     """
 
     __slots__ = ("_calls", "_copied", "_masks", "_multiplied", "_values", "_zeroed")
@@ -30,25 +30,25 @@ class Writes:
         self._calls: list[Callable[[], object]] = []
 
     def zero(self, view: Tensor) -> None:
-        """Write +0.0 into all of a tensor."""
+        """Add a write of +0.0 into a whole tensor."""
         self._zeroed.append(view)
 
     def copy(self, view: Tensor, values: Tensor) -> None:
-        """Write values into all of a tensor of their shape."""
+        """Add a write of values into a whole tensor of their shape."""
         self._copied[view.dtype].append(view)
         self._values[view.dtype].append(values)
 
     def multiply(self, integers: Tensor, mask: Tensor) -> None:
-        """Multiply integers by a mask of 0 and 1 of their dtype: exact for the numbers whose bits they are."""
+        """Add a multiplication of integers by a mask of 0 and 1: exact for any number whose bits they are."""
         self._multiplied[integers.dtype].append(integers)
         self._masks[integers.dtype].append(mask)
 
     def call(self, write: Callable[[], object]) -> None:
-        """Call a function that writes."""
+        """Add a function that writes."""
         self._calls.append(write)
 
     def run(self) -> None:
-        """Write all of it."""
+        """Run all writes."""
         if self._zeroed:
             torch._foreach_zero_(self._zeroed)
         for dtype, tensors in self._copied.items():

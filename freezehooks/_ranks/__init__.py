@@ -1,1 +1,1 @@
-"""On which rank: what of a parameter lies here, and whether all ranks agree."""
+"""Ranks: the shard of a parameter on this rank, and whether all ranks agree about what is frozen."""

@@ -1,4 +1,4 @@
-"""Whether every rank freezes the same: asked through the rendezvous store, which no collective waits for."""
+"""Checks that every rank freezes the same entries, through the rendezvous store rather than a collective."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from .._rules.ties import Labeled
 from .sharding import is_sharded
 
 _SECONDS: Final = 60.0
-"""How long a rank waits for the others to say what they freeze."""
+"""How long a rank waits for the others to report what they freeze."""
 
-_asked: Counter[str] = Counter()
-"""How often each question was put: the ranks put the same ones in the same order."""
+_checked: Counter[str] = Counter()
+"""How often each topic was compared: all ranks compare the same topics in the same order."""
 
 
 def has_process_group() -> bool:
-    """Return whether torch.distributed was initialized, be it for this process alone."""
+    """Return whether torch.distributed is initialized, even if only for a single process."""
     return dist.is_available() and dist.is_initialized()
 
 
 def is_distributed() -> bool:
-    """Return whether this process is one of several that torch.distributed has joined."""
+    """Return whether this process is one of several in a torch.distributed process group."""
     return has_process_group() and dist.get_world_size() > 1
 
 
 def check_same_on_ranks(model: Any, asked: Mapping[str, tuple[Tensor, Sequence[Rule]]]) -> None:
-    """Refuse rules that differ between ranks, on every rank, where the ranks train one model together.
+    """Reject rules that differ between ranks, on every rank, if the ranks train one model together.
 
-    A plain model may well be frozen on one rank alone.
+    A model that is not shared between ranks may be frozen on one rank only.
 
     Raises:
-        RuleConflictError: They differ, or a rank does not freeze at all.
+        RuleConflictError: The rules differ, or a rank does not freeze anything.
     """
     if is_distributed() and _is_shared(model):
         topic = ",".join(f"{name}{tuple(parameter.shape)}" for name, parameter in _parameters(model))
@@ -49,10 +49,10 @@ def check_same_on_ranks(model: Any, asked: Mapping[str, tuple[Tensor, Sequence[R
 
 
 def check_same_parameters(parameters: Iterable[Any]) -> None:
-    """Refuse frozen parameters that differ between ranks, on every rank.
+    """Reject frozen parameters that differ between ranks, on every rank.
 
     Raises:
-        RuleConflictError: They do, or a rank has none.
+        RuleConflictError: They differ, or a rank has none.
     """
     parameters = list(parameters)
     topic = ",".join(f"{each.name}{tuple(each.shape)}" for each in parameters)
@@ -71,7 +71,7 @@ def _parameters(model: Any) -> list[tuple[str, Tensor]]:
 
 
 def _said(rules: Sequence[Rule]) -> str:
-    """Return the rules as text, with a digest of the tensors and arrays that they hold."""
+    """Return the rules as text, with digests of the tensors and arrays in them."""
     texts = []
     for rule in dict.fromkeys(rules):
         given = rule.region, rule.value.labels if isinstance(rule.value, Labeled) else rule.value
@@ -86,16 +86,16 @@ def _digest(tensor: Tensor) -> str:
 
 
 def say_the_same(topic: str, said: str) -> None:
-    """Compare what each rank says about a topic.
+    """Compare the texts of all ranks about a topic.
 
     Raises:
-        RuleConflictError: They differ, or a rank says nothing for a minute.
+        RuleConflictError: They differ, or a rank provides none within a minute.
     """
     key = hashlib.sha256(topic.encode()).hexdigest()[:16]
     store = dist.distributed_c10d.PrefixStore(
-        f"freezehooks/{key}/{_asked[key]}", dist.distributed_c10d._get_default_store()
+        f"freezehooks/{key}/{_checked[key]}", dist.distributed_c10d._get_default_store()
     )
-    _asked[key] += 1
+    _checked[key] += 1
     ranks = [str(rank) for rank in range(dist.get_world_size())]
     store.set(str(dist.get_rank()), said)
     try:

@@ -1,4 +1,4 @@
-"""What DistributedDataParallel waits for: the gradient of every parameter that trained when it wrapped the model."""
+"""Checks what DistributedDataParallel waits for: gradients of all parameters that trained when it wrapped the model."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .._errors import UnsupportedParameterError
 
 
 def check_may_stop_training(model: Any, trained: Collection[int]) -> None:
-    """Refuse to keep parameters from training for whose gradients DistributedDataParallel would wait.
+    """Reject parameters that are to stop training while DistributedDataParallel would wait for their gradients.
 
-    Torch says so in the second forward, after a first step that each rank has made by its own gradients.
+    torch itself raises only in the second forward, after each rank has made a step with nothing but its own gradients.
 
     Args:
-        model: A module, or a mapping of bare tensors, which nothing wraps.
-        trained: The `id` of each parameter that is to train, at least in part.
+        model: A module, or a mapping of bare tensors, which cannot be wrapped.
+        trained: The `id` of each parameter with at least one entry that trains.
 
     Raises:
-        UnsupportedParameterError: Such a wrapper is in the model, and does not look for unused parameters.
+        UnsupportedParameterError: The model contains such a wrapper, and it does not look for unused parameters.
     """
     for wrapper in model.modules() if isinstance(model, nn.Module) else ():
         if isinstance(wrapper, nn.parallel.DistributedDataParallel) and not _looks_for_unused(wrapper):

@@ -1,1 +1,1 @@
-"""What is written: regions, patterns and rules, as text and in Python. No torch."""
+"""Rules: regions, patterns and values as the user writes them, as text or in Python. Does not import torch."""

@@ -1,4 +1,4 @@
-"""Text <-> rules. Plain Python, no tensors.
+"""Parses rules from text. Does not import torch.
 
     rule    =  target [ "[" region "]" ] [ "=" value ]
     region  =  index | pattern | "~" region | region "&" region | region "|" region | "(" region ")"
@@ -10,7 +10,7 @@
 
 An argument may be named, as in `random(0.5, seed=1)` and `tied(0, start=mean)`.
 
-`parse_rule(str(rule)) == rule` holds for every rule that text can say.
+`parse_rule(str(rule)) == rule` holds for every rule that has a text form.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from .ties import Tie, tie_named
 _Part = TypeVar("_Part")
 
 Value: TypeAlias = "Keep | Tie | Numbers | float | complex"
-"""What text can say of a value."""
+"""A value that can be written as text."""
 
 
 class _Parser(Reader):
-    """Read one rule by recursive descent, a method for each line of the grammar."""
+    """Reads one rule by recursive descent, with a method for each line of the grammar."""
 
     def rule(self) -> Rule:
         found = TARGET.match(self.text)
@@ -51,13 +51,13 @@ class _Parser(Reader):
         return self._built(Rule, found.group(), region, value, at=at)
 
     def only(self, part: Callable[[_Parser], _Part]) -> _Part:
-        """Read text that is one part of a rule and no more."""
+        """Read text that holds one part of a rule, such as its region, and nothing else."""
         self.tokenize(0)
         found = part(self)
         self.expect_end()
         return found
 
-    # A region's text is an index with commas, or operators over parts that hold none outside parentheses.
+    # A region is either an index with commas, or operators over operands whose commas are in parentheses.
 
     def region(self) -> Region:
         start = self.next
@@ -75,7 +75,7 @@ class _Parser(Reader):
         return self._built(indexed, tuple(items), at=start)
 
     def _refuse_operators(self, start: int, through: int | None = None) -> None:
-        """Raise where an operator or a pattern stands beside a comma: which binds tighter is anybody's guess."""
+        """Raise if an operator or a pattern is beside a comma, where precedence would be unclear."""
         tokens = self.tokens[start : self.next if through is None else through + 1]
         for token in tokens:
             if token.text in ("~", "&", "(") or token.kind == "name":
@@ -83,7 +83,7 @@ class _Parser(Reader):
                 raise self.error(token.column, f"`{token.text}` beside a comma is ambiguous", advice)
 
     def _as_item(self, region: Region, start: int) -> IndexItem:
-        """Return the first item of an index with commas, which was read as a region of its own."""
+        """Return the first item of an index with commas, given the region that it was read as."""
         items = [item for leaf in region.leaves() if isinstance(leaf, Index) for item in leaf.items]
         return items[0] if len(items) == 1 else self._joined(items, start)
 
@@ -94,12 +94,12 @@ class _Parser(Reader):
         return items[0] if len(items) == 1 else self._joined(items, start)
 
     def _joined(self, items: list[IndexItem], start: int) -> Union:
-        parts: list[int | Slice] = []
+        spans: list[int | Slice] = []
         for item in items:
             if isinstance(item, EllipsisType | Union):
-                raise self.error(self.tokens[start].column, "`...` cannot be part of a union", "write `:`")
-            parts.extend(item if isinstance(item, tuple) else (item,))
-        return Union(tuple(parts))
+                raise self.error(self.tokens[start].column, "`...` cannot be in a union", "write `:`")
+            spans.extend(item if isinstance(item, tuple) else (item,))
+        return Union(tuple(spans))
 
     def _either(self) -> Region:
         region = self._both()
@@ -136,7 +136,7 @@ class _Parser(Reader):
         return self.advance().text, *self._arguments(self._pattern_argument, "the pattern's arguments")
 
     def _arguments(self, read: Callable[[], Any], what: str) -> tuple[list[Any], dict[str, Any]]:
-        """Read arguments in parentheses, where there are some: those without and those with a name."""
+        """Read the arguments in parentheses, if there are any, and return the unnamed and the named ones."""
         unnamed: list[Any] = []
         named: dict[str, Any] = {}
         if self.take("("):
@@ -194,7 +194,8 @@ class _Parser(Reader):
     def _to_integer(self, sign: int) -> int:
         token = self.advance()
         if len(token.text) > MOST_DIGITS:
-            raise self.error(token.column, f"an integer of more than {MOST_DIGITS} digits is no position in a tensor")
+            fact = f"an integer of more than {MOST_DIGITS} digits is not a position in a tensor"
+            raise self.error(token.column, fact)
         return sign * int(token.text)
 
     def value(self) -> Value:
@@ -218,10 +219,10 @@ class _Parser(Reader):
         return integer
 
     def _values(self, depth: int = 1) -> list[Any]:
-        """Read what stands between the brackets of a list: numbers, or lists of them."""
+        """Read what is between the brackets of a list: numbers, or lists of them."""
         values: list[Any] = []
         if depth > MOST_DIMENSIONS:
-            raise self.error(self.peek().column, f"a list of values is nested {MOST_DIMENSIONS} deep at most")
+            raise self.error(self.peek().column, f"a list of values is nested at most {MOST_DIMENSIONS} deep")
         while self.peek().text != "]":
             values.append(self._values(depth + 1) if self.take("[") else self._finite_number("a number"))
             if not self.take(","):
@@ -230,7 +231,7 @@ class _Parser(Reader):
         return values
 
     def _finite_number(self, expected: str) -> float | complex:
-        """Read a number, which may be complex."""
+        """Read a finite number, real or complex."""
         number = self._real_or_imaginary(expected)
         if isinstance(number, float) and self.peek().text in ("+", "-") and self.peek(1).kind == "imaginary":
             number = complex(number, self._real_or_imaginary(expected).imag)
@@ -258,7 +259,7 @@ class _Parser(Reader):
         return float(sign + token.text) if token.kind == "number" else of_integer(sign + token.text)
 
     def _built(self, kind: Callable[..., _Part], *parts: Any, at: int) -> _Part:
-        """Build a region or a value; where it refuses its parts, say at which column they stand."""
+        """Build a region or a value, and add the column to the error if it rejects its arguments."""
         try:
             return kind(*parts)
         except RuleSyntaxError:
@@ -274,8 +275,8 @@ def parse_rule(text: str) -> Rule:
         text: For instance ``"conv.weight[:, :, 1, 1] = 0"``.
 
     Raises:
-        RuleSyntaxError: The text is no rule; the message names the column, counted from 1.
-        SpecError: It is no text at all.
+        RuleSyntaxError: The text is not a rule; the message names the column, counted from 1.
+        SpecError: The argument is not text.
 
     Example:
         >>> from freezehooks import parse_rule
@@ -286,11 +287,11 @@ def parse_rule(text: str) -> Rule:
 
 
 def parse_region(text: str) -> Region:
-    """Read what stands between a rule's brackets: ``parse_region("~center | border")``.
+    """Read a region, the text between a rule's brackets: ``parse_region("~center | border")``.
 
     Raises:
-        RuleSyntaxError: The text is no region; the message names the column, counted from 1.
-        SpecError: It is no text at all.
+        RuleSyntaxError: The text is not a region; the message names the column, counted from 1.
+        SpecError: The argument is not text.
 
     Example:
         >>> from freezehooks import center, entries, parse_region
@@ -301,9 +302,9 @@ def parse_region(text: str) -> Region:
 
 
 def parse_value(text: str) -> Value:
-    """Read what stands behind a rule's ``=``: a number, a list of numbers, `keep` or `tied(dim)`.
+    """Read a value, the text after a rule's ``=``: a number, a list of numbers, `keep` or a tie such as `tied(0)`.
 
     Raises:
-        RuleSyntaxError: The text is neither; the message names the column, counted from 1.
+        RuleSyntaxError: The text is not a value; the message names the column, counted from 1.
     """
     return _Parser(text, "value").only(_Parser.value)

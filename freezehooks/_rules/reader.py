@@ -1,4 +1,4 @@
-"""The text of a rule or of a part of one, read token by token. Plain Python, no tensors."""
+"""Reads the text of a rule, a region or a value token by token. Does not import torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _EXAMPLES: Final = {
 
 
 class Token(NamedTuple):
-    """A word, a number or a sign, and where it stands in the text, counted from 0."""
+    """A word, a number or a sign, with its column in the text, counted from 0."""
 
     kind: str
     text: str
@@ -35,14 +35,14 @@ class Token(NamedTuple):
 
 
 class Reader:
-    """Text as tokens, of which one is next; every error names text and column.
+    """A cursor over the tokens of a text; every error names the text and the column.
 
     Args:
-        text: What to read; white space around it is left out.
+        text: What to read; surrounding white space is ignored.
         kind: What the text is: a "rule", a "region" or a "value".
 
     Raises:
-        SpecError: It is no text.
+        SpecError: It is not text.
     """
 
     def __init__(self, text: str, kind: str) -> None:
@@ -56,7 +56,7 @@ class Reader:
         self.next = 0
 
     def tokenize(self, start: int) -> None:
-        """Split the text from a column on into tokens, the last of which is its end."""
+        """Split the text after a column into tokens, followed by one that marks the end."""
         position = start
         while position < len(self.text):
             found = _TOKEN.match(self.text, position)
@@ -69,7 +69,7 @@ class Reader:
         self._refuse_depth()
 
     def _refuse_depth(self) -> None:
-        """Raise before a region is nested so deeply that Python's own call stack would give out."""
+        """Raise if a region is nested so deeply that parsing it might exceed Python's recursion limit."""
         nested = [token for token in self.tokens if token.text in ("~", "|", "&", "(")]
         if len(nested) > _MOST_OPERATORS:
             raise self.error(
@@ -79,42 +79,42 @@ class Reader:
             )
 
     def peek(self, ahead: int = 0) -> Token:
-        """Return the next token, or one behind it; the end is followed by itself."""
+        """Return the next token, or one further ahead; past the end, the end token."""
         return self.tokens[min(self.next + ahead, len(self.tokens) - 1)]
 
     def advance(self) -> Token:
-        """Return the next token and go past it."""
+        """Return the next token and move past it."""
         token = self.peek()
         self.next += 1
         return token
 
     def take(self, sign: str) -> bool:
-        """Go past the next token if it is the given one, and return whether it was."""
+        """Move past the next token if it is the given sign, and return whether it was."""
         taken = self.peek().text == sign
         self.next += taken
         return taken
 
     def expect(self, sign: str, meaning: str) -> None:
-        """Go past the next token, which must be the given one."""
+        """Move past the next token, which must be the given sign."""
         if not self.take(sign):
             raise self.unexpected(meaning)
 
     def expect_end(self) -> None:
-        """Raise where anything is left to read."""
+        """Raise if there is anything left to read."""
         if self.peek().kind != "end":
             raise self.unexpected(f"the end of the {self.kind}")
 
     @property
     def example(self) -> str:
-        """What to write instead, as an error advises it."""
+        """The advice of an error: an example of valid text."""
         return f"write for instance {_EXAMPLES[self.kind]}"
 
     def unexpected(self, expected: str) -> RuleSyntaxError:
-        """Return the error that the next token is another than expected."""
+        """Return the error for a next token that is not the expected one."""
         token = self.peek()
         found = f"`{shortened(token.text)}`" if token.text else "the end"
         return self.error(token.column, f"expected {expected}, found {found}", self.example)
 
     def error(self, column: int, fact: str, advice: str = "") -> RuleSyntaxError:
-        """Return the error that something is wrong at a column, which the message counts from 1."""
+        """Return the error for something wrong at a column; the message counts columns from 1."""
         return RuleSyntaxError(f"{self.kind} `{shortened(self.text)}`: column {column + 1}: {fact}", advice)

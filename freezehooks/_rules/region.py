@@ -1,4 +1,4 @@
-"""Regions as expressions: indices, and regions combined with ``~ | &``. Plain Python, no tensors."""
+"""Regions as expressions: indices, and regions combined with ``~ | &``. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any, ClassVar, Final, TypeAlias
 from .._errors import RegionError, SpecError, shown
 
 MOST_DIGITS: Final = 1000
-"""Of an integer in a region: Python itself prints and reads no more than a few thousand."""
+"""The most digits of an integer in a region: Python itself prints and reads no more than a few thousand."""
 
 _TOO_LARGE: Final[int] = 10**MOST_DIGITS
 
 
 def is_printable(number: int) -> bool:
-    """Return whether an integer has no more digits than a region may show."""
+    """Return whether an integer is short enough to be printed."""
     return abs(number) < _TOO_LARGE
 
 
 class Region:
-    """Which entries of a tensor: combine with ``~`` (the others), ``|`` (either) and ``&`` (both)."""
+    """Which entries of a tensor; combine regions with ``~`` (all others), ``|`` (either) and ``&`` (both)."""
 
     __slots__ = ()
     __array_ufunc__: ClassVar[None] = None  # so that NumPy leaves `array | region` to the methods below
     binding: ClassVar[int] = 4
-    """How tightly the outermost operator of the text form binds: 1 ``|``, 2 ``&``, 3 ``~``, 4 none."""
+    """The precedence of the outermost operator in the text form: 1 ``|``, 2 ``&``, 3 ``~``, 4 none."""
 
     def __invert__(self) -> Not:
         return Not(self)
@@ -50,7 +50,7 @@ class Region:
         yield self
 
     def as_operand(self, binding: int) -> str:
-        """Return the text form, in parentheses where an operator that binds as given would tear it apart."""
+        """Return the text form, in parentheses if it is to stand beside an operator of higher precedence."""
         return str(self) if self.binding >= binding else f"({self})"
 
 
@@ -65,7 +65,7 @@ def _operand(other: object) -> Region:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A slice that can be hashed on every supported Python, and never equals a list of integers."""
+    """A slice that is hashable on every supported Python, and never equals a list of integers."""
 
     start: int | None
     stop: int | None
@@ -78,7 +78,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Union:
-    """Positions along one dimension: those of several integers and slices, each once, in the order given."""
+    """The positions of several integers and slices along one dimension, each once, in the order given."""
 
     parts: tuple[int | Slice, ...]
 
@@ -91,22 +91,22 @@ IndexItem: TypeAlias = "int | Slice | EllipsisType | tuple[int, ...] | Union"
 
 @dataclass(frozen=True, slots=True)
 class Index(Region):
-    """An index as Python writes it: integers, slices, ``...`` and lists of integers, one a dimension.
+    """An index in Python's notation: an integer, a slice, ``...`` or a list of integers for each dimension.
 
-    Beyond Python, an item may be a union of integers and slices, as in ``:, 0:4 | 8:12``.
+    Unlike in Python, an item may be a union of integers and slices, as in ``:, 0:4 | 8:12``.
     """
 
     items: tuple[IndexItem, ...]
 
     def __post_init__(self) -> None:
         if self.items.count(...) > 1:
-            raise RegionError("an index takes one `...` at most", "write the other dimensions out as `:`")
+            raise RegionError("an index takes at most one `...`", "write the other dimensions out as `:`")
         spans = [part for item in self.items for part in (item.parts if isinstance(item, Union) else (item,))]
         if any(isinstance(span, Slice) and span.step == 0 for span in spans):
             raise RegionError("a slice step must not be 0", "leave it out to take every position")
 
     def as_operand(self, binding: int) -> str:
-        """Return the text form, in parentheses where a comma would tear it apart."""
+        """Return the text form, in parentheses if it has commas."""
         return str(self) if len(self.items) == 1 else f"({self})"
 
     def __str__(self) -> str:
@@ -170,7 +170,7 @@ class Or(_Pair):
 
 @dataclass(frozen=True, slots=True)
 class Described(Region):
-    """What is left of a region that a function chose, once its rule was copied or pickled: a name to show."""
+    """The text of a region that was given as a function: all that is kept of it when its rule is copied or pickled."""
 
     text: str
 
@@ -179,7 +179,7 @@ class Described(Region):
 
 
 def indexed(items: tuple[IndexItem, ...]) -> Region:
-    """Return the region that an index with the given items selects; a single union is one of regions."""
+    """Return the index with the given items; if its only item is a union, join an index for each with ``|``."""
     if len(items) == 1 and isinstance(items[0], Union):
         parts: list[Region] = [Index((part,)) for part in items[0].parts]
         return reduce(Or, parts)
@@ -213,10 +213,10 @@ def _index_item(item: Any) -> IndexItem:
 
 
 def _listed(item: Any) -> Any:
-    """Return an array's numbers as a list; what has none that can be listed as it is."""
+    """Return an array as a list of its numbers, and anything else unchanged."""
     try:
         return item.tolist()
-    except Exception:  # sparse, quantized, nested and meta tensors each raise their own, as does what is no array
+    except Exception:  # sparse, quantized, nested and meta tensors each raise an error of their own
         return item
 
 
@@ -227,7 +227,7 @@ def _slice(item: slice) -> Slice:
 def _integer(item: Any) -> int:
     try:
         number = None if isinstance(item, bool) else operator.index(item)
-    except Exception:  # what an `__index__` of somebody else's raises too
+    except Exception:  # the `__index__` of a third-party class may raise anything
         number = None
     if number is None:
         raise RegionError(
@@ -235,5 +235,5 @@ def _integer(item: Any) -> int:
             "pass a bool mask as the region itself, without `entries[...]`",
         )
     if not is_printable(number):
-        raise RegionError(f"an integer of more than {MOST_DIGITS} digits is no position in a tensor", "correct it")
+        raise RegionError(f"an integer of more than {MOST_DIGITS} digits is not a position in a tensor", "correct it")
     return number

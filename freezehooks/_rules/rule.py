@@ -1,4 +1,4 @@
-"""A rule: target, region and value. Plain Python, no tensors."""
+"""A rule: target, region and value. Does not import torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .region import WHOLE, Described, Region
 from .ties import Tie
 
 TARGET: Final = re.compile(r"(?:\(\s*\w+(?:\s*,\s*\w+)*\s*\)|[^\s\[\]=#])+")
-"""What a target is made of: no spaces, no brackets, no ``=`` and no ``#``; classes in parentheses may have spaces."""
+"""A target: no spaces, brackets, ``=`` or ``#``, except that classes in parentheses may have spaces between them."""
 
 MOST_DIMENSIONS: Final = 64
-"""Of a list of values: as many as a tensor of torch has."""
+"""The most dimensions of a list of values: as many as torch allows for a tensor."""
 
 
 class Keep(enum.Enum):
-    """The value of a rule that holds what the entries contain at the moment of freezing."""
+    """The type of `keep`: the entries are held at what they contain at the moment of freezing."""
 
     KEEP = "keep"
 
@@ -38,22 +38,22 @@ keep: Final = Keep.KEEP
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """The value of a rule that is a list of numbers, perhaps of lists: ``[1, 2, 3]``."""
+    """A value that is a list of numbers, possibly nested: ``[1, 2, 3]``."""
 
     items: tuple[Any, ...]
 
     @staticmethod
     def of(items: Sequence[Any]) -> Numbers:
-        """Return the value for a list of numbers, or of lists of one length each.
+        """Return the value for a list of numbers, or of nested lists of equal lengths.
 
         Raises:
-            FrozenValueError: It holds anything else, or infinite numbers.
+            FrozenValueError: It contains anything else, or numbers that are not finite.
         """
         return Numbers(_nested(items, MOST_DIMENSIONS))
 
     @property
     def is_complex(self) -> bool:
-        """Whether one of the numbers is complex."""
+        """Whether any of the numbers is complex."""
         return "j" in str(self)
 
     def __str__(self) -> str:
@@ -62,14 +62,14 @@ class Numbers:
 
 def _nested(items: Sequence[Any], deepest: int) -> tuple[Any, ...]:
     if not deepest:
-        raise FrozenValueError(f"a list of values is nested {MOST_DIMENSIONS} deep at most", "give fewer lists")
+        raise FrozenValueError(f"a list of values is nested at most {MOST_DIMENSIONS} deep", "nest fewer lists")
     found = tuple(
         _nested(item, deepest - 1) if isinstance(item, list | tuple) else _finite("a list of values", item)
         for item in items
     )
     if len({_shape(item) for item in found}) != 1:
         raise FrozenValueError(
-            "a list of values holds numbers, or lists of one length, and at least one",
+            "a list of values must contain at least one number, or lists of equal lengths",
             "write for instance `[1, 2]` or `[[1, 2], [3, 4]]`",
         )
     return found
@@ -81,7 +81,7 @@ def _shape(item: Any) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rule:
-    """Say which entries of which parameters are held, and at what: ``Rule("conv.weight", center, 0)``.
+    """Describe which entries of which parameters are frozen, and at what value: ``Rule("conv.weight", center, 0)``.
 
     Args:
         target: A parameter's qualified name, in which ``*`` and ``?`` stand for any characters and any one character;
@@ -90,13 +90,13 @@ class Rule:
         region: Which entries: a region of this library, a bool tensor of the parameter's shape (True = frozen), or a
             function from the parameter to one. Left out: the whole tensor.
         value: A finite number, a list of numbers or a tensor that fits the region or has the parameter's shape, `keep`
-            (what the entries hold at the moment of freezing), or of a whole tensor `tied`, `mirrored` or `symmetric`.
+            (what the entries hold at the moment of freezing), or for a whole tensor `tied`, `mirrored` or `symmetric`.
             Left out: `keep`.
 
     Raises:
         SpecError: The target is not a name.
-        FrozenValueError: The value is an infinite number or nan.
-        RegionError: Only part of a tensor is to be tied.
+        FrozenValueError: The value is infinite or nan.
+        RegionError: The value is a tie, such as `tied`, and a region is given.
 
     Example:
         >>> from freezehooks import Rule, center
@@ -131,15 +131,15 @@ class Rule:
 
     @property
     def _identity(self) -> tuple[Any, ...]:
-        """Regions and values compare by what they say, numbers by their text: -0.0 is not 0.0; tensors by identity."""
+        """What rules are compared by: numbers by their text (-0.0 is not 0.0), tensors and functions by identity."""
         region = self.region if isinstance(self.region, Region) else id(self.region)
-        is_said = isinstance(self.value, float | complex | Keep | Numbers)
-        value = _value_text(self.value) if is_said else self.value if isinstance(self.value, Tie) else id(self.value)
+        has_text = isinstance(self.value, float | complex | Keep | Numbers)
+        value = _value_text(self.value) if has_text else self.value if isinstance(self.value, Tie) else id(self.value)
         return self.target if isinstance(self.target, str) else id(self.target), region, value
 
     def __reduce__(self) -> Any:
         region = self.region
-        if callable(region) and not isinstance(region, Region):  # a model must pickle, and few functions do
+        if callable(region) and not isinstance(region, Region):  # a model must be picklable, and few functions are
             region = Described(_foreign_text(region))
         return Rule, (self.target, region, self.value)
 
@@ -149,7 +149,7 @@ class Rule:
 
 
 def is_of_model(target: Any) -> bool:
-    """Return whether a target is a parameter or a module itself, and no name."""
+    """Return whether a target is a parameter or a module itself rather than a name."""
     return hasattr(target, "requires_grad_")
 
 
@@ -158,10 +158,10 @@ def _target_text(target: Any) -> str:
 
 
 def _finite(what: str, value: Any) -> float | complex:
-    """Return a number as Python's own.
+    """Convert a number to a Python float or complex.
 
     Raises:
-        FrozenValueError: It is infinite or nan, or no number.
+        FrozenValueError: It is infinite or nan, or not a number.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Complex):
         raise FrozenValueError(f"{what} must hold numbers, found {type(value).__name__}", "give finite numbers")
@@ -175,19 +175,19 @@ def _finite(what: str, value: Any) -> float | complex:
 
 
 def _foreign_text(part: Any) -> str:
-    """Return the text of a region or a value; one that text cannot say shows as ``<what it is>``."""
+    """Return the text of a region or a value, or ``<what it is>`` if the rule syntax has no text for it."""
     if isinstance(part, Region):
         return str(part)
     if isinstance(part, float | complex | tuple | Keep | Tie | Numbers):
         return _value_text(part)
     try:
         return f"<{type(part).__name__.lower()} of shape {tuple(part.shape)}>"
-    except Exception:  # it has none: nested tensors and lazy parameters say so each in their own way
+    except Exception:  # it has no shape: nested tensors and lazy parameters each raise an error of their own
         return f"<{getattr(part, '__name__', type(part).__name__)}>"
 
 
 def _value_text(value: Any) -> str:
-    """Return the text of a value that text can say."""
+    """Return the text of a value that has one in the rule syntax."""
     if isinstance(value, float):
         return repr(value).removesuffix(".0")
     if isinstance(value, complex):

@@ -1,4 +1,4 @@
-"""What `freeze_entries` takes -> rules: text of several lines, rules, mappings, and any of those in a row. No torch."""
+"""Reads a spec, what `freeze_entries` takes, into rules. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from .rule import Rule, keep
 from .ties import Tie
 
 Spec: TypeAlias = "str | Rule | Mapping[str, Any] | Iterable[Any]"
-"""What rules can be read from: text, a rule, {target: region} or {target: (region, value)}, or several of those."""
+"""Text, a rule, {target: region} or {target: (region, value)}, or an iterable of those."""
 
 
 def rules_of(spec: Spec) -> tuple[Rule, ...]:
-    """Return the rules that `spec` says, in its order.
+    """Return the rules of a spec, in order.
 
     Args:
-        spec: Text (a rule a line; ``#`` begins a comment), a `Rule`, a mapping ``{target: region}`` or
+        spec: Text (one rule a line; ``#`` begins a comment), a `Rule`, a mapping ``{target: region}`` or
             ``{target: (region, value)}``, or an iterable of those.
 
     Raises:
-        RuleSyntaxError: Text that is no rule.
-        SpecError: Anything else that cannot be read as rules.
+        RuleSyntaxError: Some text is not a rule.
+        SpecError: Anything else in it cannot be read as a rule.
     """
     try:
         return tuple(_iterate_rules(spec))
     except RecursionError:
-        raise SpecError("`spec` is nested too deeply, or holds itself", "give a flat list of rules") from None
+        raise SpecError("`spec` is nested too deeply, or contains itself", "give a flat list of rules") from None
 
 
 def _iterate_rules(spec: Any) -> Iterator[Rule]:
@@ -60,18 +60,18 @@ def _rule_of_item(target: Any, what: Any) -> Rule:
         region = entries[list(what)]
     elif isinstance(what, list) and all(isinstance(item, bool) for item in what):
         raise _a_list_of_bools(what)
-    elif isinstance(what, tuple | list):  # a list where YAML has no tuples
+    elif isinstance(what, tuple | list):  # YAML has lists but no tuples
         if len(what) != 2:
             raise SpecError(
-                f"a mapping's item is a region or (region, value), found {len(what)} parts for {shown(target)}",
-                "write {target: (region, value)}; a list of rules takes several of one target",
+                f"a mapping's item is a region or (region, value), found {len(what)} items for {shown(target)}",
+                "write {target: (region, value)}; for several rules on one target, give a list of rules",
             )
         region, value = what
     return Rule(target, _region(region), parse_value(value) if isinstance(value, str) else value)
 
 
 def _is_integer(item: Any) -> bool:
-    """Return whether something is an integer, be it one of NumPy or a tensor of no dimensions: no mask is in a list."""
+    """Return whether an item is an integer of Python, of NumPy or in a tensor without dimensions, and not a bool."""
     is_number = isinstance(item, Integral) or getattr(item, "shape", None) == ()
     return is_number and not isinstance(item, bool) and "int" in str(getattr(item, "dtype", "int"))
 

@@ -1,4 +1,4 @@
-"""The values of rules that make entries of a tensor one: `tied`, `mirrored` and `symmetric`. No torch."""
+"""Ties: values of rules that make entries share one number. Does not import torch."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _STARTS = ("first", "mean")
 
 @dataclass(frozen=True, slots=True)
 class Tie(ABC):
-    """The value of a rule that makes entries one: they have one value, and the sum of their gradients.
+    """A value that ties entries together: tied entries share one number, and each gets the sum of their gradients.
 
-    A subclass is one way to say which. It is a frozen dataclass, whose fields are what its text holds.
+    A subclass is one way to tie entries. It is a frozen dataclass, whose fields are the arguments in its text.
 
     Attributes:
-        start: What entries that differ start from: "first" (the first of those that are one, row by row) or "mean".
-            None: they are refused.
+        start: What tied entries that differ start from: "first" (the first of them, row by row) or "mean".
+            None: entries that differ are an error.
     """
 
     name: ClassVar[str]
     known: ClassVar[dict[str, type[Tie]]] = {}
-    """Every tie that text can say, by its name."""
+    """Every tie that has a text form, by its name."""
 
     start: str | None = field(default=None, kw_only=True)
 
     def __init_subclass__(cls) -> None:
-        if "name" in vars(cls):  # `slots=True` makes each class a second time, which then takes the first one's place
+        if "name" in vars(cls):  # `slots=True` creates each class anew, and the new one replaces the first
             cls.known[cls.name] = cls
 
     def __post_init__(self) -> None:
@@ -43,23 +43,23 @@ class Tie(ABC):
                 f"`start` of `{self.name}` must be first or mean, found {shown(self.start)}", "or leave it out"
             )
 
-    # What a tie is asked
+    # What a tie ties
 
     @abstractmethod
     def check(self, shape: Sequence[int]) -> None:
-        """Raise RegionError where the tie does not fit a tensor of the given shape."""
+        """Raise RegionError if the tie does not fit a tensor of the given shape."""
 
     @abstractmethod
     def count(self, shape: Sequence[int]) -> int:
-        """Return how many numbers are left of a tensor of the given shape."""
+        """Return how many independent numbers a tensor of the given shape has left."""
 
     @abstractmethod
     def in_words(self, shape: Sequence[int] | None = None) -> str:
-        """Return what is one: ``all slices along dimension 0``; of a tensor of a given shape, with their number."""
+        """Describe what is tied: ``all slices along dimension 0``; for a given shape, with their number."""
 
-    def are_one_in_words(self, shape: Sequence[int]) -> str:
-        """Return ``the 4 slices along dimension 0 are one``."""
-        return f"{self.in_words(shape)} are one"
+    def are_tied_in_words(self, shape: Sequence[int]) -> str:
+        """Return ``the 4 slices along dimension 0 are tied``."""
+        return f"{self.in_words(shape)} are tied"
 
     # Text
 
@@ -77,7 +77,7 @@ class Tie(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Tied(Tie):
-    """All slices along a dimension are one, or those of each of several equal groups of them."""
+    """All slices along a dimension are tied, or those within each of several equal groups."""
 
     name = "tied"
     dim: int
@@ -91,7 +91,7 @@ class Tied(Tie):
         Tie.__post_init__(self)
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise RegionError where there is no such dimension, or it does not fall into the groups."""
+        """Raise RegionError if there is no such dimension, or its size is not a multiple of the groups."""
         size = _size(self.dim, shape)
         if not size:
             raise RegionError(f"dimension {self.dim} has size 0: there is no slice to tie", "leave the rule out")
@@ -102,24 +102,24 @@ class Tied(Tie):
             )
 
     def count(self, shape: Sequence[int]) -> int:
-        """Return how many numbers a slice of each group has."""
+        """Return how many numbers there are in one slice of each group."""
         return prod(shape) // shape[self.dim] * self.groups
 
     def in_words(self, shape: Sequence[int] | None = None) -> str:
-        """Return ``all slices along dimension 0``, or those of each group."""
+        """Return ``all slices along dimension 0``, with the groups if there are several."""
         slices = "all slices" if shape is None else f"the {counted(shape[self.dim] // self.groups, 'slice', 'slices')}"
         within = "" if self.groups == 1 else f" within each of {self.groups} groups"
         dim = self.dim if shape is None else self.dim % len(shape)
         return f"{slices} along dimension {dim}{within}"
 
-    def are_one_in_words(self, shape: Sequence[int]) -> str:
-        """Return ``the 4 slices along dimension 0 are one``."""
-        return f"{self.in_words(shape)} {'is' if shape[self.dim] == self.groups else 'are'} one"
+    def are_tied_in_words(self, shape: Sequence[int]) -> str:
+        """Return ``the 4 slices along dimension 0 are tied``."""
+        return f"{self.in_words(shape)} {'is' if shape[self.dim] == self.groups else 'are'} tied"
 
 
 @dataclass(frozen=True, slots=True)
 class Mirrored(Tie):
-    """Each slice along a dimension and its mirror image are one: the first and the last, and so on."""
+    """Each slice along a dimension is tied to its mirror image: the first to the last, and so on."""
 
     name = "mirrored"
     dim: int
@@ -129,12 +129,12 @@ class Mirrored(Tie):
         Tie.__post_init__(self)
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise RegionError where there is no such dimension, or nothing to mirror in it."""
+        """Raise RegionError if there is no such dimension, or it has fewer than two slices."""
         if _size(self.dim, shape) < 2:
             raise RegionError(f"dimension {self.dim} has no two slices to mirror", "leave the rule out")
 
     def count(self, shape: Sequence[int]) -> int:
-        """Return how many numbers one half and the middle have."""
+        """Return how many numbers there are in one half and the middle slice."""
         return prod(shape) // shape[self.dim] * ((shape[self.dim] + 1) // 2)
 
     def in_words(self, shape: Sequence[int] | None = None) -> str:
@@ -144,12 +144,12 @@ class Mirrored(Tie):
 
 @dataclass(frozen=True, slots=True)
 class Symmetric(Tie):
-    """Each entry of the last two dimensions and the one across the main diagonal are one."""
+    """Each entry of the last two dimensions is tied to the one across the main diagonal."""
 
     name = "symmetric"
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise RegionError where the last two dimensions are not those of a square matrix."""
+        """Raise RegionError if the last two dimensions are not those of a square matrix."""
         if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] < 2:
             found = " x ".join(map(str, shape[-2:])) or "none"
             raise RegionError(
@@ -157,7 +157,7 @@ class Symmetric(Tie):
             )
 
     def count(self, shape: Sequence[int]) -> int:
-        """Return how many numbers a triangle with its diagonal has, in all matrices."""
+        """Return how many numbers there are in the triangles with their diagonals, over all matrices."""
         return prod(shape[:-2]) * (shape[-1] * (shape[-1] + 1) // 2)
 
     def in_words(self, shape: Sequence[int] | None = None) -> str:
@@ -171,7 +171,7 @@ class Symmetric(Tie):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Labeled(Tie):
-    """Entries of one label are one. Text cannot say it."""
+    """Entries with the same label are tied. It has no text form."""
 
     labels: Any
 
@@ -179,12 +179,12 @@ class Labeled(Tie):
         Tie.__post_init__(self)
         try:
             tuple(self.labels.shape)
-        except Exception:  # nested tensors and lazy parameters say so each in their own way
+        except Exception:  # nested tensors and lazy parameters each raise an error of their own
             found = type(self.labels).__name__
             raise SpecError(f"labels must be a dense tensor of integers, found {found}", "give one") from None
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise RegionError where the labels are no integers of the shape."""
+        """Raise RegionError if the labels do not have the given shape."""
         if tuple(self.labels.shape) != tuple(shape):
             raise RegionError(
                 f"labels must have the parameter's shape {tuple(shape)}, found {tuple(self.labels.shape)}",
@@ -211,14 +211,14 @@ class Labeled(Tie):
 
 
 def _size(dim: int, shape: Sequence[int]) -> int:
-    """Return the size of a dimension.
+    """Return the size of one dimension.
 
     Raises:
         RegionError: There is no such dimension.
     """
     if not -len(shape) <= dim < len(shape):
         raise RegionError(
-            f"dimension {dim} is out of range for a tensor of {len(shape)}",
+            f"dimension {dim} is out of range for a tensor of {counted(len(shape), 'dimension', 'dimensions')}",
             f"use 0 to {len(shape) - 1}" if shape else "name a tensor with dimensions",
         )
     return shape[dim]
@@ -249,16 +249,16 @@ symmetric = Symmetric()
 
 
 def mirrored(dim: int, *, start: str | None = None) -> Mirrored:
-    """Say that each slice along a dimension and its mirror image are one: the first and the last, and so on.
+    """Tie each slice along a dimension to its mirror image: the first to the last, and so on.
 
     Args:
         dim: The dimension.
-        start: What images that differ start from: "first" (that of the lower position) or "mean". Left out: they are
-            refused.
+        start: What slices that differ from their image start from: "first" (the one at the lower position) or "mean".
+            Left out: slices that differ are an error.
 
     Raises:
-        SpecError: `dim` is no integer.
-        RegionError: `start` is none of the two.
+        SpecError: `dim` is not an integer.
+        RegionError: `start` is neither "first" nor "mean".
 
     Example:
         >>> from freezehooks import Rule, mirrored
@@ -277,20 +277,21 @@ class Labels(Protocol):
 
 
 def tied(dim: int | Labels, *, groups: int = 1, start: str | None = None) -> Tie:
-    """Say that slices of a tensor along a dimension are one, or any entries of one label: one value, one gradient.
+    """Tie all slices of a tensor along a dimension, or all entries with the same label, so that they stay equal.
 
     The gradient at every copy is the sum over the copies, so that a plain depthwise convolution whose weight is
     ``tied(0)`` trains like a layer with one kernel, under every elementwise optimizer.
 
     Args:
-        dim: The dimension along which the copies lie; or a tensor of integers of the parameter's shape, in which
-            entries of one label are one, and those at -1 are free.
-        groups: Into how many equal groups of consecutive slices the dimension falls; the slices of each are one.
-        start: What copies that differ start from: "first" (the first of them) or "mean". Left out: they are refused.
+        dim: The dimension along which the copies lie; or a tensor of integer labels in the parameter's shape, where
+            entries with the same label are tied, and those labeled -1 are free.
+        groups: How many equal groups of consecutive slices to split the dimension into; each group is tied by itself.
+        start: What copies that differ start from: "first" (the first of them) or "mean". Left out: copies that
+            differ are an error.
 
     Raises:
-        SpecError: `dim` or `groups` is no integer.
-        RegionError: `start` is none of the two, or `groups` is below 1 or given beside labels.
+        SpecError: `dim` or `groups` is not an integer.
+        RegionError: `start` is neither "first" nor "mean", or `groups` is below 1 or given together with labels.
 
     Example:
         >>> from freezehooks import Rule, tied
@@ -298,7 +299,7 @@ def tied(dim: int | Labels, *, groups: int = 1, start: str | None = None) -> Tie
         'conv.weight = tied(0, start=mean)'
     """
     if isinstance(dim, int) or not hasattr(type(dim), "__array__"):
-        return Tied(dim, groups=groups, start=start)  # type: ignore[arg-type]  # which says what it found
+        return Tied(dim, groups=groups, start=start)  # type: ignore[arg-type]  # it rejects what is not an integer
     if groups != 1:
-        raise RegionError("`groups` of `tied` is for slices along a dimension", "say groups in the labels")
+        raise RegionError("`groups` of `tied` is for slices along a dimension", "give each group labels of its own")
     return Labeled(dim, start=start)

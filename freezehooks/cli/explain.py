@@ -96,7 +96,7 @@ def in_words(rule: Rule) -> str:
     target, region, value = rule.target, rule.region, rule.value
     if isinstance(value, Tie):
         what = value.in_words()
-        return f"{what[0].upper()}{what[1:]} of `{target}` are one: they hold the same numbers."
+        return f"{what[0].upper()}{what[1:]} of `{target}` are tied: they hold the same numbers."
     held = (
         "what it holds when the model is frozen"
         if value is Keep.KEEP
@@ -121,7 +121,7 @@ def _signed(region: Region) -> tuple[Region, bool]:
 
 def _tied(tie: Tie, shape: tuple[int, ...]) -> str:
     tie.check(shape)
-    return f"but {tie.are_one_in_words(shape)}: {counted(tie.count(shape), 'number', 'numbers')} to train"
+    return f"but {tie.are_tied_in_words(shape)}: {counted(tie.count(shape), 'number', 'numbers')} to train"
 
 
 def _frozen(region: Region, shape: tuple[int, ...]) -> str:

@@ -96,4 +96,4 @@ def _copies(tensor: Tensor, tie: TiedEntries) -> str:
     gap = compare(tensor, one, limit=0)
     if gap.count:
         return f"{tie.tie.in_words(tensor.shape)} differ, by up to {gap.gap:g} from the first"
-    return tie.tie.are_one_in_words(tensor.shape)
+    return tie.tie.are_tied_in_words(tensor.shape)

@@ -1,4 +1,4 @@
-"""The patterns: regions with names. A new one is a class in one of these files. No torch."""
+"""The patterns: regions with names. A new one is a class in one of these files. Does not import torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..._errors import RegionError
-from . import kernels, magnitudes, matrices, randomness, within  # noqa: F401  # which makes their patterns known
+from . import kernels, magnitudes, matrices, randomness, within  # noqa: F401  # importing them registers patterns
 from .pattern import Pattern
 
 
@@ -14,7 +14,7 @@ def pattern_named(name: str, arguments: Sequence[Any] = (), named: Mapping[str, 
     """Return the pattern of the given name.
 
     Raises:
-        RegionError: There is none, or it takes other arguments.
+        RegionError: There is none of that name, or it takes other arguments.
     """
     kind = Pattern.known.get(name)
     if kind is None:

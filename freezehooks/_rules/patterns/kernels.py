@@ -1,4 +1,4 @@
-"""Patterns of the taps of a convolution kernel. No torch."""
+"""Patterns of the taps of a convolution kernel. Does not import torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class KernelPattern(Pattern):
     __slots__ = ()
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise RegionError where the shape is that of no convolution weight."""
+        """Raise RegionError if the shape is not that of a convolution weight."""
         if len(shape) < 3:
             found = counted(len(shape), "dimension", "dimensions")
             raise RegionError(
@@ -37,7 +37,7 @@ class KernelPattern(Pattern):
 
 
 def _off_middle(parameter: Tensor, dims: int, selector: Selector) -> Tensor:
-    """Return for each tap in how many of the last `dims` dimensions it lies off the middle."""
+    """Count for each tap the dimensions, among the last `dims`, in which it is not in the middle."""
     sizes = parameter.shape[-dims:]
     return sum(along != size // 2 for along, size in zip(selector.coordinates(parameter, dims), sizes, strict=True))
 
@@ -49,7 +49,7 @@ class Center(KernelPattern):
     name = "center"
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise RegionError where there is no kernel, or it has no middle."""
+        """Raise RegionError if the tensor has no kernel, or the kernel has no middle."""
         KernelPattern.check(self, shape)
         self._check_odd(shape[2:])
 
@@ -69,13 +69,13 @@ class Center(KernelPattern):
 
 @dataclass(frozen=True, slots=True)
 class Cross(KernelPattern):
-    """The axes through the middle of a kernel's last two spatial dimensions; ``cross(3)``: of its last three."""
+    """The axes through the middle of a kernel, in its last two spatial dimensions; with ``cross(3)`` its last three."""
 
     name = "cross"
     dims: PositiveInteger = 2
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise RegionError where there is no kernel, or it has too few dimensions, or no middle."""
+        """Raise RegionError if the tensor has no kernel, or the kernel has too few dimensions or no middle."""
         KernelPattern.check(self, shape)
         spatial = len(shape) - 2
         if self.dims > spatial:
@@ -86,7 +86,7 @@ class Cross(KernelPattern):
         self._check_odd(shape[-self.dims :])
 
     def select(self, parameter: Tensor, selector: Selector) -> Tensor:
-        """Return True at the taps that lie off the middle in one dimension at most."""
+        """Return True at the taps that are off the middle in at most one dimension."""
         return _off_middle(parameter, self.dims, selector) <= 1
 
     def in_words(self, outside: bool = False) -> str:
@@ -103,7 +103,7 @@ class Border(KernelPattern):
     name = "border"
 
     def select(self, parameter: Tensor, selector: Selector) -> Tensor:
-        """Return True at the taps that lie at an end of some dimension."""
+        """Return True at the taps that are at either end of at least one dimension."""
         along_each = zip(selector.coordinates(parameter, parameter.ndim - 2), parameter.shape[2:], strict=True)
         return reduce(or_, ((along == 0) | (along == size - 1) for along, size in along_each))
 

@@ -1,4 +1,4 @@
-"""Patterns that choose by the numbers of a parameter. No torch."""
+"""Patterns that choose entries by what they contain. Does not import torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Zeros(Pattern):
 
 
 class MagnitudePattern(FractionPattern):
-    """So many of a parameter's entries as a fraction says, in the order of their magnitudes."""
+    """A fraction of a parameter's entries, chosen by magnitude."""
 
     __slots__ = ()
     depends_on_numbers = True
@@ -36,7 +36,7 @@ class MagnitudePattern(FractionPattern):
     extreme: ClassVar[str]
 
     def select(self, parameter: Tensor, selector: Selector) -> Tensor:
-        """Return True at the first of the entries sorted by magnitude."""
+        """Return True at the entries of least or of largest magnitude."""
         return selector.of_least_magnitude(parameter, self.count(parameter.numel()), largest=self.largest)
 
     def in_words(self, outside: bool = False) -> str:
@@ -66,7 +66,7 @@ class Largest(MagnitudePattern):
 
 @dataclass(frozen=True, slots=True)
 class NM(Pattern):
-    """All but the n largest magnitudes of every m consecutive entries along dimension 1. Made by `nm`."""
+    """All but the n entries of largest magnitude in every m consecutive ones along dimension 1. Made by `nm`."""
 
     name = "nm"
     depends_on_numbers = True
@@ -79,7 +79,7 @@ class NM(Pattern):
             raise RegionError(f"pattern `{self}` freezes nothing: {self.n} of every {self.m} stay free", "give n < m")
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise RegionError where dimension 1 is missing, or not made of whole groups."""
+        """Raise RegionError if dimension 1 is missing, or is not a multiple of the group size."""
         check_matrix(self, shape)
         if shape[1] % self.m:
             raise RegionError(
@@ -88,7 +88,7 @@ class NM(Pattern):
             )
 
     def select(self, parameter: Tensor, selector: Selector) -> Tensor:
-        """Return True at the m - n least magnitudes of each group."""
+        """Return True at the m - n entries of least magnitude in each group."""
         return selector.by_rows(parameter, self._of_least_rank)
 
     def _of_least_rank(self, rows: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class NM(Pattern):
         return (rank < self.m - self.n).flatten(-2).movedim(-1, 1)
 
     def count(self, entries: int) -> int:
-        """Return how many entries the groups have, without the n of each that stay free."""
+        """Return how many entries are selected in all groups together: m - n in each."""
         return entries // self.m * (self.m - self.n)
 
     def in_words(self, outside: bool = False) -> str:
@@ -145,17 +145,17 @@ def largest(fraction: float) -> Largest:
 
 
 def nm(n: int, m: int) -> NM:
-    """Select all but the n largest magnitudes of every m consecutive entries along dimension 1 (n:m sparsity).
+    """Select all but the n entries of largest magnitude in every m consecutive ones along dimension 1 (n:m sparsity).
 
     Args:
-        n: How many of a group stay free.
+        n: How many entries of a group stay free.
         m: The size of a group, larger than n; it must divide the size of dimension 1.
 
     Shape:
         For a weight ``(out, in)`` or ``(out, in/groups, *kernel)``; groups run along the inputs.
 
     Raises:
-        RegionError: The numbers are no positive integers, or n is not below m.
+        RegionError: `n` or `m` is not a positive integer, or n is not below m.
 
     References:
         Mishra et al., Accelerating Sparse Deep Neural Networks, 2021, https://arxiv.org/abs/2104.08378

@@ -1,4 +1,4 @@
-"""Patterns of the last two dimensions, those of a matrix. No torch."""
+"""Patterns of the last two dimensions, those of a matrix. Does not import torch."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def _columns_and_diagonal(parameter: Tensor, k: int, selector: Selector) -> tupl
     """Return the columns of a matrix, and for each row the column in which its k-th diagonal lies."""
     rows, columns = selector.coordinates(parameter, 2)
     height, width = parameter.shape[-2:]
-    nearest = max(-height, min(k, width))  # torch compares with no integer of over 64 bits; past the corner all is one
+    nearest = max(-height, min(k, width))  # torch rejects integers of over 64 bits; past the corner nothing changes
     return columns, rows + nearest
 
 
 def _side_in_words(k: int, beyond_main: bool, side: str, other: str, outside: bool) -> str:
-    """Return on which side of a diagonal: `triu(1)` is above the main one, which says more than "from the 1st on"."""
+    """Describe a side of a diagonal: `triu(1)` as "above the main diagonal", not as "on or above the 1st one"."""
     words = (side, f"on or {other}") if beyond_main else (f"on or {side}", other)
     return f"{words[outside]} {_diagonal_in_words(0 if beyond_main else k)} of the last two dimensions"
 
@@ -51,7 +51,7 @@ def _diagonal_in_words(k: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Diagonal(MatrixPattern):
-    """The main diagonal of the last two dimensions; ``diagonal(k)``: the k-th above it, as `torch.diagonal` counts."""
+    """The main diagonal of the last two dimensions; ``diagonal(k)``: the k-th above it, as in `torch.diagonal`."""
 
     name = "diagonal"
     k: Integer = 0
@@ -68,13 +68,13 @@ class Diagonal(MatrixPattern):
 
 @dataclass(frozen=True, slots=True)
 class Triu(MatrixPattern):
-    """The main diagonal of the last two dimensions and all above; ``triu(k)``: from the k-th on, as `torch.triu`."""
+    """The last two dimensions on and above the main diagonal, or with ``triu(k)`` the k-th one, as in `torch.triu`."""
 
     name = "triu"
     k: Integer = 0
 
     def select(self, parameter: Tensor, selector: Selector) -> Tensor:
-        """Return True from the k-th diagonal on."""
+        """Return True on and above the k-th diagonal."""
         columns, diagonal = _columns_and_diagonal(parameter, self.k, selector)
         return columns >= diagonal
 
@@ -85,13 +85,13 @@ class Triu(MatrixPattern):
 
 @dataclass(frozen=True, slots=True)
 class Tril(MatrixPattern):
-    """The main diagonal of the last two dimensions and all below; ``tril(k)``: up to the k-th, as `torch.tril`."""
+    """The last two dimensions on and below the main diagonal, or with ``tril(k)`` the k-th one, as in `torch.tril`."""
 
     name = "tril"
     k: Integer = 0
 
     def select(self, parameter: Tensor, selector: Selector) -> Tensor:
-        """Return True up to the k-th diagonal."""
+        """Return True on and below the k-th diagonal."""
         columns, diagonal = _columns_and_diagonal(parameter, self.k, selector)
         return columns <= diagonal
 
@@ -109,7 +109,7 @@ class Band(MatrixPattern):
     upper: Count
 
     def select(self, parameter: Tensor, selector: Selector) -> Tensor:
-        """Return True on the main diagonal and on so many diagonals to both sides."""
+        """Return True on the main diagonal and on the given number of diagonals on either side."""
         columns, lowest = _columns_and_diagonal(parameter, -self.lower, selector)
         columns, highest = _columns_and_diagonal(parameter, self.upper, selector)
         return (columns >= lowest) & (columns <= highest)
@@ -129,7 +129,7 @@ class BlockDiagonal(MatrixPattern):
     n: PositiveInteger
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise RegionError where one of the last two dimensions is not made of n equal parts."""
+        """Raise RegionError if n does not divide both of the last two dimensions."""
         check_matrix(self, shape)
         if any(size % self.n for size in shape[-2:]):
             raise RegionError(
@@ -138,7 +138,7 @@ class BlockDiagonal(MatrixPattern):
             )
 
     def select(self, parameter: Tensor, selector: Selector) -> Tensor:
-        """Return True where row and column lie in the same block."""
+        """Return True where row and column are in the same block."""
         rows, columns = selector.coordinates(parameter, 2)
         height, width = (max(size // self.n, 1) for size in parameter.shape[-2:])
         return rows // height == columns // width
@@ -155,14 +155,14 @@ tril: Final = Tril()
 
 
 def band(lower: int, upper: int) -> Band:
-    """Select the diagonals of the last two dimensions around the main one, which is among them.
+    """Select the main diagonal of the last two dimensions and the given number of diagonals on either side.
 
     Args:
         lower: How many diagonals below the main one.
         upper: How many above it.
 
     Raises:
-        RegionError: One is no integer, or negative.
+        RegionError: One of them is negative or not an integer.
 
     Example:
         >>> from freezehooks import Rule, band
@@ -179,7 +179,7 @@ def block_diagonal(n: int) -> BlockDiagonal:
         n: How many blocks; it must divide the sizes of both dimensions.
 
     Raises:
-        RegionError: It is no positive integer.
+        RegionError: `n` is not a positive integer.
 
     Example:
         >>> from freezehooks import Rule, block_diagonal

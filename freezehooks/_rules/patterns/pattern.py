@@ -1,4 +1,4 @@
-"""What a pattern is: a region with a name and arguments, that knows what it selects and says so. No torch."""
+"""The base class of patterns: regions with a name and arguments. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Tensor: TypeAlias = Any
-"""A `torch.Tensor`, of which patterns use methods and operators alone."""
+"""A `torch.Tensor`; patterns use nothing of it but methods and operators."""
 
 
 class Selector(Protocol):
-    """What a pattern asks of torch, which it does not import."""
+    """The operations of torch that patterns need; they do not import torch themselves."""
 
     def coordinates(self, parameter: Tensor, dims: int) -> Sequence[Tensor]:
-        """Return each of the last `dims` coordinates of a tensor, shaped to broadcast over those dimensions."""
+        """Return the coordinates along each of the last `dims` dimensions, shaped to broadcast over those dimensions."""
 
     def select(self, region: Region, parameter: Tensor) -> Tensor:
         """Return the bool tensor of the parameter's shape that is True inside a region."""
 
     def of_least_magnitude(self, parameter: Tensor, count: int, *, largest: bool = False) -> Tensor:
-        """Return True at so many entries of least magnitude, or of largest; of equal ones, at the first."""
+        """Return True at the `count` entries of least (or largest) magnitude; earlier entries win ties."""
 
     def least_drawn(self, parameter: Tensor, count: int, draw: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return True at so many entries of least draw: 32 bits for each position in the flattened parameter."""
+        """Return True at the `count` entries with the least draws, of 32 bits for each position in the tensor."""
 
     def by_rows(self, parameter: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return what a function makes of a parameter, called with some of its rows at a time."""
+        """Apply a function to a few rows of a parameter at a time and return the results as one tensor."""
 
 
 class Kind(NamedTuple):
-    """What an argument may be, in words and as a test."""
+    """What an argument may be: a description, and a test."""
 
     text: str
     includes: Callable[[Any], bool]
@@ -64,18 +64,18 @@ class Pattern(Region, ABC):
     """A region with a name.
 
     A subclass is one pattern. It is a frozen dataclass with slots, whose fields are the pattern's arguments, each
-    annotated with one of the kinds above; text finds it by its `name`. It calls its base by name, since `slots=True`
-    makes a class a second time and `super()` without arguments would look for the first one.
+    annotated with one of the kinds above; the parser finds it by its `name`. It calls its base class by name, since
+    `slots=True` creates the class anew, and `super()` without arguments would look for the original.
     """
 
     name: ClassVar[str]
     depends_on_numbers: ClassVar[bool] = False
-    """Whether the numbers of a parameter decide what is selected; else its shape alone does."""
+    """Whether the selection depends on what the parameter contains, and not on its shape alone."""
     known: ClassVar[dict[str, type[Pattern]]] = {}
     """Every pattern by its name, in the order in which they are defined."""
 
     def __init_subclass__(cls) -> None:
-        if "name" in vars(cls):  # `slots=True` makes each class a second time, which then takes the first one's place
+        if "name" in vars(cls):  # `slots=True` creates each class anew, and the new one replaces the first
             cls.known[cls.name] = cls
 
     def __post_init__(self) -> None:
@@ -86,28 +86,28 @@ class Pattern(Region, ABC):
                     f"`{name}` of `{self.name}` must be {kind.text}, found {found}", f"write `{self.signature()}`"
                 )
 
-    # What a pattern is asked
+    # What a pattern selects
 
     def check(self, shape: Sequence[int]) -> None:  # not abstract: many patterns fit any shape
-        """Raise RegionError where the pattern does not fit a tensor of the given shape."""
+        """Raise RegionError if the pattern does not fit a tensor of the given shape."""
 
     @abstractmethod
     def select(self, parameter: Tensor, selector: Selector) -> Tensor:
         """Return a bool tensor, True where an entry is selected, that broadcasts to the shape of `parameter`."""
 
     def count(self, entries: int) -> int | None:
-        """Return how many of a tensor's entries are selected, where their number alone decides it."""
+        """Return how many of so many entries are selected, or None if it depends on more than their number."""
         return None
 
     @abstractmethod
     def in_words(self, outside: bool = False) -> str:
-        """Return what follows "every entry" in a sentence about what is selected, or about what is not."""
+        """Return what follows "every entry" in a sentence about the selected entries, or about those outside."""
 
     # Arguments
 
     @classmethod
     def of(cls, *arguments: Any, **named: Any) -> Self:
-        """Return the pattern with the given arguments; those left out have their defaults.
+        """Return the pattern with the given arguments and the defaults of the others.
 
         Raises:
             RegionError: The pattern takes other arguments.
@@ -121,7 +121,7 @@ class Pattern(Region, ABC):
         return make(*arguments, **named)
 
     def __call__(self, *arguments: float) -> Self:
-        """Return the pattern of the same name with other arguments, as in ``cross(3)``."""
+        """Return a pattern of the same kind with other arguments, as in ``cross(3)``."""
         return self.of(*arguments)
 
     @classmethod
@@ -134,7 +134,7 @@ class Pattern(Region, ABC):
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """The arguments in their order, those left out too."""
+        """All arguments in order, with the defaults of those left out."""
         return tuple(getattr(self, field.name) for field in fields(self))
 
     def __str__(self) -> str:
@@ -145,13 +145,13 @@ class Pattern(Region, ABC):
 
 
 class FractionPattern(Pattern):
-    """So many of a parameter's entries as a fraction says: the first ones of some order."""
+    """A fraction of a parameter's entries: the first ones in some order."""
 
     __slots__ = ()
     fraction: float
 
     def count(self, entries: int) -> int:
-        """Return the fraction of the entries, rounded to whole ones."""
+        """Return the number of entries in the fraction, rounded."""
         return round(self.fraction * entries)
 
     @property
@@ -161,18 +161,18 @@ class FractionPattern(Pattern):
 
 
 def patterns_in(region: Any) -> Iterator[Pattern]:
-    """Yield the patterns that a region is made of; none where it is a mask or a function."""
+    """Yield the patterns that a region is made of; none if it is a mask or a function."""
     leaves = region.leaves() if isinstance(region, Region) else ()
     return (leaf for leaf in leaves if isinstance(leaf, Pattern))
 
 
 def depends_on_numbers(region: Any) -> bool:
-    """Return whether the numbers of a parameter decide what a region selects."""
+    """Return whether what a region selects depends on what the parameter contains."""
     return any(pattern.depends_on_numbers for pattern in patterns_in(region))
 
 
 @cache
 def _kinds(pattern: type[Pattern]) -> dict[str, Kind]:
-    """Return for each argument of a pattern what it may be."""
+    """Return what each argument of a pattern may be, by its name."""
     hints = get_type_hints(pattern, include_extras=True)
     return {field.name: get_args(hints[field.name])[1] for field in fields(pattern)}

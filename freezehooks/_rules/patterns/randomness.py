@@ -1,4 +1,4 @@
-"""Patterns that choose by chance: by a number drawn for each entry, the same on every machine. No torch."""
+"""Patterns that choose at random, by a hash of each position that is the same on every machine. No torch import."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ _BITS = 0xFFFFFFFF
 
 @dataclass(frozen=True, slots=True)
 class Random(FractionPattern):
-    """So many of a parameter's entries as a fraction says, chosen by chance. Made by `random`."""
+    """A fraction of a parameter's entries, chosen at random. Made by `random`."""
 
     name = "random"
     fraction: Fraction
     seed: Integer = field(kw_only=True)
 
     def select(self, parameter: Tensor, selector: Selector) -> Tensor:
-        """Return True at the entries of least draw."""
+        """Return True at the entries with the least draws."""
         seed, count = _mixed(_mixed(self.seed & _BITS) ^ self.seed >> 32 & _BITS), self.count(parameter.numel())
         return selector.least_drawn(parameter, count, lambda positions: _mixed(positions ^ seed))
 
     def in_words(self, outside: bool = False) -> str:
-        """Return ``among the 50 % chosen by chance with seed 1``."""
+        """Return ``among the 50 % chosen at random with seed 1``."""
         side = "outside" if outside else "among"
-        return f"{side} the {self.percent} chosen by chance with seed {self.seed}"
+        return f"{side} the {self.percent} chosen at random with seed {self.seed}"
 
 
 def _mixed(number: Tensor) -> Tensor:
-    """Return 32 bits that depend on all bits of a number, each on every one; no two numbers below 2**32 have the same.
+    """Hash a number to 32 bits, each of which depends on all of its bits; numbers below 2**32 never collide.
 
-    Integers alone, and none above 63 bits, so that every device and every release of torch gives the same. The high
-    half of a larger number is mixed first.
+    It computes with integers of at most 63 bits, so that every device and every release of torch returns the same.
+    The high half of a larger number is mixed in first.
 
     References:
         Mueller, https://stackoverflow.com/a/12996028
@@ -44,14 +44,14 @@ def _mixed(number: Tensor) -> Tensor:
 
 
 def random(fraction: float, *, seed: int) -> Random:
-    """Select entries by chance: the same for the same seed and shape, on every machine.
+    """Select entries at random; the same seed and shape select the same entries on every machine.
 
     Args:
         fraction: How many of the parameter's entries, as a fraction above 0 and at most 1; rounded to whole entries.
-        seed: Which choice; two parameters of one shape get the same entries.
+        seed: Which selection; two parameters of the same shape get the same one.
 
     Raises:
-        RegionError: The fraction is outside that range, or the seed is no integer.
+        RegionError: The fraction is outside that range, or the seed is not an integer.
 
     Example:
         >>> from freezehooks import random

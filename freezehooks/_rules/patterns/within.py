@@ -1,4 +1,4 @@
-"""A pattern within each of several equal chunks of a parameter. No torch."""
+"""A pattern within each of several equal chunks of a parameter. Does not import torch."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Each(Pattern):
         Pattern.__post_init__(self)
 
     @property
-    def depends_on_numbers(self) -> bool:  # type: ignore[override]  # of the region, where others have a constant
-        """Whether the numbers of a parameter decide what is selected."""
+    def depends_on_numbers(self) -> bool:  # type: ignore[override]  # a constant in every other pattern
+        """Whether the selection depends on what the parameter contains."""
         return depends_on_numbers(self.region)
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise RegionError where k does not divide dimension 0, or a pattern does not fit a chunk."""
+        """Raise RegionError if k does not divide dimension 0, or a pattern does not fit a chunk."""
         if not shape:
             raise RegionError(f"pattern `{self}` needs a tensor with dimensions, found none", "leave it out")
         size = shape[0]
@@ -42,10 +42,10 @@ class Each(Pattern):
             pattern.check((size // self.k, *shape[1:]))
 
     def select(self, parameter: Tensor, selector: Selector) -> Tensor:
-        """Return True inside the region of each chunk."""
+        """Return True at the entries that the region selects in each chunk."""
         selected = parameter.new_zeros(parameter.shape).bool()
-        for part, chunk in zip(selected.chunk(self.k), parameter.chunk(self.k), strict=True):
-            part.copy_(selector.select(self.region, chunk))
+        for mask, chunk in zip(selected.chunk(self.k), parameter.chunk(self.k), strict=True):
+            mask.copy_(selector.select(self.region, chunk))
         return selected
 
     def in_words(self, outside: bool = False) -> str:
@@ -60,15 +60,15 @@ class Each(Pattern):
 def each(k: int, region: Region) -> Each:
     """Select a region within each of k equal chunks along dimension 0.
 
-    Such chunks are the gates of an LSTM (4: input, forget, cell, output) or a GRU (3), and the query, key and value
-    weights of `nn.MultiheadAttention` (3).
+    Examples of chunks are the gates of an LSTM (4: input, forget, cell, output) or a GRU (3), and the query, key and
+    value weights of `nn.MultiheadAttention` (3).
 
     Args:
         k: How many chunks; it must divide the size of dimension 0.
-        region: A pattern, or an index, of one chunk.
+        region: A pattern or an index, applied to each chunk.
 
     Raises:
-        RegionError: `k` is no positive integer, or `region` no region.
+        RegionError: `k` is not a positive integer, or `region` is not a region.
 
     Example:
         >>> from freezehooks import Rule, diagonal, each
