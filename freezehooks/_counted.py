@@ -1,10 +1,10 @@
-"""Numbers in words: a count and what it counts, a place in a row."""
+"""Formats counts and ordinal numbers for messages."""
 
 from __future__ import annotations
 
 
 def counted(count: int, one: str, several: str) -> str:
-    """Return a count followed by the words for one or those for several.
+    """Return a count followed by the singular or the plural.
 
     Example:
         >>> counted(1, "entry holds", "entries hold"), counted(2048, "entry holds", "entries hold")
@@ -14,7 +14,7 @@ def counted(count: int, one: str, several: str) -> str:
 
 
 def share_of(count: int, entries: int, one: str, several: str) -> str:
-    """Return how many of so many entries something is said of, in the words for one or those for several.
+    """Return ``count of entries`` followed by the singular or the plural of a verb.
 
     Example:
         >>> share_of(1, 8, "is frozen", "are frozen"), share_of(8, 2048, "is frozen", "are frozen")

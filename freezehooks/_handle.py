@@ -177,7 +177,7 @@ def _hold(frozen: FrozenEntries, *, replace: bool = False) -> None:
     for doubt in [*misread_stacks(frozen._held), *whole_unions(frozen._held), *repetitions]:
         warnings.warn(doubt, stacklevel=3)
     if replace:
-        earlier.let_go()
+        earlier.thaw()
     frozen._begin()
     for doubt in nothing_trains(frozen.model):
         warnings.warn(doubt, stacklevel=3)
@@ -232,7 +232,7 @@ class FrozenEntries(ReadByName):
         for module in model.modules():
             for hooks in hook_sets_on(module):
                 if any(map(hooks.frozen.is_held, hooks.names.values())):
-                    cls._found(found, model, hooks.frozen)._hooks.take_over(module, hooks)
+                    cls._found(found, model, hooks.frozen)._hooks.add_copied(module, hooks)
             for hook in untrained_on(module):
                 cls._found(found, model, hook.frozen)._untrained.add(module, hook.keys)
         for handle in found.values():

@@ -21,9 +21,9 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 class _ShownAsInner:
-    """A method that calls the inner optimizer's of its name, and has that one's signature for who asks.
+    """A method that calls the inner optimizer's method of the same name, and shows that method's signature.
 
-    `GradScaler` and Accelerate look at a signature before they pass an argument on.
+    `GradScaler` and Accelerate inspect the signature before they pass an argument.
     """
 
     def __init__(self, method: Any) -> None:
@@ -38,43 +38,42 @@ class _ShownAsInner:
         return MethodType(shown, masked)
 
     def _of_inner(self, inner: Optimizer) -> Any:
-        """Return the inner optimizer's function of the name, which takes `self` like this one."""
+        """Return the inner optimizer's function of that name, which takes `self` like this one."""
         return getattr(getattr(inner, self.name), "__func__", getattr(type(inner), self.name))
 
 
 def _shown_as_inner(method: _Method) -> _Method:
     shown: Any = _ShownAsInner(method)
-    return shown  # type: ignore[no-any-return]  # what it gives is a method like the other
+    return shown  # type: ignore[no-any-return]  # it acts as a method with the same signature
 
 
 def _hooked(step: _Method) -> _Method:
-    """Mark a step for torch as one that calls step hooks: it would call them around this one, too."""
-    step.hooked = True  # type: ignore[attr-defined]  # as torch does
+    """Mark a step as one that calls step hooks, so that torch does not wrap it and call them twice."""
+    step.hooked = True  # type: ignore[attr-defined]  # torch's own mark
     return step
 
 
 class MaskedOptimizer(Optimizer):
     """Wrap an optimizer so that frozen entries hold through momentum, weight decay and everything else it does.
 
-    After each `step()` every frozen entry equals its value bit for bit; for an optimizer that works entry by entry the
-    free entries follow the trajectory of one that holds them alone. In all else it is the wrapped optimizer: groups,
-    state, hooks and attributes are the wrapped one's own, read and written through this face, so that schedulers,
+    After each `step()` every frozen entry equals its value bit for bit. Under an elementwise optimizer, such as SGD or
+    Adam, the free entries follow the trajectory of an optimizer that has only them. In every other respect this is the
+    wrapped optimizer: groups, state, hooks and attributes are those of the wrapped one, so that schedulers,
     `GradScaler` and checkpoints see what they saw before. Step hooks are called with the wrapped optimizer.
 
     Args:
-        optimizer: The optimizer to wrap, reachable as `inner`. It is guarded too: stepping it directly holds as well.
+        optimizer: The optimizer to wrap, available as `inner`. It is guarded too: stepping it directly also holds.
         frozen: What `freeze_entries` returned, or a sequence of such handles; an empty one makes a transparent wrapper.
-        compact: Whether the optimizer holds and steps the free entries alone: each parameter that has frozen ones
-            is stepped by a flat tensor of its free entries, and its state is of their size. The trajectory is the
-            same; time and memory of the step shrink with what is frozen. For optimizers that work entry by entry, and
-            LBFGS. Groups still hold the model's own parameters.
+        compact: Whether the optimizer holds and steps only the free entries: each parameter with frozen entries
+            is stepped as a flat tensor of its free ones, and its state has their size. The trajectory is the same;
+            the time and memory of a step shrink with what is frozen. For elementwise optimizers and LBFGS. The groups
+            still contain the model's own parameters.
 
     Raises:
-        SpecError: `optimizer` is no optimizer, or `frozen` no handle (rules, say).
+        SpecError: `optimizer` is not an optimizer, or `frozen` is not a handle (rules, for example).
         OptimizerMismatchError: The optimizer steps none of a handle's parameters.
-        UnsupportedOptimizerError: `compact`, for an optimizer that does not work entry by entry (Muon, say).
-        UnguardedError: The optimizer's `step` was replaced by one that calls no hooks; also later, where it is
-            replaced then.
+        UnsupportedOptimizerError: `compact` is set for an optimizer that is not elementwise (Muon, for example).
+        UnguardedError: The optimizer's `step` was replaced by one that calls no hooks, now or before a later step.
 
     Example:
         >>> import torch
@@ -96,26 +95,26 @@ class MaskedOptimizer(Optimizer):
     def __init__(
         self, optimizer: Optimizer, frozen: FrozenEntries | Iterable[FrozenEntries], *, compact: bool = False
     ) -> None:
-        # Not super().__init__(): it would give this face groups, state and hooks of its own, and the first
-        # load_state_dict would part them from the inner optimizer's. Every attribute comes from there instead.
+        # super().__init__() is not called: it would create groups, state and hooks for the wrapper, which would differ
+        # from the inner optimizer's after the first load_state_dict. Every attribute comes from there instead.
         guarded = guardable(optimizer)
         handles = _handles(frozen)
-        for handle in handles:  # all of them before the first change
+        for handle in handles:  # check all of them before the first change
             handle.check_optimizer(optimizer, compact=compact)
         vars(self).update(inner=optimizer, frozen=handles, compact=compact, _guarded=guarded)
         for handle in handles:
             handle.guard(optimizer, compact=compact)
 
-    # Everything that is not defined here is the inner optimizer's, for reading, writing and deleting.
+    # Attributes that are not defined here are read, written and deleted on the inner optimizer.
 
     def __getattr__(self, name: str) -> Any:
-        if name == "inner":  # asked before __init__ set it: there is nothing to ask further
+        if name == "inner":  # not set yet, as while unpickling: avoid infinite recursion
             raise AttributeError(name)
         return getattr(self.inner, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Schedulers replace `step`; the properties below pass their value on; LightningOptimizer takes this class
-        # over for an object with attributes of its own.
+        # Schedulers replace `step`, the properties below forward their value, and LightningOptimizer subclasses this
+        # class for an object with attributes of its own.
         if name == "step" and any(hooks.members for hooks in self._step_hooks()):
             check_step(self.inner, value)
         if name in vars(self) or hasattr(type(self), name):
@@ -156,23 +155,23 @@ class MaskedOptimizer(Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.inner.defaults = defaults
 
-    # The base class has methods of these names, which would shadow the inner optimizer's own.
+    # The base class defines these methods, which would shadow the inner optimizer's.
 
     @_shown_as_inner
     @_hooked
     def step(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # whatever the inner one takes
-        """Step the inner optimizer, then impose; returns what it returns (the closure's loss)."""
+        """Step the inner optimizer, impose the values, and return what it returned (the closure's loss)."""
         if not torch.compiler.is_compiling():
             for hooks in self._step_hooks():
                 hooks.check()
         result = self.inner.step(*args, **kwargs)
-        if self.inner not in self._guarded:  # what it wraps has imposed, and it may have written since
+        if self.inner not in self._guarded:  # only an optimizer inside it imposes, and it may have written since
             for hooks in self._step_hooks():
                 hooks.impose()
         return result
 
     def _step_hooks(self) -> Iterator[StepHooks]:
-        """Yield the hooks of the inner optimizer, or of those inside it."""
+        """Yield the step hooks of the inner optimizer, or of the optimizers inside it."""
         for optimizer in self._guarded:
             hooks = step_hooks_on(optimizer)
             if hooks is not None:
@@ -184,14 +183,14 @@ class MaskedOptimizer(Optimizer):
         self.inner.zero_grad(*args, **kwargs)
 
     def state_dict(self, *args: Any, compact: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """Return the inner optimizer's state dict: a plain optimizer loads it, and this one loads a plain one's.
+        """Return the inner optimizer's state dict, which is interchangeable with that of a plain optimizer.
 
         Args:
-            args: What the inner optimizer takes.
-            compact: Whether the state of a compact optimizer is to stay as small as it is in memory. Such a state
-                dict says which entries it is of; every optimizer that is guarded loads it, compact or not, under these
-                rules or others. A plain optimizer does not.
-            kwargs: What the inner optimizer takes.
+            args: The arguments of the inner optimizer's method.
+            compact: Whether to save the state of a compact optimizer as small as it is in memory. Such a state dict
+                lists its entries, and any guarded optimizer can load it, compact or not, under these rules or others.
+                A plain optimizer cannot.
+            kwargs: The keyword arguments of the inner optimizer's method.
         """
         if compact:
             inner = self.inner
@@ -208,7 +207,7 @@ class MaskedOptimizer(Optimizer):
         self.inner.add_param_group(param_group)
 
     def __repr__(self) -> str:
-        # Lightning's and Fabric's faces put a word before the class name; elsewhere it is the inner one's text
+        # Lightning and Fabric subclass this class with a prefix to its name; otherwise show the inner optimizer only
         word, found, _ = type(self).__name__.partition(MaskedOptimizer.__name__)
         return f"{word if found else ''}{self.inner!r}"
 
@@ -228,9 +227,9 @@ def _copied(
     compact: bool,
     guarded: list[tuple[Optimizer, list[HeldParameters], bool]],
 ) -> MaskedOptimizer:
-    """Wrap a copied optimizer, and guard it anew for every handle that guarded the original.
+    """Wrap a copied optimizer, and guard it for every handle that guarded the original.
 
-    Without the checks of a new one: it may step none of a handle's parameters any longer, or not yet.
+    The checks of a new wrapper are skipped: the copy may not step a handle's parameters any more, or not yet.
     """
     copied = object.__new__(kind)
     vars(copied).update(inner=inner, frozen=frozen, compact=compact, _guarded=[each for each, _, _ in guarded])
@@ -239,7 +238,7 @@ def _copied(
             handle.guard_unchecked([optimizer], compact=compact or is_compact)
         for held in members:
             hooks = step_hooks_on(optimizer) or StepHooks(optimizer)
-            hooks.join(held, compact=is_compact)  # once for those that the handles have guarded already
+            hooks.join(held, compact=is_compact)  # has no effect for those that the handles have guarded above
     return copied
 
 

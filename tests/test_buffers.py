@@ -587,7 +587,7 @@ def test_as_a_context_they_are_held_inside_alone() -> None:
 def test_an_earlier_handle_that_holds_a_buffer_otherwise_is_met() -> None:
     model = _model()
     freeze_entries(model, "1.running_var[3] = 0.7")
-    with pytest.raises(ValueError, match=r"an earlier handle holds `1\.running_var` otherwise"):
+    with pytest.raises(ValueError, match=r"an earlier handle holds `1\.running_var` at other values"):
         freeze_entries(model, "1.running_var[3] = 1")
     freeze_entries(model, "1.running_var[3] = 1", replace=True)
     model(_batch())
@@ -683,7 +683,7 @@ def test_a_buffer_that_two_modules_share_has_two_names() -> None:
 
 def test_a_misspelled_buffer_is_told_what_is_near() -> None:
     with pytest.raises(
-        TargetError, match=r"`1\.runing_mean` is no parameter of the model; did you mean `1\.running_mean`"
+        TargetError, match=r"`1\.runing_mean` is not a parameter of the model; did you mean `1\.running_mean`"
     ):
         freeze_entries(_model(), "1.runing_mean = 0")
 

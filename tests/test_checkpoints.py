@@ -103,7 +103,7 @@ def test_a_handle_s_state_that_comes_last_and_lets_go_what_was_frozen_is_said(fi
     late[1].load_state_dict(optimizer.state_dict())
     count = int((late[2]["2.weight"].frozen & ~frozen["2.weight"].frozen).sum())
     with pytest.warns(
-        UserWarning, match=rf"lets go {count} entries of `2\.weight` that were .*; load the handle's state"
+        UserWarning, match=rf"frees {count} entries of `2\.weight` that were .*; load the handle's state"
     ):
         late[2].load_state_dict(frozen.state_dict())
     late[2].load_state_dict(frozen.state_dict())  # it lets nothing go now

@@ -136,7 +136,7 @@ def test_quiet_leaves_the_code_alone(folder: Folder, command: str) -> None:
     assert folder.run("verify", path, "--rule", "w = 1", "--quiet") == (1, "")
     code, said = folder.run("verify", path, "--rule", "v = 1", "--quiet")
     assert code == 2
-    assert "`v` is no parameter" in said
+    assert "`v` is not a parameter" in said
 
 
 @pytest.mark.parametrize("command", _COMMANDS)
@@ -745,7 +745,7 @@ def test_a_wildcard_passes_over_integers_and_a_name_does_not(folder: Folder) -> 
 
 @pytest.mark.parametrize(
     ("rule", "message"),
-    [("v", "rule `v = keep`: `v` is no parameter"), ("w[9]", "index 9 is out of range"), ("w[", "column 3")],
+    [("v", "rule `v = keep`: `v` is not a parameter"), ("w[9]", "index 9 is out of range"), ("w[", "column 3")],
 )
 def test_a_rule_that_does_not_fit_is_refused(folder: Folder, rule: str, message: str) -> None:
     code, said = folder.run("show", folder.checkpoint("a.pt", w=ramp(2)), "--rule", rule)

@@ -135,7 +135,7 @@ def test_what_was_trained_and_is_missing_is_a_no(folder: Folder) -> None:
     [
         ("w = 0", "rule `w = 0`: what is trained has no value; leave the value out"),
         ("w = tied(0)", "what is trained has no value"),
-        ("v", "rule `v = keep`: `v` is no parameter of the model; did you mean `w`?"),
+        ("v", "rule `v = keep`: `v` is not a parameter of the model; did you mean `w`?"),
         ("w[9]", "index 9 is out of range"),
         ("w[2:]", "the region selects no entry"),
         ("w[", "column 3"),

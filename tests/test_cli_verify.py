@@ -249,7 +249,7 @@ def test_a_number_in_a_new_row_needs_no_base(folder: Folder) -> None:
         ("w", ramp(2), ramp(2).double(), "`w` is of torch.float32, and of torch.float64 in the base; convert one of"),
         ("w = 0", ramp(2), ramp(2) + 0j, "`w` is of torch.float32, and of torch.complex64 in the base; convert one of"),
         ("w = 1e300", ramp(2), ramp(2).double(), "the value is not finite as torch.float32, the dtype of `w`; correct"),
-        ("v", ramp(2), ramp(2), "`v` is no parameter of the model; did you mean `w`?"),
+        ("v", ramp(2), ramp(2), "`v` is not a parameter of the model; did you mean `w`?"),
         ("v*", ramp(2), ramp(2), "`v*` matches no parameter"),
         ("w[2:]", ramp(2), ramp(2), "the region selects no entry"),
         ("w[zeros]", ramp(2), ramp(2), "the region selects no entry"),

@@ -1267,22 +1267,22 @@ class _Renamed(AdamW):
 _REFUSED: dict[str, tuple[Maker, str]] = {
     "adafactor": (
         Adafactor,
-        "`Adafactor` cannot hold the free entries alone: it keeps one number for each row and col",
+        "`Adafactor` cannot be compacted to the free entries: it keeps one number for each row and col",
     ),
-    "sparse_adam": (SparseAdam, "`SparseAdam` cannot hold the free entries alone: it takes sparse gradients"),
+    "sparse_adam": (SparseAdam, "`SparseAdam` cannot be compacted to the free entries: it takes sparse gradients"),
     "own_step": (
         _OwnStep,
-        "`_OwnStep` cannot hold the free entries alone: it is not known to work entry by entry; leave",
+        "`_OwnStep` cannot be compacted to the free entries: it is not known to work entry by entry; leave",
     ),
     "differentiable": (
         partial(Adam, differentiable=True),
-        r"`Adam\(differentiable=True\)` cannot hold the free entries alone: its step is part of a graph; leave out",
+        r"`Adam\(differentiable=True\)` cannot be compacted to the free entries: its step is in a graph; leave out",
     ),
 }
 if hasattr(torch.optim, "Muon"):  # torch 2.9
     _REFUSED["muon"] = (
         torch.optim.Muon,
-        "`Muon` cannot hold the free entries alone: it orthogonalizes the update of a whole",
+        "`Muon` cannot be compacted to the free entries: it orthogonalizes the update of a whole",
     )
 
 

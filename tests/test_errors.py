@@ -143,16 +143,16 @@ class Case:
 _MASK = torch.ones(4, 3, dtype=torch.bool)
 _NAN = torch.tensor([0.0, math.nan, 0.0])
 _ROW: Final = "rule `bad.weight[0] = keep`: "
-_NORM: Final = "rule `bad.weight[0] = keep`: `bad.weight` is no parameter: "
+_NORM: Final = "rule `bad.weight[0] = keep`: `bad.weight` is not a parameter: "
 
 CASES = [
     # targets
     Case("unknown name", "linear", "bat.weight = 0", TargetError,
-         ("rule `bat.weight = 0`: `bat.weight` is no parameter of the model; did you mean ", "`bad.weight`")),
+         ("rule `bat.weight = 0`: `bat.weight` is not a parameter of the model; did you mean ", "`bad.weight`")),
     Case("unknown attribute", "linear", "bad.bais = 0", TargetError,
-         ("rule `bad.bais = 0`: `bad.bais` is no parameter of the model; did you mean `bad.bias`",)),
+         ("rule `bad.bais = 0`: `bad.bais` is not a parameter of the model; did you mean `bad.bias`",)),
     Case("module without a weight", "tied", "bad = 0", TargetError,
-         ("rule `bad = 0`: `bad` is no parameter of the model; did you mean ",)),
+         ("rule `bad = 0`: `bad` is not a parameter of the model; did you mean ",)),
     Case("glob that matches nothing", "linear", "bad.*.weight[0]", TargetError,
          ("rule `bad.*.weight[0] = keep`: `bad.*.weight` matches no parameter; did you mean ", "`bad.weight`")),
     Case("glob with ? that matches nothing", "linear", "ba?d = 0", TargetError,
@@ -238,20 +238,20 @@ CASES = [
          ("rules `bad.weight[0] = 0` and `bad.weight[0] = -0` disagree about entry [0, 0] of `bad.weight`", "; make")),
     # parameters that cannot be held
     Case("integer parameter", "integer", "bad.weight[0]", UnsupportedParameterError,
-         (_ROW, "holds torch.int64, which no optimizer trains", "; name floating-point parameters alone")),
+         (_ROW, "holds torch.int64, which no optimizer trains", "; name floating-point parameters only")),
     Case("quantized parameter", "quantized", "bad.weight[0]", UnsupportedParameterError,
-         (_ROW, "holds torch.qint8, which no optimizer trains", "; name floating-point parameters alone")),
+         (_ROW, "holds torch.qint8, which no optimizer trains", "; name floating-point parameters only")),
     Case("lazy parameter", "lazy", "bad.weight[0]", UnsupportedParameterError,
          (_ROW, "the parameter is lazy and has no shape yet", "; run one forward first, then freeze")),
     Case("meta parameter", "meta", "bad.weight[0]", UnsupportedParameterError,
          (_ROW, "the parameter is on the meta device and has no numbers yet", "; materialize it, then freeze")),
     Case("weight_norm", "weight_norm", "bad.weight[0]", UnsupportedParameterError,
-         (_NORM, "it is parametrized, so computed anew at every access", "; remove the parametrization",
+         (_NORM, "it is parametrized, so it is computed at every access", "; remove the parametrization",
           "or freeze `bad.parametrizations.weight.*`")),
     Case("spectral_norm by its module's name", "spectral_norm", "bad[0]", UnsupportedParameterError,
-         ("rule `bad[0] = keep`: `bad.weight` is no parameter: it is parametrized", "; remove the parametrization")),
+         ("rule `bad[0] = keep`: `bad.weight` is not a parameter: it is parametrized", "; remove the parametrization")),
     Case("weight_norm in a glob", "weight_norm", "bad.*", UnsupportedParameterError,
-         ("rule `bad.* = keep`: `bad.weight` is no parameter: it is parametrized", "; remove the parametrization")),
+         ("rule `bad.* = keep`: `bad.weight` is not a parameter: it is parametrized", "; remove the parametrization")),
     Case("older weight_norm", "old weight_norm", "bad.weight[0]", UnsupportedParameterError,
          (_NORM, "a hook computes it from `bad.weight_v`", "; remove that hook", "or freeze `bad.weight_v`")),
     Case("older spectral_norm", "old spectral_norm", "bad.weight[0]", UnsupportedParameterError,
@@ -452,11 +452,11 @@ def test_a_mapping_s_keys_are_names() -> None:
 
 def test_a_name_that_a_mapping_lacks_is_named_with_the_closest() -> None:
     with pytest.raises(
-        TargetError, match=r"^rule `wieght = keep`: `wieght` is no parameter .*; did you mean `weight`\?"
+        TargetError, match=r"^rule `wieght = keep`: `wieght` is not a parameter .*; did you mean `weight`\?"
     ):
         freeze_entries({"weight": torch.ones(3)}, "wieght")
     with pytest.raises(
-        TargetError, match=r"^rule `w = keep`: `w` is no parameter of the model; the model has no param"
+        TargetError, match=r"^rule `w = keep`: `w` is not a parameter of the model; the model has no param"
     ):
         freeze_entries({}, "w")
 

@@ -160,7 +160,7 @@ def test_names_may_have_those_of_fabric_or_not(prefix: str) -> None:
 
 
 def test_a_name_that_is_none_is_refused() -> None:
-    with pytest.raises(TargetError, match=r"`_forward_module\.7\.weight` is no parameter of the model"):
+    with pytest.raises(TargetError, match=r"`_forward_module\.7\.weight` is not a parameter of the model"):
         freeze_entries(_fabric().setup_module(_net()), "_forward_module.7.weight")
 
 

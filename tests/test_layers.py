@@ -794,7 +794,7 @@ def test_synthesize_passes_arguments_by_name() -> None:
 
 def test_synthesize_refuses_names_and_shapes_that_are_not_the_module_s() -> None:
     layer = nn.Linear(3, 2)
-    with pytest.raises(TargetError, match=r"`wieght` is no parameter of Linear; its parameters are weight, bias"):
+    with pytest.raises(TargetError, match=r"`wieght` is not a parameter of Linear; its parameters are weight, bias"):
         synthesize(layer, {"wieght": torch.ones(2, 3)}, torch.ones(3))
     with pytest.raises(RegionError, match=r"`weight` has shape \(2, 3\), found a tensor of shape \(3, 2\)"):
         synthesize(layer, {"weight": torch.ones(3, 2)}, torch.ones(3))

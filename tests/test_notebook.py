@@ -129,7 +129,7 @@ def test_a_conflict_with_an_earlier_handle_says_so_with_the_way_out(trained: boo
     model = _model().requires_grad_(trained)
     freeze_entries(model, "0.weight[0] = 1")
     message = (
-        r"^an earlier handle holds `0\.weight` otherwise: rules `0\.weight\[0\] = 1` and `0\.weight\[:, 1\] = 2` "
+        r"^an earlier handle holds `0\.weight` at other values: rules `0\.weight\[0\] = 1` and `0\.weight\[:, 1\] = 2` "
         r"disagree about entry \[0, 1\]"
     )
     with pytest.raises(RuleConflictError, match=f"{message}.*{WAY_OUT}"):
@@ -182,8 +182,8 @@ def test_a_handle_of_which_all_was_replaced_says_removed_and_holds_nothing() -> 
     freeze_entries(model, "0.weight[0] = 2", replace=True)
     assert not earlier.attached
     assert len(earlier) == 0
-    assert repr(earlier) == str(earlier.report()) == "removed: another handle has let all of it go"
-    with pytest.raises(UnguardedError, match=r"^removed: another handle has let all of it go; freeze anew$"):
+    assert repr(earlier) == str(earlier.report()) == "removed: another handle has thawed all of it"
+    with pytest.raises(UnguardedError, match=r"^removed: another handle has thawed all of it; freeze anew$"):
         earlier.assert_frozen()
     for leave in (earlier.remove, earlier.impose, lambda: earlier.__exit__(None, None, None)):
         leave()  # as a callback does when its epoch has come
@@ -352,7 +352,7 @@ def test_a_rule_on_a_tensor_that_is_neither_says_so() -> None:
     model = _model()
     model[0].scale = torch.ones(3)
     with pytest.raises(
-        TargetError, match=r"`0\.scale` is a plain tensor and no parameter.* or make it an nn\.Parameter"
+        TargetError, match=r"`0\.scale` is a plain tensor and not a parameter.* or make it an nn\.Parameter"
     ):
         freeze_entries(model, "0.scale = 0")
 

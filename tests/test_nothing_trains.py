@@ -18,7 +18,7 @@ def _model() -> nn.Sequential:
 
 @pytest.mark.parametrize("spec", ["*", "0.weight[0]\n0.weight[1:]\n0.bias\n1.*"])
 def test_freezing_all_of_a_model_warns_with_the_counts(spec: str) -> None:
-    says = "nothing of the model trains: 13 entries of 13 in 4 parameters are frozen; leave out what is to train"
+    says = "nothing in the model trains: 13 entries of 13 in 4 parameters are frozen; leave out what is to train"
     with pytest.warns(UserWarning, match=says) as caught:
         frozen = freeze_entries(_model(), spec)
     assert len(caught) == 1
@@ -37,7 +37,7 @@ def test_what_requires_no_gradient_does_not_count() -> None:
 def test_all_handles_count() -> None:
     model = _model()
     freeze_entries(model, "0.*\n1.bias")
-    with pytest.warns(UserWarning, match="nothing of the model trains: 13 entries"):
+    with pytest.warns(UserWarning, match="nothing in the model trains: 13 entries"):
         freeze_entries(model, "1.weight")
 
 

@@ -106,7 +106,7 @@ def _unfolded(size: int, step: int) -> Tensor:
 )
 def test_a_parameter_that_overlaps_itself_is_refused(overlapping: Any) -> None:
     weight = nn.Parameter(overlapping())
-    with pytest.raises(UnsupportedParameterError, match=r"several of its entries share one place in memory .*clone"):
+    with pytest.raises(UnsupportedParameterError, match=r"several of its entries share memory .*clone"):
         freeze_entries({"weight": weight}, "weight[0] = 0")
 
 
@@ -513,7 +513,7 @@ def test_a_model_with_a_part_that_torch_jit_compiled_is_frozen_around_it(traced:
     repr(frozen.report())
     frozen.remove()
     for rule in ("0.0.weight[0] = 0", "*.weight[0] = 0", "0.0 = 0"):
-        with pytest.raises(UnsupportedParameterError, match=r"`0\.0\.weight` is no parameter: torch\.jit has compiled"):
+        with pytest.raises(UnsupportedParameterError, match=r"`0\.0\.weight` is not a parameter: torch\.jit has comp"):
             freeze_entries(model, rule)
 
 

@@ -279,7 +279,7 @@ def test_a_few_free_rows_of_thousands_can_be_seen() -> None:
     shown = _panel(figure)
     assert not shown[-2:].any()  # white, two cells high
     assert (shown[:-2] == 1).all()
-    assert "what is rare is drawn larger than it is" in _says(figure)
+    assert "rare cells are drawn larger than they are" in _says(figure)
 
 
 def test_a_few_frozen_entries_of_thousands_can_be_seen() -> None:
@@ -380,7 +380,7 @@ def test_a_sharded_parameter_shows_what_lies_on_this_rank() -> None:
     figure = _picture(layer, "weight[0, 1:]")
     assert "3 of 4 entries frozen" in _says(figure)
     if dist.get_rank() == 0:
-        assert "this rank's part: (1, 4), 3 of its entries frozen" in _says(figure)
+        assert "this rank's shard: (1, 4), 3 of its entries frozen" in _says(figure)
         assert len(_marks(figure, "x")) == 3
     else:
-        assert "no entries lie here; this rank's part: (0, 4), 0 of its entries frozen" in _says(figure)
+        assert "this rank has no entries; this rank's shard: (0, 4), 0 of its entries frozen" in _says(figure)

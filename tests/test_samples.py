@@ -185,11 +185,11 @@ def test_samples_that_are_somebody_elses_memory_are_not_written_to() -> None:
 @pytest.mark.parametrize(
     ("norms", "spec", "message"),
     [
-        (True, SPEC, r"`[02]\.\w+` has the norms of the gradients of single samples .*; keep the gradients themselves"),
+        (True, SPEC, r"`[02]\.\w+` has the norms of per-sample gradients .*; keep the gradients themselves"),
         (
             False,
             "0.weight = tied(0, start=first)",
-            r"`0\.weight` has gradients of single samples .*; use a layer with one",
+            r"`0\.weight` has per-sample gradients .*; use a layer with one",
         ),
     ],
     ids=["norms", "tied"],
@@ -208,7 +208,7 @@ def test_samples_by_expanded_weights_are_refused() -> None:
     frozen = freeze_entries(model, SPEC)
     compute: Callable[[Tensor], Tensor] = call_for_per_sample_grads(model)
     with pytest.raises(
-        UnsupportedParameterError, match=r"`0\.weight` .* expanded weights of torch, .*; take Opacus's own hooks"
+        UnsupportedParameterError, match=r"`0\.weight` .* torch's expanded weights, .*; use Opacus's own hooks"
     ):
         compute(_batch())
     frozen.remove()

@@ -533,7 +533,7 @@ def pruned_layer() -> nn.Module:
 REFUSED = {
     "a convolution": (lambda: nn.Conv2d(1, 4, 3), "weight[0]", "belongs to Conv2d"),
     "an embedding": (lambda: nn.Embedding(4, 3), "weight[0]", "belongs to Embedding"),
-    "no row": (lambda: nn.Linear(3, 4), "weight[:, 0]", "no row of it is frozen whole"),
+    "no row": (lambda: nn.Linear(3, 4), "weight[:, 0]", "no row of it is frozen entirely"),
     "a bias alone": (lambda: nn.Linear(3, 4), "bias[0]", "the bias beside it"),
     "another forward": (lambda: Scaled(3, 4), "weight[0]", "has a forward of its own"),
     "never called": (lambda: nn.MultiheadAttention(4, 2), "out_proj.weight[0]", "without calling its module"),

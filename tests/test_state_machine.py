@@ -639,7 +639,7 @@ class Lives(RuleBasedStateMachine):
         others = [other for other in self.reference.attached if other is not hold]
         assume(not any(set(other.pieces) & set(pieces) for other in others))
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="the state lets go")  # after an optimizer's state was loaded
+            warnings.filterwarnings("ignore", message="the state frees")  # after an optimizer's state was loaded
             hold.handle.load_state_dict(copy.deepcopy(state))
         before = {name: hold.frozen(name) for name in hold.pieces}
         hold.pieces = copied(pieces)

@@ -68,7 +68,7 @@ def test_classes_are_found_behind_the_names_of_wrappers() -> None:
 
 def test_classes_that_match_nothing_are_refused_with_those_that_are_there() -> None:
     message = (
-        r"names classes of which the model has no module; its modules are BatchNorm2d, Conv1d, Conv2d, Linear, _Half"
+        r"names classes that no module of the model has; its modules are BatchNorm2d, Conv1d, Conv2d, Linear, _Half"
     )
     with pytest.raises(TargetError, match=message):
         freeze_entries(_Net(), "*(Conv3d)[center] = 0")

@@ -1,1 +1,1 @@
-"""At what: the constraints on a parameter, and the way from rules to the parameters of a model."""
+"""Frozen parameters: the constraints on each, and how rules are resolved to the parameters of a model."""

@@ -1,4 +1,4 @@
-"""Reading frozen parameters by their names, as one reads a dict."""
+"""The base class of objects that are read like a dict from name to frozen parameter."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _Default = TypeVar("_Default")
 
 
 class ReadByName(ABC):
-    """What reads like a dict from parameter name to `FrozenParameter`, and is no `Mapping`.
+    """Reads like a dict from parameter name to `FrozenParameter`, without being a `Mapping`.
 
-    Whoever walks through containers of tensors (to move them, to save them) rebuilds every `Mapping` from its items.
-    A handle cannot be rebuilt like that, and has a `state_dict` for those who save.
+    Code that walks through containers of tensors (to move or save them) rebuilds every `Mapping` from its items. A
+    handle cannot be rebuilt like that; to save it, there is its `state_dict`.
     """
 
     @abstractmethod
@@ -29,7 +29,7 @@ class ReadByName(ABC):
     def __len__(self) -> int: ...
 
     def __contains__(self, name: object) -> bool:
-        return self.get(name) is not None  # type: ignore[call-overload, no-any-return]  # what is no name is not in it
+        return self.get(name) is not None  # type: ignore[call-overload, no-any-return]  # any object may be asked for
 
     @overload
     def get(self, name: str) -> FrozenParameter | None: ...
@@ -38,20 +38,20 @@ class ReadByName(ABC):
     def get(self, name: str, default: _Default) -> FrozenParameter | _Default: ...
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return what is frozen of a parameter, or a default where nothing is."""
+        """Return the frozen parameter with a name, or a default if there is none."""
         try:
             return self[name]
         except TargetError:
             return default
 
     def keys(self) -> KeysView[str]:
-        """Return the names of the parameters of which something is frozen."""
-        return KeysView(self)  # type: ignore[arg-type]  # it needs no more of a mapping than stands above
+        """Return the names of the parameters with frozen entries."""
+        return KeysView(self)  # type: ignore[arg-type]  # it uses only the methods above
 
     def values(self) -> ValuesView[FrozenParameter]:
-        """Return what is frozen of each parameter."""
+        """Return the frozen parameters."""
         return ValuesView(self)  # type: ignore[arg-type]
 
     def items(self) -> ItemsView[str, FrozenParameter]:
-        """Return each name with what is frozen there."""
+        """Return the pairs of a name and its frozen parameter."""
         return ItemsView(self)  # type: ignore[arg-type]

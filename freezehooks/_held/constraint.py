@@ -1,4 +1,4 @@
-"""What one rule holds of one parameter: the verbs that fixed and tied entries have in common."""
+"""The base class of constraints: what one rule does to one parameter."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from .._entries.writes import Writes
 from .._rules.rule import Rule
 
 SAME_TENSORS: Final = "use the tensors of the saved run, or start from its weights alone"
-"""What to do where a state was saved with another mask, other values or other labels."""
+"""The advice for a state that was saved with another mask, other values or other labels."""
 
 
 class Constraint(ABC):
-    """What one rule holds of one parameter, or of the shard of it that lies on this rank.
+    """What one rule holds in one parameter, or in this rank's shard of it: fixed entries, or tied ones.
 
     Attributes:
         rule: The rule, as it was given.
-        entries: The entries that it freezes; none where it ties.
+        entries: The entries that it freezes; none if it is a tie.
     """
 
     rule: Rule
     entries: EntrySet
 
     keeps = False
-    """Whether the value is what the entries held when they were frozen, or loaded since."""
+    """Whether the value is `keep`: what the entries held when they were frozen or last loaded."""
 
     is_tie = False
-    """Whether it makes entries equal to one another, whose gradients are then summed."""
+    """Whether it ties entries, so that they stay equal and their gradients are summed."""
 
     @abstractmethod
     def impose_(self, tensor: Tensor) -> None:
-        """Write what the rule says into a plain tensor of the parameter's shape."""
+        """Write the values into a plain tensor of the parameter's shape."""
 
     @abstractmethod
     def add_impose(self, writes: Writes, tensor: Tensor) -> None:
@@ -44,18 +44,18 @@ class Constraint(ABC):
 
     @abstractmethod
     def for_shard(self, shard: Tensor, cut: Callable[[Tensor], Tensor]) -> Constraint:
-        """Return the constraint on another tensor: on a shard of the parameter, or on the whole of which this is one.
+        """Return the constraint for a shard of the parameter; or, given a shard's constraint, for the whole parameter.
 
         Args:
-            shard: The tensor that the new constraint is on.
-            cut: From a tensor like the one that this constraint is on to one of the shard's shape.
+            shard: The tensor that the new constraint is for.
+            cut: A function from a tensor like the one that this constraint is for to one of the shard's shape.
         """
 
-    def check_start(self, parameter: Tensor) -> None:  # noqa: B027  # most constraints ask for nothing
-        """Refuse a parameter, or its gradient, that the rule cannot begin with.
+    def check_start(self, parameter: Tensor) -> None:  # noqa: B027  # most constraints have nothing to check
+        """Reject a parameter, or its gradient, that the constraint cannot start from.
 
         Raises:
-            FrozenValueError: Entries differ that are to be equal, and the rule does not say which to take.
+            FrozenValueError: Tied entries differ, and the rule does not say which to start from.
             UnsupportedParameterError: The gradient is sparse, and its sum over tied entries would not be.
         """
 
@@ -64,16 +64,16 @@ class Constraint(ABC):
         self.impose_(tensor)
 
     def capture_kept(self, tensor: Tensor) -> None:  # noqa: B027  # most constraints keep nothing
-        """Make what the entries of a plain tensor hold now the value to keep, where the rule keeps."""
+        """Take what the entries of a plain tensor hold now as their values, if the rule's value is `keep`."""
 
     def complete_gradient(self, parameter: Tensor) -> None:  # noqa: B027  # only ties have something to complete
-        """Do to a gradient that came without its hook what the hook would have done."""
+        """Do what a gradient hook does, to a gradient for which the hook was not called."""
 
     def check_beside(self, other: Constraint, like: Tensor, name: str) -> None:
-        """Refuse another constraint on the same parameter that disagrees with this one.
+        """Reject another constraint on the same parameter that disagrees with this one.
 
         Args:
-            other: It; its rule is named behind this one's.
+            other: The other constraint; the message names its rule second.
             like: A tensor of the parameter's shape and dtype.
             name: The parameter's name.
 
@@ -84,19 +84,19 @@ class Constraint(ABC):
             other.check_beside(self, like, name)
 
     def held_in(self, like: Tensor) -> Tensor:
-        """Return zeros like a tensor, with the values in the frozen entries."""
+        """Return zeros of a tensor's shape and dtype, with the values written into the frozen entries."""
         held = torch.zeros_like(like, requires_grad=False)
         self.impose_(held)
         return held
 
     def decided(self, device: torch.device) -> Tensor:
-        """Return the bool tensor of the entries whose numbers the rule decides."""
+        """Return the bool tensor that is True at the entries that the rule determines."""
         return self.entries.mask(device)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return the tensors that it holds in memory."""
+        """Return the tensors that the constraint keeps in memory."""
         return ()
 
     def state(self) -> dict[str, Any]:
-        """Return plain tensors and builtins that say what the rule alone does not."""
+        """Return what is not in the rule's text, as plain tensors and builtins."""
         return {}

@@ -1,4 +1,4 @@
-"""Which entries of a tensor are one, and what is done with all of them at once."""
+"""The copies that a tie makes of a tensor's entries, and the operations over all copies of an entry."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from .._rules.ties import Labeled, Mirrored, Symmetric, Tie, Tied
 
 
 class Copies(ABC):
-    """Entries of a tensor that are one; the first of them, row by row, stands for the others."""
+    """Tied entries of a tensor, called copies of each other; the first copy, row by row, represents the others."""
 
     @staticmethod
     def of(tie: Tie, parameter: Tensor) -> Copies:
         """Return the copies that a tie makes of a parameter's entries.
 
         Raises:
-            RegionError: The tie does not fit the parameter's shape, or makes nothing one.
+            RegionError: The tie does not fit the parameter's shape, or ties no entries.
         """
         tie.check(parameter.shape)
         return Slices(tie.dim, tie.groups) if isinstance(tie, Tied) else Scattered(_first_positions(tie, parameter))
 
     @abstractmethod
     def first(self, tensor: Tensor) -> Tensor:
-        """Return, for each entry, what the first of its copies holds: in a shape that expands to the tensor's."""
+        """Return the first copy of each entry, in a shape that expands to the tensor's."""
 
     @abstractmethod
     def spread_(self, tensor: Tensor) -> None:
-        """Write what the first copies hold into all others."""
+        """Write the first copies into all others."""
 
     @abstractmethod
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return, for each entry, the sum over its copies."""
+        """Return the sum over the copies of each entry."""
 
     @abstractmethod
     def mean(self, tensor: Tensor) -> Tensor:
-        """Return, for each entry, the mean over its copies."""
+        """Return the mean over the copies of each entry."""
 
     def first_positions(self, shape: torch.Size, device: torch.device) -> Tensor:
-        """Return, for each entry, where in the flattened tensor the first of its copies lies."""
+        """Return the position of the first copy of each entry in the flat tensor."""
         return self.first(_positions(shape, device)).expand(shape)
 
     def others(self, shape: torch.Size, device: torch.device) -> Tensor:
@@ -52,7 +52,7 @@ class Copies(ABC):
 
 
 class Slices(Copies):
-    """All slices along a dimension, or all of each of several equal groups of them.
+    """All slices along a dimension are copies, or all slices within each of several equal groups.
 
     Args:
         dim: The dimension.
@@ -63,7 +63,7 @@ class Slices(Copies):
         self._groups = groups
         self._dim = dim
         self._along = dim if groups == 1 or dim < 0 else dim + 1
-        """The dimension, once the groups have one of their own before it."""
+        """The dimension of the slices, after the groups are split off into one before it."""
 
     def _grouped(self, tensor: Tensor) -> Tensor:
         return tensor if self._groups == 1 else tensor.unflatten(self._dim, (self._groups, -1))
@@ -92,7 +92,7 @@ class Scattered(Copies):
     """Copies anywhere in a tensor.
 
     Args:
-        first: For each entry of the flattened tensor, the position of the first of its copies.
+        first: The position of the first copy of each entry, in the flat tensor.
     """
 
     def __init__(self, first: Tensor) -> None:
@@ -102,7 +102,7 @@ class Scattered(Copies):
             raise RegionError("no two entries are tied", "correct the labels, or leave the rule out")
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the positions of the other copies, and those of the first ones, on a device."""
+        """Move the positions to a device, and return those of the later copies and of their first ones."""
         if self._others.device != device:
             self._others, self._firsts = self._others.to(device), self._firsts.to(device)
         return self._others, self._firsts
@@ -118,7 +118,7 @@ class Scattered(Copies):
     def sum(self, tensor: Tensor) -> Tensor:
         others, firsts = self._on(tensor.device)
         flat = tensor.flatten()
-        exact = flat.to(torch.promote_types(flat.dtype, torch.float32))  # 16-bit numbers would be rounded at each step
+        exact = flat.to(torch.promote_types(flat.dtype, torch.float32))  # 16-bit sums would be rounded at each addition
         return self.first(exact.index_add(0, firsts, exact[others]).to(flat.dtype)).view(tensor.shape)
 
     def mean(self, tensor: Tensor) -> Tensor:
@@ -126,10 +126,10 @@ class Scattered(Copies):
 
 
 def _first_positions(tie: Tie, parameter: Tensor) -> Tensor:
-    """Return, for each entry of a flattened parameter, the position of the first of its copies.
+    """Return the position of the first copy of each entry, in the flat parameter.
 
     Raises:
-        RegionError: Labels that are no integers, below -1, or in no dense tensor.
+        RegionError: Labels are not integers, are below -1, or are not in a dense tensor.
     """
     positions = _positions(parameter.shape, parameter.device)
     if isinstance(tie, Mirrored):
@@ -155,7 +155,7 @@ def _checked_labels(labels: Any) -> Tensor:
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool or bool((found < -1).any()):
         raise RegionError(
             f"labels must be integers from -1 on, found {found.dtype}",
-            "give entries that are to be one the same number, and -1 where an entry is free",
+            "give tied entries the same number, and -1 where an entry is free",
         )
     whole: Tensor = found.long()
     return whole

@@ -1,4 +1,4 @@
-"""Entries that one rule holds at fixed values: where, and at what."""
+"""The constraint that holds entries at fixed values."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .value import value_of
 
 
 class FixedEntries(Constraint):
-    """Entries that one rule holds at a number, at the numbers of a tensor, or at what they held when they were frozen.
+    """Entries that one rule holds at a number, at the values of a tensor, or at what they contained when frozen.
 
-    It holds the value as it was given, and rounds it once to whatever dtype the parameter has.
+    It stores the value as it was given, and rounds it once, to the dtype that the parameter has at the time.
     """
 
     def __init__(self, rule: Rule, entries: EntrySet, source: float | Tensor) -> None:
@@ -36,12 +36,12 @@ class FixedEntries(Constraint):
 
     @staticmethod
     def resolve(rule: Rule, parameter: Tensor) -> FixedEntries:
-        """Work out where and at what `rule` holds `parameter`, without changing it.
+        """Return the entries and values of a rule for a parameter, without changing the parameter.
 
         Raises:
-            RegionError: The region does not fit the parameter, or selects nothing of it.
+            RegionError: The region does not fit the parameter, or selects none of its entries.
             FrozenValueError: The value does not fit the region or the dtype.
-            SpecError: The region or the value is of a kind that cannot be understood.
+            SpecError: The region or the value has an unsupported type.
         """
         frozen = select(rule.region, parameter)
         entries = EntrySet.like(parameter, frozen)
@@ -49,10 +49,10 @@ class FixedEntries(Constraint):
 
     @staticmethod
     def from_state(rule: Rule, state: dict[str, Any], parameter: Tensor) -> FixedEntries:
-        """Return what `state` wrote down, for a parameter and the rule that it was saved under.
+        """Restore what `state` returned, for a parameter and the rule that it was saved under.
 
-        Where the entries lie, and what kept ones hold, is the state's to say; masks, indices and values are the
-        rule's, and the state must agree.
+        The chosen entries and the values of `keep` come from the state. Masks, indices and given values come from the
+        rule, and the state must agree with them.
 
         Raises:
             StateMismatchError: It does not.
@@ -81,28 +81,28 @@ class FixedEntries(Constraint):
         return FixedEntries(self.rule, entries, entries.read(laid_out))
 
     def cut_to(self, still: Tensor, full: Tensor, region: Any) -> FixedEntries:
-        """Return this for some of its entries alone.
+        """Return the constraint restricted to some of its entries.
 
         Args:
-            still: Which of them, as a bool tensor.
+            still: The bool tensor of those entries.
             full: The whole parameter.
-            region: What the rule says of them.
+            region: The region that the new rule has for them.
         """
-        part = self.for_shard(full, lambda each: each.masked_fill(~still, 0))
+        cut = self.for_shard(full, lambda each: each.masked_fill(~still, 0))
         value = self.rule.value
-        if isinstance(part._source, Tensor) and not isinstance(value, complex | Keep):
-            value = torch.zeros(full.shape, dtype=part._source.dtype, device=full.device)  # its shape was the region's
-            part.entries.write_(value, part._source)
-        part.rule = Rule(self.rule.target, region, value)
-        return part
+        if isinstance(cut._source, Tensor) and not isinstance(value, complex | Keep):
+            value = torch.zeros(full.shape, dtype=cut._source.dtype, device=full.device)  # it had the region's shape
+            cut.entries.write_(value, cut._source)
+        cut.rule = Rule(self.rule.target, region, value)
+        return cut
 
     def tensors(self) -> tuple[Tensor, ...]:
         values = [value for value in (self._source, self._cast) if isinstance(value, Tensor)]
         return *self.entries.tensors(), *values
 
     @property
-    def keeps(self) -> bool:  # type: ignore[override]  # of the rule, where others have a constant
-        """Whether the value is what the entries held when they were frozen, or loaded since."""
+    def keeps(self) -> bool:  # type: ignore[override]  # a constant in other constraints
+        """Whether the value is `keep`: what the entries held when they were frozen or last loaded."""
         return self.rule.value is Keep.KEEP
 
     def capture_kept(self, tensor: Tensor) -> None:
@@ -126,19 +126,19 @@ class FixedEntries(Constraint):
             self.entries.add_fill(writes, tensor, number)
 
     def _number_like(self, number: float, tensor: Tensor) -> float:
-        """Return the number as the tensor's dtype holds it, where torch would round it twice."""
+        """Return the number in the precision of the tensor's dtype if torch would round it twice."""
         return self._narrow.get(tensor.dtype, number)
 
     def _values_like(self, source: Tensor, tensor: Tensor) -> Tensor:
-        """Return the values in the tensor's dtype, rounded once from those first given, and on its device."""
+        """Return the values in the tensor's dtype and on its device, rounded once from those given."""
         if self._cast is None or self._cast.dtype != tensor.dtype or self._cast.device != tensor.device:
             self._cast = rounded(source, tensor.dtype).to(tensor.device)
         return self._cast
 
     def check_beside(self, other: Constraint, like: Tensor, name: str) -> None:
-        """Refuse another constraint that holds one of the same entries at another value.
+        """Reject another constraint that holds one of the same entries at another value.
 
-        A kept entry that the other holds at a number is refused where they are of two handles: `FrozenParameter` says.
+        `FrozenParameter` also rejects `keep` beside a given value, if the two come from different handles.
 
         Raises:
             RuleConflictError: It does; the message names both rules.
@@ -157,10 +157,10 @@ class FixedEntries(Constraint):
 
 
 def refuse_disagreement(first: Constraint, second: Constraint, disagreed: Tensor, name: str) -> None:
-    """Refuse two constraints on a parameter, where a bool tensor says that they disagree about an entry.
+    """Raise for two constraints on a parameter if a bool tensor is True anywhere, where they disagree.
 
     Raises:
-        RuleConflictError: They do; the message names both rules.
+        RuleConflictError: They disagree about an entry; the message names both rules.
     """
     if bool(disagreed.any()):
         raise RuleConflictError(

@@ -1,4 +1,4 @@
-"""The frozen parameters of a model, each with every place that holds it."""
+"""The frozen parameters of a model, each with all the sites at which the model holds it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Model: TypeAlias = "nn.Module | Mapping[str, Tensor]"
 
 
 class HeldParameters:
-    """What a handle, and every optimizer that it guards, knows of a model.
+    """What a handle and the optimizers that it guards know about a model.
 
-    Iterating pairs each frozen parameter with each tensor that it holds now.
+    Iterating yields each frozen parameter with each tensor that it has now.
 
     Attributes:
         model: The model, or a mapping from name to leaf tensor.
-        frozen: What is frozen, by name; perhaps of a larger model that this one was a part of.
-        sites: Under which name of `frozen` which place stands.
-        is_found: Whether it was found in a model that may be a part of the one that was frozen.
-        shown: The names that parameters have in the model, by their names in `frozen`, where they have others.
+        frozen: The frozen parameters by name; possibly those of a larger model that contained this one.
+        sites: Pairs of a name in `frozen` and a site of that parameter.
+        is_found: Whether the entries were found in a model, which may be a submodule of the one that was frozen.
+        shown: The names that parameters have in the model, by their names in `frozen`, if those differ.
     """
 
     def __init__(
@@ -51,16 +51,16 @@ class HeldParameters:
 
     @property
     def names(self) -> list[str]:
-        """The names of `frozen` that stand in this model."""
+        """The names in `frozen` of the parameters in this model."""
         return list(dict.fromkeys(name for name, _ in self.known_sites()))
 
     @property
     def parameter_names(self) -> list[str]:
-        """The names of `names` that stand for parameters, and not for buffers alone, which no optimizer steps."""
+        """Those of `names` that are parameters; the others are only buffers, which no optimizer steps."""
         return list(dict.fromkeys(name for name, site in self.known_sites() if not site.is_buffer))
 
     def show_names_of_model(self) -> None:
-        """Show parameters under the names that they have in the model."""
+        """Fill `shown`: show parameters under the names that they have in this model."""
         paths: dict[Any, list[str]] = {}
         for path, module in (
             self.model.named_modules(remove_duplicate=False) if isinstance(self.model, nn.Module) else ()
@@ -69,21 +69,21 @@ class HeldParameters:
         for name, sites in self.sites_by_name().items():
             self.shown[name] = [f"{path}.{site.key}".lstrip(".") for site in sites for path in paths[site.owner]]
 
-    def as_shown(self, part: FrozenParameter) -> FrozenParameter:
-        """Return what is frozen of a parameter, under the names that it has in the model."""
-        return part.named(self.shown[part.name]) if part.name in self.shown else part
+    def as_shown(self, frozen: FrozenParameter) -> FrozenParameter:
+        """Return a frozen parameter with the names that it has in the model."""
+        return frozen.named(self.shown[frozen.name]) if frozen.name in self.shown else frozen
 
     def find(self, name: str) -> FrozenParameter:
-        """Return what is frozen of the parameter that goes by a name, in the model or in the one that was frozen.
+        """Return the frozen parameter with a name in this model or in the one that was frozen.
 
         Raises:
-            TargetError: Nothing is.
+            TargetError: Nothing is frozen under that name.
         """
         shown = [key for key in self.names if name in self.shown.get(key, ())]
         return self.frozen.by_name[shown[0]] if shown else self.frozen.find(name, self.names)
 
     def sites_by_name(self) -> dict[str, list[Site]]:
-        """Return the places of each name of `frozen`."""
+        """Return the sites of each parameter, by its name in `frozen`."""
         found: dict[str, list[Site]] = {}
         for name, site in self.known_sites():
             found.setdefault(name, []).append(site)
@@ -91,13 +91,13 @@ class HeldParameters:
 
     @property
     def is_held(self) -> bool:
-        """Whether all of it is held at present that was not thawed."""
+        """Whether everything is held now that was frozen and not thawed since."""
         known = [name for name, _ in self.known_sites()]
         return (bool(known) or not self.sites) and self.frozen.released.isdisjoint(known)
 
     @property
     def removal(self) -> str:
-        """What of it is not held at present, in words; empty where all of it is."""
+        """A description of what is not held now; empty if everything is held."""
         if self.is_held:
             return ""
         names = self.names
@@ -105,23 +105,23 @@ class HeldParameters:
             f"`{self.as_shown(self.frozen.by_name[name]).name}`" for name in names if not self.frozen.is_held(name)
         ]
         if not names:
-            return "removed: another handle has let all of it go"
+            return "removed: another handle has thawed all of it"
         return "removed: none of it is held" if len(released) == len(names) else f"removed: {', '.join(released)}"
 
     @property
     def skips(self) -> list[str]:
-        """Which rules with wildcards found parameters without any entry of their region, in words."""
+        """A note for each rule with wildcards that skipped parameters where its region is empty."""
         return [
             f"`{rule}` skipped {counted(count, 'parameter that has', 'parameters that have')} no such entry"
             for rule, count in self.frozen.skipped.items()
         ]
 
     def known_sites(self) -> Iterator[tuple[str, Site]]:
-        """Yield the places of what is frozen still: another handle may have thawed some."""
+        """Yield the sites of what is still frozen: another handle may have thawed some."""
         return ((name, site) for name, site in self.sites if name in self.frozen.by_name)
 
     def held_sites(self) -> Iterator[tuple[str, Site]]:
-        """Yield the places whose entries are held at present."""
+        """Yield the sites whose entries are held now."""
         return ((name, site) for name, site in self.sites if self.frozen.is_held(name))
 
     def __iter__(self) -> Iterator[tuple[FrozenParameter, Tensor]]:
@@ -138,7 +138,7 @@ class HeldParameters:
         return Place(self.frozen, name, site).pair()
 
     def check_in_place(self) -> None:
-        """Refuse to answer for parameters that the model no longer contains.
+        """Raise if the model no longer contains the frozen parameters.
 
         Raises:
             ParameterChangedError: A parameter is gone or has another shape, or its module was replaced.
@@ -154,10 +154,10 @@ class HeldParameters:
                 )
 
     def rebuilt(self) -> dict[nn.Module, nn.Module]:
-        """Return the containers that left the model, each with the one that was made of the same parameters since.
+        """Map each container that has left the model to the one that replaced it with the same parameters.
 
-        A container has no forward: whoever computes with its parameters finds them in the new one. Keras makes them
-        anew when a model is built.
+        A container has no forward: the modules that compute with its parameters find them in the new one. Keras
+        replaces containers when a model is built.
         """
         kept: dict[nn.Module, list[str]] = {}
         for _, site in self.known_sites():
@@ -173,16 +173,16 @@ class HeldParameters:
         }
 
     def move_to(self, rebuilt: Mapping[nn.Module, nn.Module]) -> None:
-        """Take other modules for those that own the parameters, as `rebuilt` returned them."""
+        """Replace the modules that own parameters by their successors, as `rebuilt` returned them."""
         self.sites = [(name, replace(site, owner=_successor(site.owner, rebuilt))) for name, site in self.sites]
 
     def check_modules(self) -> None:
-        """Refuse to go on where a module that owned frozen parameters was replaced or converted.
+        """Raise if a module that owned frozen parameters was replaced or converted.
 
-        One comparison of lists for each module around such owners; a look at the whole model where that finds a change.
+        It compares the children of the modules above such owners, and looks at the whole model only if they changed.
 
         Raises:
-            ParameterChangedError: One was.
+            ParameterChangedError: A module was replaced or converted.
         """
         if self._children is None or list(map(list, map(dict.values, self._around))) != self._children:
             self.check_in_place()
@@ -190,29 +190,29 @@ class HeldParameters:
             self._children = [list(children.values()) for children in self._around]
 
     def _modules_around(self) -> list[nn.Module]:
-        """Return the modules on the ways from the model to the owners of frozen parameters."""
+        """Return the modules on the paths from the model to the owners of frozen parameters."""
         if not isinstance(self.model, nn.Module):
             return []
         owners = {site.owner for _, site in self.known_sites() if isinstance(site.owner, nn.Module)}
-        ways = [name.split(".") for name, module in self.model.named_modules() if module in owners]
-        names = dict.fromkeys(".".join(way[:n]) for way in ways for n in range(len(way)))
+        paths = [name.split(".") for name, module in self.model.named_modules() if module in owners]
+        names = dict.fromkeys(".".join(path[:n]) for path in paths for n in range(len(path)))
         return [self.model.get_submodule(name) for name in names]
 
     def violations(self) -> tuple[Violation, ...]:
-        """Return, for each parameter where frozen entries drifted, how many and the worst of them.
+        """Return a violation for each parameter whose frozen entries drifted, with their number and the worst of them.
 
         Raises:
-            ParameterChangedError: A parameter is gone, has another shape or no numbers, or its module was replaced.
+            ParameterChangedError: A parameter is gone, has another shape or no data, or its module was replaced.
         """
         self.check_in_place()
         for name, site in self.known_sites():
-            self._pair(name, site)  # a parameter that was put in another's place is no drift
+            self._pair(name, site)  # follow replaced parameters first: those are not drift
         found: dict[tuple[str, int], Violation | None] = {}
         for name, site in self.known_sites():
-            place = name, id(site.find())
+            key = name, id(site.find())
             pair = self.frozen.adopt(name, site.computed())
-            if pair is not None and found.get(place) is None:  # of names of one tensor, one may be pruned
-                found[place] = self.as_shown(pair[0]).violation(pair[1])
+            if pair is not None and found.get(key) is None:  # one of several names of a tensor may be pruned
+                found[key] = self.as_shown(pair[0]).violation(pair[1])
         return tuple(filter(None, found.values()))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Embeddings whose forward rescales every row that exceeds a norm, whatever is held there."""
+"""Embeddings with `max_norm`, whose forward rescales every row above a norm, frozen entries included."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .parameter import FrozenParameter
 
 
 def check_rows(frozen: FrozenParameter, module: nn.Embedding | nn.EmbeddingBag) -> None:
-    """Refuse values that would be rescaled even where everything else in their rows were 0.
+    """Reject values that exceed the norm of their row even if all its other entries were 0.
 
     Raises:
-        FrozenValueError: There are some.
+        FrozenValueError: There are such values.
     """
     held = frozen.alone()
     _check_kept(frozen.name, torch.arange(len(held), device=held.device), held, held != 0, module)
@@ -27,20 +27,20 @@ def check_rows(frozen: FrozenParameter, module: nn.Embedding | nn.EmbeddingBag) 
 def rescale_free_entries(
     module: nn.Embedding | nn.EmbeddingBag, parameter: Tensor, indices: Tensor, held: Sequence[FrozenParameter]
 ) -> None:
-    """Bring the rows that the forward looks up within the norm, by their free entries alone.
+    """Rescale the free entries of the rows that the forward looks up, so that the rows are within the norm.
 
-    The frozen entries of a row are constants, and the free ones get what norm these leave. Rows of which nothing is
-    frozen are left to the forward.
+    The frozen entries of a row stay constant, and the free ones share the norm that is left. Rows without frozen
+    entries are left to the forward.
 
     Args:
         module: The embedding.
         parameter: Its weight.
         indices: What is looked up.
-        held: What handles freeze of the weight.
+        held: What each handle freezes in the weight.
 
     Raises:
         FrozenValueError: The frozen entries of a row exceed the norm by themselves.
-        UnsupportedParameterError: The weight is spread over ranks.
+        UnsupportedParameterError: The weight is sharded.
     """
     if any(each.is_sharded for each in held):
         raise UnsupportedParameterError(
@@ -48,7 +48,7 @@ def rescale_free_entries(
             "leave `max_norm` out, or freeze no entry of it",
         )
     weight, rows = parameter.data, indices.flatten().unique()
-    bound = (module.max_norm or 0) * (1 - 8 * torch.finfo(weight.dtype).eps)  # its kernel sums in another order
+    bound = (module.max_norm or 0) * (1 - 8 * torch.finfo(weight.dtype).eps)  # torch's kernel adds in another order
     rows = rows[_norms(weight[rows], module) > bound]
     if not len(rows):
         return
@@ -67,7 +67,7 @@ def _norms(rows: Tensor, module: nn.Embedding | nn.EmbeddingBag) -> Tensor:
 
 
 def _room(taken: Tensor, bound: float, order: float) -> Tensor:
-    """Return the norm that the frozen entries of each row leave to the free ones."""
+    """Return the norm that the frozen entries of each row leave for the free ones."""
     if math.isinf(order):
         return torch.full_like(taken, bound)
     room: Tensor = (bound**order - taken**order).clamp(min=0) ** (1 / order)
@@ -75,10 +75,10 @@ def _room(taken: Tensor, bound: float, order: float) -> Tensor:
 
 
 def _check_kept(name: str, rows: Tensor, kept: Tensor, frozen: Tensor, module: nn.Embedding | nn.EmbeddingBag) -> None:
-    """Refuse rows of frozen entries that the forward's own kernel rescales.
+    """Reject rows whose frozen entries alone exceed the norm, judged by torch's own kernel.
 
     Raises:
-        FrozenValueError: It does.
+        FrozenValueError: There is such a row.
     """
     rescaled = kept.clone()
     torch.embedding_renorm_(

@@ -1,4 +1,4 @@
-"""From the names in rules to the parameters of a model."""
+"""Finds the parameters of a model by the names in rules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .site import Site
 
 
 class Targets:
-    """The names that rules may use for a model, each with the sites of the parameter it stands for.
+    """The names that rules may use for a model's parameters, each with its site.
 
     Args:
         model: A module, or a mapping from name to leaf tensor.
@@ -40,14 +40,14 @@ class Targets:
         self._aliases = {name: names for names in by_tensor.values() for name in names}
 
     def names_of(self, name: str) -> list[str]:
-        """Return every name of the parameter that `name` stands for; a tied parameter has several."""
+        """Return all names of the parameter with a given name; a shared parameter has several."""
         return self._aliases[name]
 
     def named(self, rule: Rule) -> Rule:
-        """Return a rule whose target is a parameter or a module of the model with its name instead.
+        """Return a rule whose target, if it is a parameter or a module, is replaced by its name.
 
         Raises:
-            TargetError: It is none of this model's.
+            TargetError: The target is not in this model.
         """
         if isinstance(rule.target, str):
             return rule
@@ -61,30 +61,30 @@ class Targets:
         return replace(rule, target=names[0] if names else f"{paths[0]}.weight".lstrip("."))
 
     def classes_that_fit(self, rule: Rule) -> list[str]:
-        """Return the classes of the modules that a rule with wildcards meets, and whose parameters its patterns fit.
+        """Return the classes of the modules, among those that a rule with wildcards matches, that its patterns fit.
 
-        There are none where the patterns fit all parameters: then it is not the class that is wrong.
+        The result is empty if the patterns fit all of them: then naming a class would not help.
         """
         if not is_wild(rule.target) or TypedTarget.read(rule.target) is not None:
             return []
-        met: dict[bool, set[str]] = {True: set(), False: set()}
+        matched: dict[bool, set[str]] = {True: set(), False: set()}
         for site in (self.sites[name] for name in self.find(rule.target)):
             if isinstance(site.owner, nn.Module):
-                met[_fit(rule.region, site.tensor().shape)].add(type(site.owner).__name__)
-        return sorted(met[True]) if met[False] else []
+                matched[_fit(rule.region, site.tensor().shape)].add(type(site.owner).__name__)
+        return sorted(matched[True]) if matched[False] else []
 
     def find(self, target: str) -> list[str]:
-        """Return the names of the parameters that a rule's target speaks of, each parameter once.
+        """Return the names of the parameters that a rule's target matches, each parameter once.
 
         Raises:
-            TargetError: It speaks of none.
-            UnsupportedParameterError: It speaks of a tensor that is computed from other parameters.
+            TargetError: It matches none.
+            UnsupportedParameterError: It matches a tensor that is computed from other parameters.
         """
         names = self._matching(target, [*self._parameters, *self._computed]) or self._matching_buffers(target)
         for name in names:
             if name in self._computed:
                 fact, advice = self._computed[name]
-                raise UnsupportedParameterError(f"`{name}` is no parameter: {fact}", advice)
+                raise UnsupportedParameterError(f"`{name}` is not a parameter: {fact}", advice)
         if not names:
             raise self._unknown(target)
         return list(dict.fromkeys(self._aliases[name][0] for name in names))
@@ -93,10 +93,10 @@ class Targets:
         return matching(target, known) or self._matching_unwrapped(target, known) or self._of_classes(target, known)
 
     def _matching_buffers(self, target: str) -> list[str]:
-        """Return the floating-point buffers that a target speaks of.
+        """Return the floating-point buffers that a target matches.
 
         Raises:
-            UnsupportedParameterError: It speaks of other buffers alone.
+            UnsupportedParameterError: It matches only buffers of other dtypes.
         """
         names = self._matching(target, self._buffers)
         dtypes = {name: self.sites[name].tensor().dtype for name in names}
@@ -109,10 +109,10 @@ class Targets:
         return floating
 
     def _matching_unwrapped(self, target: str, known: list[str]) -> list[str]:
-        """Return what a target speaks of, where it or the model has names of wrappers and the other has not.
+        """Return the names that a target matches once the names of wrappers are left out of both.
 
         Raises:
-            TargetError: Without the names of wrappers, two parameters have one name.
+            TargetError: Two parameters have the same name without the names of wrappers.
         """
         found = matching_unwrapped(target, known)
         firsts: dict[str, str] = {}
@@ -123,23 +123,23 @@ class Targets:
         return found
 
     def _of_classes(self, target: str, known: list[str]) -> list[str]:
-        """Return what a target with classes of modules in it names.
+        """Return the names that a target with classes of modules matches; none if it has no classes.
 
         Raises:
-            TargetError: No module of the model is of one of them.
+            TargetError: The model has no module of any of the classes.
         """
         typed = TypedTarget.read(target)
         if typed is None:
             return []
         if not self._modules:
             raise TargetError(
-                f"`{target}` names classes of modules, and there are only tensors by their names here",
+                f"`{target}` names classes of modules, but here there are only tensors with names",
                 "write their names, with `*` and `?`",
             )
         if not any(typed.takes(module) for module in self._modules.values()):
             classes = sorted({type(module).__name__ for module in self._modules.values() if module._parameters})
             raise TargetError(
-                f"`{target}` names classes of which the model has no module", f"its modules are {', '.join(classes)}"
+                f"`{target}` names classes that no module of the model has", f"its modules are {', '.join(classes)}"
             )
         return [name for name in known if any(typed.names(*each, name) for each in self._modules.items())]
 
@@ -147,19 +147,19 @@ class Targets:
         for name, kind in _untrained_tensors(self._model):
             if matching(target, [name]) or matching_unwrapped(target, [name]):
                 return TargetError(
-                    f"`{name}` is {kind} and no parameter, so no optimizer trains it",
+                    f"`{name}` is {kind} and not a parameter, so no optimizer trains it",
                     "write its numbers yourself, or make it an nn.Parameter",
                 )
         if {"(", ")"} & set(target):
             return self._unknown_classes(target)
         known = [*self.sites, *(name.removesuffix(".weight") for name in self.sites if name.endswith(".weight"))]
-        kind = "matches no parameter" if {"*", "?"} & set(target) else "is no parameter of the model"
+        kind = "matches no parameter" if {"*", "?"} & set(target) else "is not a parameter of the model"
         close = difflib.get_close_matches(target, known, n=3) or known[:5]
         listed = ", ".join(f"`{name}`" for name in close)
         return TargetError(f"`{target}` {kind}", f"did you mean {listed}?" if close else "the model has no parameters")
 
     def _unknown_classes(self, target: str) -> TargetError:
-        """Return the error for a target in parentheses: no classes, or no module of them lies where it says."""
+        """Return the error for a target with parentheses: it names no classes, or no module with a matching path."""
         typed = TypedTarget.read(target)
         if typed is None:
             return TargetError(f"`{target}` names no classes", "write them by their names, as in `*(Conv2d).weight`")
@@ -169,12 +169,12 @@ class Targets:
 
 @dataclass(frozen=True, slots=True)
 class TypedTarget:
-    """A target whose module names its classes: ``features.*(Conv2d, Conv3d).weight``.
+    """A target that names classes of modules: ``features.*(Conv2d, Conv3d).weight``.
 
     Attributes:
-        path: The modules' names, in which ``*`` and ``?`` stand for characters.
+        path: The modules' names, with the wildcards ``*`` and ``?``.
         classes: The names of classes; subclasses count.
-        key: The parameters' names below the modules; ``weight`` where left out.
+        key: The parameters' names in the modules; ``weight`` if left out.
     """
 
     path: str
@@ -183,7 +183,7 @@ class TypedTarget:
 
     @staticmethod
     def read(target: str) -> TypedTarget | None:
-        """Return what a target says, or None where it names no classes."""
+        """Parse a target, or return None if it names no classes."""
         found = _TYPED.fullmatch(target)
         if found is None:
             return None
@@ -191,11 +191,11 @@ class TypedTarget:
         return TypedTarget(path, frozenset(re.findall(r"\w+", classes)), key or "weight")
 
     def takes(self, module: nn.Module) -> bool:
-        """Return whether a module is of one of the classes."""
+        """Return whether a module is an instance of one of the classes."""
         return not self.classes.isdisjoint(kind.__name__ for kind in type(module).__mro__)
 
     def names(self, path: str, module: nn.Module, name: str) -> bool:
-        """Return whether the target names a parameter that lies below a module, both with their names in the model."""
+        """Return whether the target matches a parameter in a module, given the names of both in the model."""
         prefix = f"{path}." if path else ""
         if not name.startswith(prefix) or not self.takes(module):
             return False
@@ -207,12 +207,12 @@ _TYPED: Final = re.compile(r"([^()]*)\(([\w\s,]+)\)(?:\.(.+))?")
 
 
 def is_wild(target: str) -> bool:
-    """Return whether a target may name several parameters."""
+    """Return whether a target may match several parameters."""
     return bool({"*", "?"} & set(target)) or TypedTarget.read(target) is not None
 
 
 def typed(rule: Rule, classes: Iterable[str]) -> Rule:
-    """Return a rule with wildcards for parameters of some classes of modules alone."""
+    """Restrict a rule with wildcards to the modules of some classes."""
     path, _, key = rule.target.rpartition(".")
     if not path or is_wild(key):
         path, key = rule.target, ""
@@ -234,8 +234,8 @@ _WRAPPERS: Final = re.compile(
 )
 """The names under which wrappers hold what they wrap.
 
-DataParallel and its kin, torch.compile, activation checkpointing; Fabric; Opacus; PEFT, also of a module that it
-trains whole.
+They are those of DataParallel and DistributedDataParallel, torch.compile, activation checkpointing, Fabric, Opacus, and
+PEFT, including `modules_to_save`.
 """
 
 
@@ -245,7 +245,7 @@ def unwrapped(name: str) -> str:
 
 
 def matching(target: str, names: list[str]) -> list[str]:
-    """Return the names a target speaks of: those it matches, else the weights of the modules it matches."""
+    """Return the names that a target matches or, if there are none, the weights of the modules that it matches."""
     pattern = re.compile(fnmatch.translate(target))
     weights = [name for name in names if name.endswith(".weight")]
     return [name for name in names if pattern.fullmatch(name)] or [
@@ -254,7 +254,7 @@ def matching(target: str, names: list[str]) -> list[str]:
 
 
 def matching_unwrapped(target: str, names: list[str]) -> list[str]:
-    """Return the names a target speaks of once the names of wrappers are left out of both."""
+    """Return the names that a target matches once the names of wrappers are left out of both."""
     found = set(matching(unwrapped(target), [unwrapped(name) for name in names]))
     return [name for name in names if unwrapped(name) in found]
 
@@ -279,7 +279,7 @@ def _sites(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, Site]
 
 
 def _untrained_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-    """Name the tensors of a model that are no parameters, each with what it is."""
+    """Yield the names of tensors in a model that are not parameters, each with what it is."""
     for prefix, module in model.named_modules(remove_duplicate=False) if isinstance(model, nn.Module) else ():
         dot = f"{prefix}." if prefix else ""
         yield from (
@@ -288,7 +288,7 @@ def _untrained_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tupl
 
 
 def _computed_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Name the tensors that look like parameters but are computed anew from others, each with why and what to do."""
+    """Yield the names of tensors that look like parameters but are computed from others, with fact and advice."""
     if not isinstance(model, nn.Module):
         return
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -300,7 +300,7 @@ def _computed_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple
             yield (
                 f"{dot}{key}",
                 (
-                    "it is parametrized, so computed anew at every access",
+                    "it is parametrized, so it is computed at every access",
                     "remove the parametrization (torch.nn.utils.parametrize.remove_parametrizations), "
                     f"or freeze `{dot}parametrizations.{key}.*`",
                 ),
@@ -319,8 +319,8 @@ def _computed_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple
 
 _SCRIPTED: Final = (
     "torch.jit has compiled its module, whose forward calls no hook",
-    "freeze entries of the module that was compiled, and compile it once nothing is frozen",
+    "freeze entries of the original module, and compile it after removing them",
 )
 
 _RENAMED: Final = re.compile(r"^(.+)(_orig|_v)$", re.MULTILINE)
-"""How torch's older hooks rename the parameter they compute from: pruning and spectral norm, weight norm."""
+"""How torch's older hooks rename the parameter they compute from: pruning, spectral norm and weight norm."""

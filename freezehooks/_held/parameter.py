@@ -26,20 +26,20 @@ from .violation import Violation
 
 
 class FrozenParameter:
-    """The frozen entries of one parameter and the values they are held at, or the copies in it that are one.
+    """The frozen entries of one parameter with their values, or its tied entries.
 
-    It knows what the parameter is like but not the parameter, so that a copy of a model never reaches back into the
-    original. It does not change: for a parameter that was moved, cast or sharded, `for_tensor` makes another one, and
-    that of a sharded parameter holds this rank's shard alone.
+    It stores the parameter's shape, dtype and device but no reference to the parameter, so that a copy of a model
+    never reaches back into the original. It is immutable: for a parameter that was moved, cast or sharded,
+    `for_tensor` returns another one, which for a sharded parameter holds only this rank's shard.
 
     Attributes:
-        name: The parameter's qualified name; the first one of a tied parameter.
+        name: The parameter's qualified name; the first one if modules share the parameter.
         names: All of its names.
         shape: The shape of the whole parameter.
-        constraints: What each rule holds of it, in the order of the rules.
+        constraints: What each rule holds in it, in the order of the rules.
         frozen_count: How many entries of the whole parameter are frozen.
-        layout: How the parameter is spread over ranks; None where all of it is here.
-        ties: The constraints that make entries equal to one another; at most one.
+        layout: The mesh and placements of a sharded parameter, else None.
+        ties: The constraints that tie entries; at most one.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class FrozenParameter:
         self._held_count = self.frozen_count
 
     def _count_frozen(self) -> int:
-        """Count the frozen entries of a whole parameter, and refuse rules that disagree about one.
+        """Count the frozen entries of a whole parameter, and reject rules that disagree about an entry.
 
         Raises:
-            RuleConflictError: They do; the message names both.
+            RuleConflictError: Two rules disagree; the message names both.
         """
         if len(self.constraints) == 1:
             return self.constraints[0].entries.count
@@ -90,7 +90,7 @@ class FrozenParameter:
         return count_true(frozen)
 
     def _check_shared(self, number: int, shared: Tensor) -> None:
-        """Refuse a constraint that disagrees with an earlier one about an entry that they share."""
+        """Reject a constraint that disagrees with an earlier one about an entry that they share."""
         held = self._blank()
         for earlier in self._fixed[:number]:
             earlier.impose_(held)
@@ -101,10 +101,10 @@ class FrozenParameter:
                 earlier.check_beside(self._fixed[number], self._blank(), self.name)
 
     def check_beside(self, other: FrozenParameter) -> None:
-        """Refuse what another handle freezes of the same parameter, where the two disagree about an entry.
+        """Reject what another handle freezes in the same parameter if the two disagree about an entry.
 
-        A kept entry that the other holds at a number is refused even where both are equal now: the kept one follows
-        the next load, and the other does not.
+        `keep` beside a given value is rejected even if the two are equal now: a kept value follows the next load, and
+        a given one does not.
 
         Raises:
             RuleConflictError: They disagree; the message names both rules.
@@ -120,20 +120,20 @@ class FrozenParameter:
         shape = tuple(self.shape)
         return f"FrozenParameter({self.name!r}, shape={shape}, frozen={self.frozen_count}, free={self.free_count})"
 
-    # What it holds
+    # Entries and values
 
     def _blank(self) -> Tensor:
         return torch.zeros(self._extent, dtype=self._dtype, device=self._device)
 
     def alone(self) -> Tensor:
-        """Return zeros of the parameter's shape, or the shard's, with the values in the frozen entries."""
+        """Return zeros of the parameter's (or shard's) shape, with the values in the frozen entries."""
         held = self._blank()
         self.impose_(held)
         return held
 
     @property
     def frozen(self) -> Tensor:
-        """Where the entries are frozen; of a sharded parameter, where in this rank's shard.
+        """The mask of the frozen entries; for a sharded parameter, the mask of this rank's shard.
 
         Shape:
             ``(*shape)``, bool, True at the frozen entries.
@@ -142,12 +142,12 @@ class FrozenParameter:
         return reduce(torch.logical_or, masks, self._blank().bool())
 
     def frozen_in_whole(self) -> Tensor:
-        """Return where the entries of the whole parameter are frozen: gathered, where it is spread over ranks."""
+        """Return the mask of the frozen entries in the whole parameter, gathered from all ranks if it is sharded."""
         return self.frozen if self.layout is None else joined(self.frozen, self.layout, self.shape)
 
     @property
     def frozen_rows(self) -> Tensor:
-        """Which rows of the whole parameter, its slices along the first dimension, are frozen whole.
+        """Which rows of the whole parameter, its slices along the first dimension, are frozen entirely.
 
         Shape:
             ``(shape[0],)``, bool.
@@ -172,26 +172,26 @@ class FrozenParameter:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether it holds this rank's shard alone of a parameter that is spread over ranks."""
+        """Whether the parameter is sharded, so that this holds only the shard of this rank."""
         return self.layout is not None
 
     @property
     def free_count(self) -> int:
         """How many entries of the parameter train: those that no handle holds.
 
-        Of a parameter that is spread over ranks, those that this handle does not hold.
+        For a sharded parameter, those that this handle does not hold.
         """
         return self.shape.numel() - self._held_count
 
     def named(self, names: Sequence[str]) -> FrozenParameter:
-        """Return the same under other names."""
-        part = copy.copy(self)
-        part.name, part.names = names[0], tuple(names)
-        return part
+        """Return a copy with other names."""
+        renamed = copy.copy(self)
+        renamed.name, renamed.names = names[0], tuple(names)
+        return renamed
 
     def beside(self, others: Sequence[FrozenParameter]) -> FrozenParameter:
-        """Return this, with its free entries counted over what other handles freeze of the same parameter too."""
-        if not others or self.is_sharded:  # whose counts would need every rank
+        """Return a copy whose `free_count` also leaves out what other handles freeze in the same parameter."""
+        if not others or self.is_sharded:  # counts over all shards would need every rank
             return self
         held = reduce(torch.logical_or, [other.frozen.to(self._device) for other in others], self.frozen)
         counted = copy.copy(self)
@@ -199,34 +199,34 @@ class FrozenParameter:
         return counted
 
     def count_shared(self, others: Sequence[FrozenParameter]) -> int:
-        """Return how many of its entries others freeze too; of a sharded parameter, in this rank's shard."""
+        """Count the entries that others freeze too; for a sharded parameter, those in this rank's shard."""
         theirs = reduce(torch.logical_or, [other.frozen.to(self._device) for other in others])
         return count_true(self.frozen & theirs)
 
     @property
     def nbytes(self) -> int:
-        """The memory that regions and values take, in bytes: none for a slice at a number."""
+        """The memory that regions and values take, in bytes; a slice held at a number takes none."""
         tensors = [tensor for constraint in self.constraints for tensor in constraint.tensors()]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
         return sum(storage.nbytes() for storage in storages.values())
 
     def state(self) -> dict[str, Any]:
-        """Return plain tensors and builtins that say what is frozen, in the order of the rules."""
+        """Return what is frozen as plain tensors and builtins, in the order of the rules."""
         constraints = self.whole_constraints()
         saved = [{"rule": str(constraint.rule), **constraint.state()} for constraint in constraints]
         return {"shape": list(self.shape), "constraints": saved}
 
-    # Of which tensor
+    # For another tensor
 
     def for_tensor(self, parameter: Tensor) -> FrozenParameter:
-        """Return this for a parameter that has since been moved, cast or sharded; itself where it was not.
+        """Return the frozen parameter for a tensor that was moved, cast or sharded since, or itself if it was not.
 
         Raises:
-            UnsupportedParameterError: Copies are tied in a parameter that is spread over ranks now.
+            UnsupportedParameterError: The parameter has tied entries and is sharded now.
         """
         here, layout = local(parameter), layout_of(parameter)
         if here.is_meta:
-            return self  # on its way to somewhere else, and without numbers
+            return self  # it is being moved, and has no data meanwhile
         if layout is not None and layout != self.layout:
             whole = self.whole_constraints()
             constraints = [constraint.for_shard(here.data, lambda full: cut(full, layout)) for constraint in whole]
@@ -237,7 +237,7 @@ class FrozenParameter:
         return FrozenParameter(self.names, parameter, constraints, whole=self)
 
     def whole_constraints(self) -> Sequence[Constraint]:
-        """Return the constraints on the whole parameter: gathered, where it is spread over ranks."""
+        """Return the constraints on the whole parameter, gathered from all ranks if it is sharded."""
         layout = self.layout
         if layout is None:
             return self.constraints
@@ -248,10 +248,10 @@ class FrozenParameter:
         ]
 
     def check_shape(self, parameter: Tensor) -> None:
-        """Refuse a parameter that was put in the place of the frozen one and does not have its shape.
+        """Reject a parameter that has another shape than the frozen one.
 
         Raises:
-            ParameterChangedError: It has another.
+            ParameterChangedError: The shapes differ.
         """
         if parameter.shape != self.shape:
             raise ParameterChangedError(
@@ -262,21 +262,21 @@ class FrozenParameter:
     # Imposing
 
     def impose_(self, tensor: Tensor) -> None:
-        """Write the values into the frozen entries of a plain tensor of the shard's shape; make copies one."""
+        """Write the values into the frozen entries of a plain tensor of the shard's shape; make tied entries equal."""
         for constraint in self._ties_first:
             constraint.impose_(tensor)
 
     def impose(self, parameter: Tensor) -> None:
-        """Write the values into a parameter of the kind that this is for.
+        """Write the values into the frozen entries of the parameter.
 
-        The write goes through `.data`: autograd's version counter stays as it is, so that a module may be called
+        The write goes through `.data`, which leaves autograd's version counter alone, so that a module may be called
         twice in one graph, or once more without gradients before backward.
 
         Raises:
             ParameterChangedError: The parameter now has another shape.
         """
         self.check_shape(parameter)
-        if not parameter.is_meta:  # there it has no numbers, on its way through `to_empty`
+        if not parameter.is_meta:  # no data, as in the middle of `to_empty`
             self.impose_(local(parameter).data)
 
     def add_impose(self, writes: Writes, tensor: Tensor) -> None:
@@ -290,20 +290,20 @@ class FrozenParameter:
             constraint.entries.zero_(tensor)
 
     def fill_(self, tensor: Tensor, number: float) -> None:
-        """Write one number into the frozen entries of a tensor of the shard's shape; make copies one."""
+        """Write one number into the frozen entries of a tensor of the shard's shape, and make tied entries equal."""
         for tie in self.ties:
             tie.impose_(tensor)
         for constraint in self.constraints:
             constraint.entries.fill_(tensor, number)
 
-    # Beginning, and loading
+    # Freezing, and loading
 
     def check_start(self, parameter: Tensor) -> None:
-        """Refuse a parameter of another shape, or one that a rule cannot begin with.
+        """Reject a parameter of another shape, or one that a constraint cannot start from.
 
         Raises:
             ParameterChangedError: The parameter has another shape.
-            FrozenValueError: Copies differ, and no rule says which to take.
+            FrozenValueError: Tied entries differ, and the rule does not say which to start from.
             UnsupportedParameterError: A tied parameter has a sparse gradient.
         """
         self.check_shape(parameter)
@@ -311,13 +311,13 @@ class FrozenParameter:
             constraint.check_start(parameter)
 
     def begin(self, parameter: Tensor) -> None:
-        """Take the parameter up: make copies one, and impose."""
+        """Freeze the parameter: make tied entries equal, and impose the values."""
         for constraint in self.ties:
             constraint.begin_(parameter.data)
         self.impose(parameter)
 
     def capture_kept(self, parameter: Tensor) -> None:
-        """Let `keep` follow numbers that were loaded into the parameter; other values are imposed on them."""
+        """Update the values of `keep` to what was loaded into the parameter, and impose all other values on it."""
         self.check_shape(parameter)
         for tie in self.ties:
             with error_context(f"rule `{tie.rule}`", f"loaded into `{self.name}`"):
@@ -331,16 +331,17 @@ class FrozenParameter:
             constraint.capture_kept(tensor)
 
     def follow(self, parameter: Tensor, dtype: torch.dtype) -> None:
-        """Take up a parameter that was put in another's place, as one whose numbers were loaded.
+        """Treat a parameter that replaced another like one that was loaded into.
 
-        One that holds what it should, perhaps converted, changes nothing: values stay as they were first given.
+        If it holds the values, perhaps converted, nothing changes: they stay in the precision in which they were
+        given.
 
         Args:
-            parameter: The parameter.
-            dtype: That of the other one.
+            parameter: The new parameter.
+            dtype: The dtype of the one that it replaced.
 
         Warns:
-            UserWarning: A number, or a given tensor, is imposed on other numbers.
+            UserWarning: A given value is imposed on entries that held something else.
         """
         came = local(parameter).detach().clone()
         before = came.to(dtype, copy=True)
@@ -369,10 +370,10 @@ class FrozenParameter:
     # Gradients
 
     def add_zero_gradient(self, writes: Writes, parameter: Tensor) -> None:
-        """Make the parameter's gradient exactly +0.0 at the frozen entries, whatever stands there (inf and nan too).
+        """Make the parameter's gradient exactly +0.0 at the frozen entries, even where it is inf or nan.
 
         Args:
-            writes: What is carried out later, for plain gradients; others are written at once.
+            writes: Where to add the write for a plain gradient, to be run later; other gradients are written at once.
             parameter: The parameter.
         """
         gradient = parameter.grad if self.layout is None else local_gradient(parameter)
@@ -381,9 +382,9 @@ class FrozenParameter:
         if gradient.layout != torch.strided:
             self._zero_sparse(gradient)
             return
-        if gradient.requires_grad:  # part of a graph (create_graph=True): what the graph remembers must stay
+        if gradient.requires_grad:  # it is in a graph (create_graph=True), which must not see an in-place write
             frozen = torch.empty_like(gradient, dtype=torch.bool, requires_grad=False).copy_(self.frozen)
-            parameter.grad = torch.where(frozen, torch.zeros_like(gradient), gradient)  # laid out like the gradient
+            parameter.grad = torch.where(frozen, torch.zeros_like(gradient), gradient)  # keeps the memory layout
             return
         if not owns_its_entries(gradient):
             gradient = gradient.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
@@ -392,12 +393,12 @@ class FrozenParameter:
             add_zero(writes, gradient)
 
     def add_zero_accumulated(self, writes: Writes, parameter: Tensor) -> Tensor | None:
-        """Do what `add_zero_gradient` does, for a gradient that autograd has just accumulated: more quickly.
+        """Do what `add_zero_gradient` does, more quickly, for a gradient that autograd has just accumulated.
 
-        Such a gradient is neither expanded nor made under torch.inference_mode.
+        Such a gradient is never expanded, and never made under torch.inference_mode.
 
         Returns:
-            The gradient, as it is now.
+            The gradient that the parameter has afterwards.
         """
         gradient, box = parameter.grad, self._only_box
         if gradient is None or box is None or not _is_plain(gradient):
@@ -413,21 +414,21 @@ class FrozenParameter:
         writes.run()
 
     def complete_gradient(self, parameter: Tensor) -> None:
-        """Do to the parameter's gradient what its hooks before accumulation do, where they were not there to do it."""
+        """Sum a tied parameter's gradient over the copies if the hook that does so was not called for it."""
         for constraint in self.ties:
             constraint.complete_gradient(parameter)
 
     def _zero_sparse(self, gradient: Tensor) -> None:
-        rows = gradient._indices()  # and `_values`: the public ones want a coalesced copy
+        rows = gradient._indices()  # the public methods would need a coalesced copy
         frozen = self.frozen.to(gradient.device)[tuple(rows)]
         gradient._values().masked_fill_(frozen, 0)
 
-    # Looking
+    # Checking
 
     def violation(self, parameter: Tensor) -> Violation | None:
-        """Return what of the parameter has drifted, bit for bit, or None where every frozen entry holds.
+        """Compare the frozen entries with their values bit for bit; return the violation, or None if all hold.
 
-        Of a sharded parameter, each rank looks at its own shard.
+        For a sharded parameter, each rank checks its own shard.
 
         Raises:
             ParameterChangedError: The parameter is on the meta device now.
@@ -444,9 +445,9 @@ class FrozenParameter:
         if not bool(drifted.any()):
             return None
         gap = (held - found).abs().nan_to_num(nan=torch.inf).where(drifted, -1)
-        place = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
-        index = place if self.layout is None else index_in_whole(place, self.shape, self.layout)
-        return Violation(self.name, count_true(drifted), index, found[place].item(), held[place].item())
+        worst = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
+        index = worst if self.layout is None else index_in_whole(worst, self.shape, self.layout)
+        return Violation(self.name, count_true(drifted), index, found[worst].item(), held[worst].item())
 
 
 def _is_plain(accumulated: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What one call of `freeze_entries` froze: the object that everything which holds it shares."""
+"""The frozen parameters of one handle, in an object that all its hooks and guards share."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .parameter import FrozenParameter
 
 
 class FrozenParameters:
-    """Frozen parameters by name.
+    """The frozen parameters of one handle, by name.
 
-    Hooks on modules, on gradients and on optimizers all refer to one such object and to a name in it, so that what is
-    frozen of a parameter that is moved, sharded, loaded or thawed is replaced in one place. It refers to no parameter
-    and to no module: whatever holds it keeps nothing of the model alive.
+    The hooks on modules, gradients and optimizers all refer to one such object and to a name in it. When a parameter
+    is moved, sharded, loaded or thawed, its `FrozenParameter` is therefore replaced only here. The object refers to no
+    parameter and no module, so that keeping it keeps nothing of the model alive.
 
     Attributes:
-        by_name: The frozen parameters: a plain dict, since compiled frames look into it.
-        released: The names of those that are not held at present.
-        changes: How often something of it has changed, or a parameter was found elsewhere than before: whoever has
-            planned a write looks again then.
-        guards: What guards an optimizer for these parameters.
-        skips_gradients: Whether gradients of frozen rows are not computed at all, where a module can do without.
-        skipped: How many parameters a rule with wildcards found without any entry of its region, by the rule's text.
+        by_name: The frozen parameters, in a plain dict since compiled code reads it.
+        released: The names of those that are not held now.
+        changes: A counter of changes, including parameters found at another address; planned writes are planned anew
+            when it moves.
+        guards: Weak references to the optimizer hooks that guard these parameters.
+        skips_gradients: Whether to skip computing the gradients of frozen rows, in modules that support it.
+        skipped: How many parameters each rule with wildcards skipped because its region is empty, by the rule's text.
     """
 
     def __init__(self) -> None:
@@ -42,35 +42,35 @@ class FrozenParameters:
         self._sharded: dict[str, Tensor] = {}
 
     def is_held(self, name: str) -> bool:
-        """Return whether entries of a parameter are held at present."""
+        """Return whether the entries of a parameter are held now."""
         return name in self.by_name and name not in self.released
 
     def release(self, names: Iterable[str]) -> None:
-        """Hold some parameters no longer, until `hold`."""
+        """Stop holding some parameters until `hold` is called."""
         self.released.update(names)
         self.changes += 1
 
     def hold(self, names: Iterable[str]) -> None:
-        """Hold some parameters from now on."""
+        """Start holding some parameters again."""
         self.released.difference_update(names)
         self.changes += 1
 
     def thaw(self, names: Iterable[str]) -> None:
-        """Forget some parameters."""
+        """Remove some parameters for good."""
         for name in names:
             self.by_name.pop(name, None)
         self.changes += 1
 
     def replace(self, by_name: Mapping[str, FrozenParameter]) -> None:
-        """Hold other entries of some parameters, or at other values."""
+        """Replace some frozen parameters by others, with other entries or values."""
         self.by_name.update(by_name)
         self.changes += 1
 
     def find(self, name: str, among: Iterable[str]) -> FrozenParameter:
-        """Return the parameter that goes by a name, under any of its names, with or without those of wrappers.
+        """Find a frozen parameter by any of its names, with or without the names of wrappers.
 
         Raises:
-            TargetError: None of those it is sought among does.
+            TargetError: None of the parameters in `among` has that name.
         """
         parameters = [self.by_name[each] for each in among]
         for parameter in parameters:
@@ -82,19 +82,19 @@ class FrozenParameters:
         raise self.not_frozen(name, among)
 
     def not_frozen(self, target: str, among: Iterable[str]) -> TargetError:
-        """Return the error for a target of which nothing is frozen."""
+        """Return the error for a target without frozen entries."""
         return TargetError(f"nothing of `{target}` is frozen", f"frozen are {', '.join(among) or 'none'}")
 
     def adopt(self, name: str, parameter: Tensor) -> tuple[FrozenParameter, Tensor] | None:
-        """Pair what is frozen under a name with the tensor to write to; renew it where the tensor is not as it was.
+        """Return a frozen parameter and the tensor to write to, after updating it if the tensor was moved or cast.
 
         Args:
             name: A name in `by_name`.
-            parameter: The tensor that stands in the parameter's place now.
+            parameter: The tensor that the model has under that name now.
 
         Returns:
-            For a parameter that FSDP2 has gathered for a while, the sharded one, since writes to the other are lost;
-            None where that is not known.
+            If FSDP2 has gathered the parameter for now, the sharded one, since writes to the gathered one are lost;
+            None if the sharded one is not known.
 
         Raises:
             ParameterChangedError: It was quantized.
@@ -117,19 +117,19 @@ class FrozenParameters:
         return found, parameter
 
     def sharded_original(self, name: str) -> Tensor | None:
-        """Return the sharded parameter that an optimizer steps, where one was seen under this name."""
+        """Return the sharded parameter that was last seen under a name, which an optimizer steps, or None."""
         return self._sharded.get(name)
 
     def living_guards(self) -> list[Any]:
-        """Return what guards an optimizer for these parameters and still lives."""
+        """Return the guards of these parameters that still exist."""
         found = [reference() for reference in tuple(self.guards)]  # another thread may add one meanwhile
         return [guard for guard in found if guard is not None]
 
     def check_guards(self) -> None:
-        """Refuse a guarded optimizer whose step was replaced by one that calls no hooks.
+        """Raise if the step of a guarded optimizer was replaced by one that calls no hooks.
 
         Raises:
-            UnguardedError: One was.
+            UnguardedError: There is such an optimizer.
         """
         for guard in self.living_guards():
             guard.check()
@@ -139,5 +139,5 @@ class FrozenParameters:
         return {name: value for name, value in vars(self).items() if name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]  # a copied model has optimizers and shards of its own
+        self.__init__()  # type: ignore[misc]  # a copied model gets optimizers and shards of its own
         vars(self).update(state)

@@ -1,4 +1,4 @@
-"""Where a frozen parameter stands, and what stands there now."""
+"""A frozen parameter at one of its sites: finds the tensor there, and follows it when it is replaced."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .supported import check_supported
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a frozen parameter stands.
+    """A frozen parameter of a handle, at one site that holds it.
 
     Attributes:
-        frozen: What the handle froze.
-        name: The parameter's name there.
-        site: The module, or the mapping, and the name in it.
-        is_wanted: Whether whoever lists it writes to it at present; others are listed since that may change.
+        frozen: The frozen parameters of the handle.
+        name: The parameter's name in `frozen`.
+        site: The module or mapping that holds the parameter, and its key there.
+        is_wanted: Whether to write to it now; places that are not wanted are listed because that may change.
     """
 
     frozen: FrozenParameters
@@ -33,15 +33,15 @@ class Place:
     is_wanted: bool = True
 
     def own(self) -> Tensor | None:
-        """Return the parameter or buffer that stands here; None for what somebody put in its place for one call.
+        """Return the parameter or buffer at the site, or None if it is swapped out for the duration of a call.
 
-        `torch.func.functional_call` does, and nn.DataParallel; those belong to the caller. They may be parameters of
-        another model.
+        `torch.func.functional_call` and nn.DataParallel do so. What they put there belongs to the caller, and may be
+        the parameter of another model.
 
         Raises:
-            ParameterChangedError: Nothing stands here.
-            UnsupportedParameterError: It stands for the parameter in torch's own way to gradients of single samples,
-                which pass by every hook.
+            ParameterChangedError: There is no tensor at the site.
+            UnsupportedParameterError: It is an expanded weight, torch's own way to per-sample gradients, which
+                bypasses every hook.
         """
         owner = self.site.owner
         if isinstance(owner, nn.Module) and is_replica(owner):
@@ -51,18 +51,18 @@ class Place:
             raise gone(self.name, owner)
         if is_expanded_weight(found):
             raise UnsupportedParameterError(
-                f"`{self.name}` is taken for gradients of single samples by expanded weights of torch, which leave "
-                "them on the parameter past every hook",
-                "take Opacus's own hooks, grad_sample_mode='hooks', or remove the frozen entries first",
+                f"`{self.name}` is used for per-sample gradients by torch's expanded weights, which write them to the "
+                "parameter without calling any hook",
+                "use Opacus's own hooks, grad_sample_mode='hooks', or remove the frozen entries first",
             )
         is_own = isinstance(found, nn.Parameter) or self.site.is_buffer
         is_plain = isinstance(owner, nn.Module) and not is_own
         return None if is_plain or (self.is_new(found) and is_inside_functional_call()) else found
 
     def is_new(self, found: Tensor) -> bool:
-        """Return whether another parameter stood here when somebody last looked.
+        """Return whether the tensor replaced the one that was last seen at the site.
 
-        FSDP2 puts shards and gathered parameters in place of one another: that says nothing.
+        Under FSDP2, where shards and gathered parameters alternate, it never counts as a replacement.
         """
         known = self.site.known.get(self.site.key)
         return known is not None and known is not found and not (self._is_sharded or is_sharded(found))
@@ -72,34 +72,34 @@ class Place:
         return self.name in self.frozen.by_name and self.frozen.by_name[self.name].is_sharded
 
     def pair(self) -> tuple[FrozenParameter, Tensor] | None:
-        """Pair what is frozen with the tensor to write to; None where that does not stand here now.
+        """Return the frozen parameter and the tensor to write to, or None if that tensor is not at the site now.
 
         Raises:
-            ParameterChangedError: Nothing stands here, or what was put in place of another cannot be held.
+            ParameterChangedError: There is no tensor, or it replaced another one and cannot be frozen.
         """
         found = self.own()
         return None if found is None else self.adopt(found)
 
     def adopt(self, found: Tensor) -> tuple[FrozenParameter, Tensor] | None:
-        """Do what `pair` does, for what `own` returned: let `keep` follow what was put in another's place."""
+        """Do what `pair` does for the tensor that `own` returned, and follow it if it replaced another one."""
         if not self.frozen.is_held(self.name):
             return self.frozen.adopt(self.name, found)
         known = self.site.known.get(self.site.key)
-        is_news = known is not None and not (known.is_meta or found.is_meta)  # what comes from there is `to_empty`
-        if known is not None and is_news and self.is_new(found):
+        is_loaded = known is not None and not (known.is_meta or found.is_meta)  # `to_empty` replaces meta tensors
+        if known is not None and is_loaded and self.is_new(found):
             self._follow(found, known)
         self.remember(found)
         return self.frozen.adopt(self.name, found)
 
-    def take_over(self) -> None:
-        """Take a buffer that a forward has put in another's place for the one that stands here: it brings no news.
+    def accept_assigned(self) -> None:
+        """Accept a buffer that a forward assigned, without updating `keep` as for one that was loaded.
 
         Raises:
-            ParameterChangedError: It cannot be held.
+            ParameterChangedError: It cannot be frozen.
         """
         found = self.own()
         if found is not None and self.is_new(found):
-            if found.is_inference():  # outside of torch.inference_mode nothing could write into it
+            if found.is_inference():  # nothing outside torch.inference_mode could write into it
                 found = self.site.put_normal(found)
             self._check_successor(found)
             self.remember(found)
@@ -124,7 +124,7 @@ class Place:
         self.frozen.by_name[self.name].check_shape(found)
 
     def remember(self, found: Tensor) -> None:
-        """Take a parameter for the one that stands here; one that is spread over ranks comes and goes."""
+        """Remember the tensor at the site, to notice when it is replaced; not for sharded ones, which alternate."""
         if self._is_sharded or is_sharded(found):
             self.site.known.pop(self.site.key, None)
         else:
@@ -132,5 +132,5 @@ class Place:
 
 
 def _is_converted(known: Tensor, found: Tensor) -> bool:
-    """Return whether a buffer holds what another held: `Module.to` puts a new one in place of each, drifted or not."""
+    """Return whether a buffer equals another in its dtype: `Module.to` replaces every buffer, drifted or not."""
     return not bool(differ(known.detach().to(found), found.detach()).any())

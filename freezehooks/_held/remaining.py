@@ -1,4 +1,4 @@
-"""What is still held of a parameter once a region of it was let go."""
+"""Thaws a region of a parameter: works out what remains frozen."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .trained import Chosen, complement, is_whole, text_of
 
 
 def remaining(frozen: FrozenParameter, parameter: Tensor, region: Any) -> FrozenParameter | None:
-    """Return what is held of a parameter without a region: the same object where nothing is frozen in the region.
+    """Return a frozen parameter without the entries of a region, or the same object if none of them is frozen.
 
-    Of a parameter that is spread over ranks, every rank must take part.
+    For a sharded parameter, every rank must take part.
 
     Args:
-        frozen: What is held of it.
-        parameter: It.
-        region: What is let go.
+        frozen: The frozen parameter.
+        parameter: The parameter itself.
+        region: The region to thaw.
 
     Returns:
-        It, under rules that say what is still held; None where nothing is.
+        The frozen parameter, with rules for what is still frozen; None if nothing is.
 
     Raises:
         RegionError: The region does not fit the parameter, or selects nothing.
@@ -42,7 +42,7 @@ def remaining(frozen: FrozenParameter, parameter: Tensor, region: Any) -> Frozen
 
 
 def _without(constraint: Constraint, region: Any, gone: Tensor, full: Tensor) -> Iterator[Constraint]:
-    """Yield what a rule still holds, if anything."""
+    """Yield the constraint without the thawed entries, if any are left."""
     held = constraint.entries.mask(full.device)
     still = held & ~gone
     if not isinstance(constraint, FixedEntries) or bool(still.equal(held)):
@@ -52,7 +52,7 @@ def _without(constraint: Constraint, region: Any, gone: Tensor, full: Tensor) ->
 
 
 def _difference(held: Any, gone: Any, still: Tensor) -> Any:
-    """Return the region of what is in one region and not in another: as text where both are text."""
+    """Return the region of the entries in one region and not in the other, as an expression if both are."""
     if isinstance(held, Region) and isinstance(gone, Region):
         return complement(gone) if is_whole(held) else held & complement(gone)
     if isinstance(held, Tensor):

@@ -1,4 +1,4 @@
-"""Values rounded once, to whatever dtype a parameter has."""
+"""Rounds values to the dtype of a parameter in one step, where torch would round twice."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Final
 import torch
 from torch import Tensor
 
-_PARTS: Final = {torch.complex32: torch.float16}
+_COMPONENTS: Final = {torch.complex32: torch.float16}
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return values in a dtype, each rounded once to the nearest.
+    """Convert values to a dtype, rounding each once to the nearest number.
 
-    torch goes from 64 bits to 16 by way of 32, which rounds twice: a number that lies just beside the middle of two
-    becomes the middle, and from there either of them.
+    torch converts 64 bits to 16 by way of 32, which rounds twice: a number just beside the midpoint of two 16-bit
+    numbers becomes the midpoint first, and may then be rounded to the wrong one.
     """
-    if dtype in _PARTS and values.is_complex():
-        parts = rounded(torch.view_as_real(values.resolve_conj()), _PARTS[dtype])
-        return torch.view_as_complex(parts)
+    if dtype in _COMPONENTS and values.is_complex():
+        components = rounded(torch.view_as_real(values.resolve_conj()), _COMPONENTS[dtype])
+        return torch.view_as_complex(components)
     is_wide = values.element_size() > 2 and values.dtype not in (torch.float32, torch.complex64)
     if dtype not in (torch.float16, torch.bfloat16) or not is_wide:
         return values.to(dtype)
@@ -27,9 +27,9 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _rounded_to_odd(values: Tensor) -> Tensor:
-    """Return numbers of 64 bits in 32: those that do not fit become the neighbor whose last bit is 1.
+    """Convert 64-bit numbers to 32 bits; an inexact one becomes its neighbor whose last bit is 1 ("round to odd").
 
-    Such a neighbor lies on the same side of each middle of two numbers of 16 bits, and so rounds as the number would.
+    That neighbor is on the same side of every midpoint of two 16-bit numbers, so it rounds as the number itself would.
     """
     near = values.to(torch.float32)
     back = near.to(torch.float64)
@@ -40,7 +40,7 @@ def _rounded_to_odd(values: Tensor) -> Tensor:
 
 
 def numbers_of_16_bits(number: float) -> dict[torch.dtype, float]:
-    """Return what a number becomes in the dtypes of 16 bits, where torch would round it twice."""
+    """Return a number as each 16-bit dtype rounds it, or an empty dict if torch rounds it correctly."""
     try:
         if struct.unpack("f", struct.pack("f", number))[0] == number:
             return {}
@@ -48,4 +48,4 @@ def numbers_of_16_bits(number: float) -> dict[torch.dtype, float]:
         return {}
     exact = torch.tensor(number, dtype=torch.float64, device="cpu")
     found = {dtype: rounded(exact, dtype).item() for dtype in (torch.float16, torch.bfloat16)}
-    return {**found, **{dtype: found[part] for dtype, part in _PARTS.items()}}
+    return {**found, **{dtype: found[component] for dtype, component in _COMPONENTS.items()}}

@@ -1,8 +1,8 @@
-"""The saved form of what is frozen: of a handle, of a compact optimizer's state, and of the callbacks.
+"""The saved state of handles, which compact optimizers and callbacks use as well.
 
-All are dicts of builtins and plain tensors with one number, `FORMAT`, under "format". What is frozen of a parameter
-stands under its name as ``{"shape": [...], "constraints": [{"rule": ..., "entries": ..., "value": ...}]}``. A handle
-of `train_only` writes the names of the parameters that do not train under "untrained".
+It is a dict of builtins and plain tensors, with the number `FORMAT` under "format". Under "parameters", each frozen
+parameter has ``{"shape": [...], "constraints": [{"rule": ..., "entries": ..., "value": ...}]}`` under its name. A
+handle of `train_only` adds the names of the parameters that do not train under "untrained".
 """
 
 from __future__ import annotations
@@ -29,54 +29,54 @@ FORMAT: Final = 2
 
 _GIVE_A_STATE: Final = "pass what FrozenEntries.state_dict() returned"
 
-Asked: TypeAlias = "Mapping[str, tuple[Tensor, Sequence[Rule]]]"
-"""What is to be frozen: for each parameter's name the parameter and the rules that name it."""
+Requested: TypeAlias = "Mapping[str, tuple[Tensor, Sequence[Rule]]]"
+"""What is to be frozen: the parameter and its rules, by the parameter's name."""
 
 Chosen: TypeAlias = "Iterator[tuple[str, list[Constraint]]]"
-"""One parameter after another: what is held of the whole of it, before it is cut to what lies on this rank."""
+"""Pairs of a parameter's name and its constraints, which are for the whole parameter and not for this rank's shard."""
 
 
 def save(frozen: Iterable[FrozenParameter], untrained: Sequence[str] = ()) -> dict[str, Any]:
     """Return rules, regions and values as plain tensors and builtins.
 
     Args:
-        frozen: What is frozen.
+        frozen: The frozen parameters.
         untrained: The names of the parameters that `train_only` keeps from training.
     """
     state = {"format": FORMAT, "parameters": {parameter.name: parameter.state() for parameter in frozen}}
     return {**state, "untrained": list(untrained)} if untrained else state
 
 
-def load(asked: Asked, state: Any) -> Chosen:
-    """Yield the constraints that a state wrote down.
+def load(requested: Requested, state: Any) -> Chosen:
+    """Yield the constraints that a saved state contains.
 
     Raises:
         StateMismatchError: The state was made under other rules or for another model, or cannot be read.
     """
     with readable("the state", _GIVE_A_STATE):
         check_format("the state", state)
-        parameters = _under_present_names(state["parameters"], asked)
-        _check_same_rules(asked, parameters)
-        for name, (parameter, rules) in asked.items():
+        parameters = _under_present_names(state["parameters"], requested)
+        _check_same_rules(requested, parameters)
+        for name, (parameter, rules) in requested.items():
             full = whole(parameter)
             saved = zip(rules, parameters[name]["constraints"], strict=True)
             yield name, [_constraint(rule, name, full, item) for rule, item in saved]
 
 
-def rules_in(state: Any, asked: Collection[str]) -> dict[str, list[str]]:
-    """Return the rules that a state holds, as text, by the names that parameters have now.
+def rules_in(state: Any, requested: Collection[str]) -> dict[str, list[str]]:
+    """Return the rules in a saved state as text, by the names that the parameters have now.
 
     Raises:
         StateMismatchError: The state cannot be read.
     """
     with readable("the state", _GIVE_A_STATE):
         check_format("the state", state)
-        parameters = _under_present_names(state["parameters"], asked)
+        parameters = _under_present_names(state["parameters"], requested)
         return {name: [unwrapped(item["rule"]) for item in held["constraints"]] for name, held in parameters.items()}
 
 
 def untrained_in(state: Any) -> set[str]:
-    """Return the parameters that `train_only` kept from training when a state was saved, without names of wrappers.
+    """Return the untrained parameters in a state saved by `train_only`, without the names of wrappers.
 
     Raises:
         StateMismatchError: The state cannot be read.
@@ -87,10 +87,10 @@ def untrained_in(state: Any) -> set[str]:
 
 
 def check_format(what: str, state: Any) -> None:
-    """Refuse a state of another format.
+    """Reject a state of another format.
 
     Raises:
-        StateMismatchError: It is; the message begins with `what`.
+        StateMismatchError: The format differs; the message begins with `what`.
     """
     if state["format"] != FORMAT:
         raise StateMismatchError(
@@ -101,7 +101,7 @@ def check_format(what: str, state: Any) -> None:
 
 @contextmanager
 def readable(what: str, advice: str) -> Iterator[None]:
-    """Say in the words of this library that a state cannot be read, where reading it inside the block fails."""
+    """Turn errors inside the block that come from a malformed state into a StateMismatchError."""
     try:
         yield
     except FreezeError:
@@ -110,10 +110,10 @@ def readable(what: str, advice: str) -> Iterator[None]:
         raise StateMismatchError(f"{what} cannot be read ({type(error).__name__}: {error})", advice) from error
 
 
-def _under_present_names(saved: dict[str, Any], asked: Collection[str]) -> dict[str, Any]:
-    """Return what was saved under the names that the parameters have now: a wrapper may have come or gone since."""
-    present = {unwrapped(name): name for name in asked}
-    return {name if name in asked else present.get(unwrapped(name), name): item for name, item in saved.items()}
+def _under_present_names(saved: dict[str, Any], requested: Collection[str]) -> dict[str, Any]:
+    """Rename what was saved to the names that the parameters have now, with wrappers added or removed since."""
+    present = {unwrapped(name): name for name in requested}
+    return {name if name in requested else present.get(unwrapped(name), name): item for name, item in saved.items()}
 
 
 def _constraint(rule: Rule, name: str, parameter: Tensor, item: dict[str, Any]) -> Constraint:
@@ -124,7 +124,7 @@ def _constraint(rule: Rule, name: str, parameter: Tensor, item: dict[str, Any]) 
 
 
 def chosen(rule: Rule, name: str, parameter: Tensor) -> Constraint:
-    """Return what a rule holds of a parameter, chosen by the numbers that the parameter has now.
+    """Return the constraint of a rule for what a parameter contains now.
 
     Raises:
         FreezeError: The rule does not fit the parameter.
@@ -135,10 +135,10 @@ def chosen(rule: Rule, name: str, parameter: Tensor) -> Constraint:
         return FixedEntries.resolve(rule, parameter)
 
 
-def _check_same_rules(asked: Asked, saved: dict[str, Any]) -> None:
+def _check_same_rules(requested: Requested, saved: dict[str, Any]) -> None:
     now = {
         name: (list(parameter.shape), [unwrapped(str(rule)) for rule in rules])
-        for name, (parameter, rules) in asked.items()
+        for name, (parameter, rules) in requested.items()
     }
     then = {
         name: (item["shape"], [unwrapped(constraint["rule"]) for constraint in item["constraints"]])
@@ -158,12 +158,12 @@ def _said(item: tuple[list[int], list[str]] | None) -> str:
 
 
 def save_entries(sets: Iterable[EntrySet], shape: Sequence[int]) -> dict[str, Any]:
-    """Return which entries of a tensor are in any of some sets, as plain tensors and builtins."""
+    """Return the union of some entry sets as plain tensors and builtins, for `load_entries`."""
     return {"shape": list(shape), "entries": [entries.state() for entries in sets]}
 
 
 def load_entries(item: dict[str, Any], parameter: Tensor) -> Tensor:
-    """Return the bool tensor of what `save_entries` wrote down."""
+    """Return the bool tensor of the entries that `save_entries` saved."""
     mask = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
     for state in item["entries"]:
         mask |= EntrySet.from_state(state, parameter).mask(parameter.device)

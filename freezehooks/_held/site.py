@@ -1,4 +1,4 @@
-"""The places that hold a parameter, or a buffer: modules and mappings."""
+"""The sites of parameters and buffers: a module or mapping that holds one, and the key there."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .._errors import ParameterChangedError
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One place that holds a parameter or a buffer: a module and an attribute of it, or a mapping and a key of it.
+    """A site that holds a parameter or a buffer: a module and the name in it, or a mapping and its key.
 
     Attributes:
-        owner: The module, or the mapping.
-        key: The attribute, or the key.
-        known: What stood under each of the owner's keys when somebody last looked: all who hold entries there for one
-            handle share it. Another parameter under the key is one that was put in its place.
+        owner: The module or the mapping.
+        key: The name or the key.
+        known: The tensor last seen under each of the owner's keys, shared by all hooks of one handle. If another
+            tensor is there now, it replaced that one.
     """
 
     owner: nn.Module | Mapping[str, Tensor]
@@ -29,26 +29,26 @@ class Site:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the owner has its parameters: not so a module that is just being copied, and holds its handle."""
+        """Whether the owner has its parameters already: a module that is being copied or unpickled may not."""
         return not isinstance(self.owner, nn.Module) or "_parameters" in vars(self.owner)
 
     @property
     def is_buffer(self) -> bool:
-        """Whether a buffer of a module stands here: no optimizer steps it, and the module's forward may write to it."""
+        """Whether a module holds a buffer here: no optimizer steps it, and the module's forward may write to it."""
         return isinstance(self.owner, nn.Module) and self.key in self.owner._buffers
 
     @property
     def holder(self) -> Mapping[str, Any]:
-        """The mapping in which the owner keeps what stands here."""
+        """The mapping of the owner that contains the tensor."""
         if not isinstance(self.owner, nn.Module):
             return self.owner
         return self.owner._buffers if self.is_buffer else self.owner._parameters
 
     def tensor(self) -> Tensor:
-        """Return the tensor that stands here now.
+        """Return the tensor at the site.
 
         Raises:
-            ParameterChangedError: None does.
+            ParameterChangedError: There is none.
         """
         found = self.find()
         if found is None:
@@ -56,11 +56,11 @@ class Site:
         return found
 
     def find(self) -> Tensor | None:
-        """Return the tensor that stands here now, or None."""
+        """Return the tensor at the site, or None."""
         return tensor_of(self.owner, self.key) if isinstance(self.owner, nn.Module) else self.owner.get(self.key)
 
     def put_normal(self, buffer: Tensor) -> Tensor:
-        """Put a normal tensor in place of a buffer that was made under torch.inference_mode, and return it."""
+        """Replace a buffer that was made under torch.inference_mode by a normal tensor, and return that."""
         with torch.inference_mode(False):
             found = buffer.clone()
         if isinstance(self.owner, nn.Module):
@@ -68,7 +68,7 @@ class Site:
         return found
 
     def computed(self) -> Tensor:
-        """Return what the owner computes with: the tensor that stands here, under the mask where it was pruned."""
+        """Return what the owner computes with: the tensor at the site, times its mask if it was pruned."""
         if not isinstance(self.owner, nn.Module) or self.is_buffer:
             return self.tensor()
         mask = self.owner._buffers.get(f"{self.key}_mask")
@@ -85,9 +85,9 @@ def gone(name: str, owner: object) -> ParameterChangedError:
 
 
 def tensor_of(module: nn.Module, key: str) -> Tensor | None:
-    """Return the parameter that goes by `key`, also after torch.nn.utils.prune has renamed it, or the buffer, or None.
+    """Return a module's parameter or buffer by its name, even if torch.nn.utils.prune has renamed it, or None.
 
-    A buffer is what a module keeps beside its parameters, as BatchNorm keeps its running statistics.
+    A buffer is a tensor that a module keeps beside its parameters, such as the running statistics of BatchNorm.
     """
     if key in module._buffers:
         return module._buffers[key]

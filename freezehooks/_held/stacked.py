@@ -1,4 +1,4 @@
-"""Parameters that hold several matrices one below the other, such as the gates of an LSTM."""
+"""Finds rules that were probably meant for each of several stacked matrices, such as the gates of an LSTM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .site import Site
 
 
 def misread_stacks(held: HeldParameters) -> Iterator[str]:
-    """Say of each rule whose pattern means a whole stack of matrices, where each of them may have been meant."""
+    """Yield a note for each rule whose pattern applies to a stack of matrices as a whole, not to each of them."""
     for name, sites in held.sites_by_name().items():
         count, what = max(map(_stacked, sites))
         for rule in held.frozen.by_name[name].rules if count > 1 else ():
@@ -33,7 +33,7 @@ _GATES: Final = (((nn.LSTM, nn.LSTMCell), 4), ((nn.GRU, nn.GRUCell), 3))
 
 
 def _stacked(site: Site) -> tuple[int, str]:
-    """Return how many matrices lie one below the other in the parameter at a place, and what they are."""
+    """Return how many matrices the parameter at a site stacks, and what they are called."""
     owner, key = site.owner, site.key
     if isinstance(owner, nn.MultiheadAttention) and key == "in_proj_weight":
         return 3, "projections"
@@ -42,7 +42,7 @@ def _stacked(site: Site) -> tuple[int, str]:
 
 
 def _matrix_pattern(region: object) -> MatrixPattern | None:
-    """Return a pattern of a matrix in a region; not one that an index cuts to where it is meant."""
+    """Return a matrix pattern in a region, or None; one that is combined with an index by `&` does not count."""
     if isinstance(region, MatrixPattern):
         return region
     if isinstance(region, Not):

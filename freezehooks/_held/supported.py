@@ -1,4 +1,4 @@
-"""Parameters and models whose entries no mechanism here can hold."""
+"""Rejects parameters and models whose entries freezehooks has no way to hold."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .._torch import is_tensor_subclass
 
 
 def check_supported(parameter: Tensor) -> None:
-    """Refuse a parameter whose entries no mechanism here can hold.
+    """Reject a parameter whose entries freezehooks has no way to hold.
 
     Raises:
-        UnsupportedParameterError: With what was found and the way out.
+        UnsupportedParameterError: It is one; the message says why and what to do.
     """
     for found, fact, advice in _REFUSALS:
         if found(local(parameter)) or (found(parameter) and not is_sharded(parameter)):
@@ -46,7 +46,7 @@ _REFUSALS: Final[tuple[tuple[Callable[[Tensor], bool], str, str], ...]] = (
     (
         lambda p: p.is_quantized or not (p.is_floating_point() or p.is_complex()) or p.element_size() == 1,
         "the parameter holds {parameter.dtype}, which no optimizer trains",
-        "name floating-point parameters alone",
+        "name floating-point parameters only",
     ),
     (
         lambda p: p.layout != torch.strided,
@@ -55,12 +55,12 @@ _REFUSALS: Final[tuple[tuple[Callable[[Tensor], bool], str, str], ...]] = (
     ),
     (
         lambda p: any(step == 0 and size > 1 for step, size in zip(p.stride(), p.shape, strict=True)),
-        "the parameter is expanded: several of its entries share one place in memory",
+        "the parameter is expanded: several of its entries share memory",
         "make it contiguous first",
     ),
     (
         lambda p: _overlaps_itself(p),
-        "the parameter overlaps itself: several of its entries share one place in memory",
+        "the parameter overlaps itself: several of its entries share memory",
         "give the model a `clone()` of it first",
     ),
     (
@@ -82,7 +82,7 @@ _REFUSALS: Final[tuple[tuple[Callable[[Tensor], bool], str, str], ...]] = (
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    """Return whether several entries share one place in memory, as in what `unfold` and `as_strided` return."""
+    """Return whether several entries share memory, as in what `unfold` and `as_strided` return."""
     dimensions = sorted((step, size) for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
     reach, is_apart = 0, True
     for step, size in dimensions:
@@ -90,17 +90,17 @@ def _overlaps_itself(tensor: Tensor) -> bool:
         reach += step * (size - 1)
     if is_apart or not tensor.numel():
         return False
-    places = torch.zeros((), dtype=torch.int64, device="cpu")  # interleaved: apart or not
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")  # the strides interleave: compare all offsets
     for step, size in dimensions:
-        places = places.unsqueeze(-1) + step * torch.arange(size, device="cpu")
-    return len(places.unique()) < places.numel()
+        offsets = offsets.unsqueeze(-1) + step * torch.arange(size, device="cpu")
+    return len(offsets.unique()) < offsets.numel()
 
 
 def check_wrappers(model: nn.Module | Mapping[str, Tensor]) -> None:
-    """Refuse a model wrapped in FSDP1, or DeepSpeed: what the optimizer steps are not its parameters.
+    """Reject a model wrapped in FSDP1 or DeepSpeed, whose optimizer steps tensors other than its parameters.
 
     Raises:
-        UnsupportedParameterError: It is.
+        UnsupportedParameterError: The model is wrapped in one of them.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
     kinds = {kind.__name__ for module in modules for kind in type(module).__mro__}

@@ -1,4 +1,4 @@
-"""Entries of one parameter that one rule makes one: copies of one kernel, a symmetric matrix."""
+"""The constraint that ties entries of one parameter: copies of one kernel, a symmetric matrix."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .copies import Copies
 
 
 class TiedEntries(Constraint):
-    """What one rule ties of one parameter.
+    """Entries of one parameter that one rule ties.
 
-    The gradient at every copy is the sum of the gradients at all of them: the gradient of the one tensor that they
-    stand for. From equal values, equal gradients and equal state an elementwise optimizer makes equal steps; what its
-    kernels round differently between copies is set right after the step, from the first copy.
+    The gradient at every copy is the sum of the gradients at all copies: the gradient of the one tensor that they
+    represent. From equal values, gradients and state an elementwise optimizer makes equal steps. If its kernels round
+    copies differently, the first copy overwrites the others after the step.
 
     Attributes:
-        tie: What the rule says.
+        tie: The value of the rule.
     """
 
     is_tie = True
@@ -40,11 +40,11 @@ class TiedEntries(Constraint):
 
     @staticmethod
     def resolve(rule: Rule, tie: Tie, parameter: Tensor) -> TiedEntries:
-        """Work out what `rule` ties of a parameter, without changing it.
+        """Return the tied entries of a rule for a parameter, without changing the parameter.
 
         Raises:
             RegionError: The tie does not fit the parameter's shape.
-            FrozenValueError: The copies differ, and the rule does not say which to take.
+            FrozenValueError: The copies differ, and the rule does not say which to start from.
         """
         found = TiedEntries(rule, tie, parameter)
         found._check_copies(parameter)
@@ -52,10 +52,10 @@ class TiedEntries(Constraint):
 
     @staticmethod
     def from_state(rule: Rule, tie: Tie, state: dict[str, Any], parameter: Tensor) -> TiedEntries:
-        """Return what `state` wrote down, as `resolve` does: the rule says all of it, and the state must agree.
+        """Do what `resolve` does, and check that a saved state was made with the same labels.
 
         Raises:
-            StateMismatchError: It was saved with labels that make other entries one.
+            StateMismatchError: It was saved with labels that tie other entries.
         """
         found = TiedEntries.resolve(rule, tie, parameter)
         if isinstance(tie, Labeled):
@@ -71,7 +71,7 @@ class TiedEntries(Constraint):
             self._check_dense(parameter.grad)
 
     def _check_copies(self, parameter: Tensor) -> None:
-        """Refuse copies that differ, where the rule does not say which to take."""
+        """Reject copies that differ if the rule does not say which to start from."""
         gap = self._gap(parameter.detach())
         if self.tie.start is None and bool((gap != 0).any()):
             first, mean = self.tie.starting_from("first"), self.tie.starting_from("mean")
@@ -81,11 +81,11 @@ class TiedEntries(Constraint):
             )
 
     def _gap(self, tensor: Tensor) -> Tensor:
-        """Return how far each entry is from the first of its copies."""
+        """Return the distance of each entry from its first copy."""
         return (tensor - self._copies.first(tensor)).abs()
 
     def begin_(self, tensor: Tensor) -> None:
-        if self.tie.start == "mean" and bool((self._gap(tensor) != 0).any()):  # the mean of equal numbers is rounded
+        if self.tie.start == "mean" and bool((self._gap(tensor) != 0).any()):  # the mean of equal copies may round
             tensor.copy_(self._copies.mean(tensor))
         self.impose_(tensor)
 
@@ -96,18 +96,19 @@ class TiedEntries(Constraint):
         writes.call(partial(self.impose_, tensor))
 
     def summed(self, gradient: Tensor) -> Tensor:
-        """Return the gradient of the one tensor, at every copy of it.
+        """Return the sum of the gradients over the copies, at every copy.
 
         Raises:
-            UnsupportedParameterError: The gradient is sparse, and the sum at every copy would not be.
+            UnsupportedParameterError: The gradient is sparse, and its sum would not be.
         """
         self._check_dense(gradient)
         return self._copies.sum(gradient)
 
     def complete_gradient(self, parameter: Tensor) -> None:
-        """Sum a gradient that came without the hook: set by hand, or from before the copies were tied.
+        """Sum a gradient for which the hook was not called: set by hand, or from before the rule was applied.
 
-        One that was summed is the same at every copy, to the bit, and stays as it is. Nothing here waits for a device.
+        A gradient that was summed is equal at every copy, to the bit, and stays as it is. The decision is made on the
+        device, without waiting for it.
         """
         gradient = parameter.grad
         if gradient is None or gradient.is_meta:
@@ -131,24 +132,24 @@ class TiedEntries(Constraint):
         return self._copies.others(self.entries.shape, device)
 
     def for_shard(self, shard: Tensor, cut: Callable[[Tensor], Tensor]) -> TiedEntries:
-        """Refuse: the copies would lie on several ranks.
+        """Reject sharding: the copies would lie on several ranks.
 
         Raises:
             UnsupportedParameterError: Always.
         """
         raise UnsupportedParameterError(
             f"rule `{self.rule}`: the copies lie on several ranks, where their gradients are not summed",
-            "tie parameters that FSDP2 and tensor parallelism leave whole, or use DistributedDataParallel",
+            "tie parameters that FSDP2 and tensor parallelism do not shard, or use DistributedDataParallel",
         )
 
     def state(self) -> dict[str, Any]:
         return {"labels": as_tensor(self.tie.labels).clone()} if isinstance(self.tie, Labeled) else {}
 
     def check_beside(self, other: Constraint, like: Tensor, name: str) -> None:
-        """Refuse a rule that freezes other entries, or other values, in one copy than in another.
+        """Reject a rule that freezes one copy of an entry and not another, or at different values.
 
         Raises:
-            RuleConflictError: It does, or ties the parameter once more; the message names both rules.
+            RuleConflictError: It does, or it ties the same parameter; the message names both rules.
         """
         if other.is_tie:
             raise RuleConflictError(

@@ -1,4 +1,4 @@
-"""From what is to train of a model to the rules that hold the other entries of the same parameters."""
+"""Turns the rules of `train_only`, which name what trains, into rules that hold the other entries."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .._rules.region import WHOLE, Index, Not, Region
 from .._rules.rule import Keep, Rule
 from .held import Model
 from .names import Targets, unwrapped
-from .resolve import asked_of, may_select_nothing, without_empty
-from .saved import Asked, rules_in, untrained_in
+from .resolve import may_select_nothing, requested_by, without_empty
+from .saved import Requested, rules_in, untrained_in
 
 
 class Trained(NamedTuple):
-    """What is to train of a model.
+    """What trains in a model.
 
     Attributes:
-        parameters: The parameters of which at least some entries are.
-        rules: The rules that hold the other entries of these.
+        parameters: The parameters with at least one entry that trains.
+        rules: The rules that hold the other entries of these parameters.
     """
 
     parameters: list[Tensor]
@@ -39,36 +39,37 @@ class Trained(NamedTuple):
 
 
 def trained_alone(model: Model, rules: Sequence[Rule], state: Any = None) -> Trained:
-    """Turn rules that name what is to train into rules that hold the rest of the same parameters.
+    """Turn rules that name what trains into rules that hold the rest of the same parameters.
 
     Args:
         model: A module, or a mapping from name to leaf tensor.
-        rules: What is to train; several rules of one parameter unite.
-        state: What was saved of the resulting rules, which then says what regions chose by numbers.
+        rules: What trains; several rules on one parameter form a union.
+        state: A state saved with the resulting rules, which then provides the regions that depend on what parameters
+            contained.
 
     Raises:
-        SpecError: There is no rule, one gives a value, or what it names requires no gradient.
+        SpecError: There is no rule, a rule has a value, or what it names requires no gradient.
         FreezeError: A rule does not fit the model.
     """
     _check_are_regions(rules)
     targets = Targets(model)
-    asked = asked_of(targets, map(_with_mask, rules))
-    asked = without_empty(asked)[0] if state is None else _without_untrained(asked, untrained_in(state))
-    for name, (parameter, its_rules) in asked.items():
+    requested = requested_by(targets, map(_with_mask, rules))
+    requested = without_empty(requested)[0] if state is None else _without_untrained(requested, untrained_in(state))
+    for name, (parameter, its_rules) in requested.items():
         _check_trains(name, parameter, its_rules, is_buffer=targets.sites[name].is_buffer)
-    check_same_on_ranks(model, asked)
-    check_may_stop_training(model, {id(parameter) for parameter, _ in asked.values()})
-    saved = None if state is None else rules_in(state, asked)
+    check_same_on_ranks(model, requested)
+    check_may_stop_training(model, {id(parameter) for parameter, _ in requested.values()})
+    saved = None if state is None else rules_in(state, requested)
     held = [
         Rule(name, region)
-        for name, (parameter, its_rules) in asked.items()
+        for name, (parameter, its_rules) in requested.items()
         for region in _rest(name, parameter, its_rules, saved)
     ]
-    return Trained([parameter for parameter, _ in asked.values()], tuple(held))
+    return Trained([parameter for parameter, _ in requested.values()], tuple(held))
 
 
 def _with_mask(rule: Rule) -> Rule:
-    """Return a rule whose region is an array with a tensor instead."""
+    """Convert the region of a rule to a tensor if it is an array."""
     return replace(rule, region=as_tensor(rule.region))
 
 
@@ -99,28 +100,28 @@ def _check_trains(name: str, parameter: Tensor, rules: Sequence[Rule], *, is_buf
         )
 
 
-def _without_untrained(asked: Asked, untrained: Collection[str]) -> Asked:
-    """Leave out the parameters of which a rule with wildcards, by their numbers, selected nothing in the saved run.
+def _without_untrained(requested: Requested, untrained: Collection[str]) -> Requested:
+    """Leave out the parameters that a rule with wildcards skipped in the saved run.
 
     Raises:
-        StateMismatchError: Another rule names a parameter that did not train in that run.
+        StateMismatchError: Another kind of rule names a parameter that did not train in that run.
     """
-    for name, (_, rules) in asked.items():
+    for name, (_, rules) in requested.items():
         for rule in rules if unwrapped(name) in untrained else ():
             if not may_select_nothing(rule):
                 raise StateMismatchError(
                     f"the state was saved under other rules: `{name}` did not train, and `{shortened(rule)}` names it",
                     "use the rules of the saved run, or start from its weights alone",
                 )
-    return {name: item for name, item in asked.items() if unwrapped(name) not in untrained}
+    return {name: item for name, item in requested.items() if unwrapped(name) not in untrained}
 
 
 def _rest(name: str, parameter: Tensor, rules: Sequence[Rule], saved: Collection[str] | None) -> Iterator[Any]:
-    """Yield the region of all that no rule names; none where the rules name the parameter whole."""
+    """Yield the region of the entries that no rule names; nothing if the rules name the whole parameter."""
     regions = [rule.region for rule in rules]
     if any(map(is_whole, regions)):
         return
-    if saved is not None and any(map(_is_chosen_by_numbers, regions)):  # which are others now than when it was chosen
+    if saved is not None and any(map(_is_chosen_by_numbers, regions)):  # the numbers have changed since it was saved
         if name in saved:
             yield _outside(regions, None)
         return
@@ -134,10 +135,10 @@ def _is_chosen_by_numbers(region: Any) -> bool:
 
 
 def _union(name: str, parameter: Tensor, rules: Sequence[Rule]) -> Tensor:
-    """Return the bool tensor that is True at what any of the rules names.
+    """Return the bool tensor that is True at the entries that any of the rules names.
 
     Raises:
-        FreezeError: A rule does not fit the parameter, or names nothing of it.
+        FreezeError: A rule does not fit the parameter, or selects none of its entries.
     """
     found = []
     for rule in rules:
@@ -147,11 +148,11 @@ def _union(name: str, parameter: Tensor, rules: Sequence[Rule]) -> Tensor:
 
 
 def _outside(regions: Sequence[Any], others: Tensor | None) -> Any:
-    """Return the region of what is in none of some regions: as text where all are text, else as a mask.
+    """Return the region outside all of some regions: as an expression if all are expressions, else as a mask.
 
     Args:
         regions: The regions.
-        others: What is in none of them, or None where a saved state says it.
+        others: The mask of the entries in none of them, or None if a saved state provides it.
     """
     if all(isinstance(region, Region) for region in regions):
         return complement(reduce(operator.or_, regions))
@@ -166,20 +167,20 @@ def is_whole(region: Any) -> bool:
 
 
 def complement(region: Region) -> Region:
-    """Return the region of all other entries, without two signs that undo one another."""
+    """Return the region of all other entries; the complement of ``~region`` is ``region``."""
     return region.operand if isinstance(region, Not) else ~region
 
 
 def text_of(region: Any) -> str:
-    """Return a region's text, or what a function or a mask is called."""
+    """Return a region's text, or the name of a function or of a mask's type."""
     return str(region) if isinstance(region, Region) else getattr(region, "__name__", type(region).__name__)
 
 
 class Chosen:
-    """A region that functions, or numbers beside a mask, have chosen once: it stands in a rule as a function does.
+    """A region that was computed once from functions or from numbers; in a rule it acts as a function.
 
     Attributes:
-        mask: What was chosen; None where a saved state says it.
+        mask: The entries that were chosen, or None if a saved state provides them.
     """
 
     def __init__(self, text: str, mask: Tensor | None) -> None:

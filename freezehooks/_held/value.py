@@ -1,4 +1,4 @@
-"""The value of a rule, checked against the region and the parameter that it is for."""
+"""Checks the value of a rule against its region and parameter, and converts it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .rounding import rounded
 
 
 def value_of(rule: Rule, entries: EntrySet, frozen: Tensor, parameter: Tensor) -> float | Tensor:
-    """Return the value of a rule: a number, or a tensor in the set's own shape.
+    """Return the value of a rule: a number, or a tensor in the shape that the entry set writes.
 
     Raises:
         FrozenValueError: It does not fit the region, or is not finite in the parameter's dtype.
@@ -61,7 +61,7 @@ def _as_tensor(value: Any) -> Tensor:
 
 
 def _numbers(value: Tensor) -> Tensor:
-    """Return a tensor in a dtype that torch can index and compare, without rounding."""
+    """Convert a tensor to a dtype that torch can index and compare, if its own is not."""
     if value.dtype == torch.bool:
         raise FrozenValueError("a value must hold numbers, found a bool tensor", "give a mask as the region instead")
     wider = _WIDER.get(value.dtype)
@@ -81,10 +81,10 @@ def _check_finite(value: Tensor, parameter: Tensor) -> None:
 
 
 def _spread(value: Tensor, region: Any, frozen: Tensor, parameter: Tensor) -> Tensor:
-    """Return a tensor of the parameter's shape that holds the value's numbers inside the region, where it is frozen."""
+    """Return a tensor of the parameter's shape with the value in the frozen entries."""
     spread = torch.zeros(parameter.shape, dtype=value.dtype, device=parameter.device)
     region = region.index(parameter.shape) if isinstance(region, Center) else region
-    if isinstance(region, Index):  # in the index's own order and shape, others row by row
+    if isinstance(region, Index):  # in the order and shape of the index; for other regions row by row
         where = positions(region, parameter.shape).to(parameter.device)
     else:
         where = frozen.flatten().nonzero().flatten()
@@ -102,7 +102,7 @@ def _spread(value: Tensor, region: Any, frozen: Tensor, parameter: Tensor) -> Te
 
 
 def _check_one_value_each(written: Tensor, value: Tensor) -> None:
-    """Refuse an index that names an entry twice, with another value each time."""
+    """Reject an index that names an entry twice with different values."""
     if bool(((written != value) & (value == value)).any()):
         raise FrozenValueError("the region names an entry twice, with two values", "name every entry once")
 

@@ -15,7 +15,7 @@ class Violation:
     Attributes:
         name: The parameter's qualified name.
         count: How many of its frozen entries drifted.
-        index: Where the entry lies that drifted most.
+        index: The index of the entry that drifted most.
         found: What that entry holds.
         expected: What it should hold.
     """
@@ -33,6 +33,6 @@ class Violation:
         return math.inf if math.isnan(drift) else drift
 
     def __str__(self) -> str:
-        place = ", ".join(map(str, self.index))
+        index = ", ".join(map(str, self.index))
         drifted = counted(self.count, "entry", "entries")
-        return f"`{self.name}[{place}]` holds {self.found!r} instead of {self.expected!r} ({drifted} drifted)"
+        return f"`{self.name}[{index}]` holds {self.found!r} instead of {self.expected!r} ({drifted} drifted)"

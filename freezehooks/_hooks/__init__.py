@@ -1,1 +1,1 @@
-"""When: the hooks on modules and parameters, and the one write they share."""
+"""Hooks: those on modules and parameters, and the batched writes that they share."""

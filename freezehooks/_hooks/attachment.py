@@ -1,4 +1,4 @@
-"""All hooks that one handle has on a model: on gradients, on the modules that own the parameters, and around those."""
+"""All hooks of one handle on a model: on gradients, on the modules that own parameters, and on modules around them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .skipped import skip_frozen_rows
 
 
 class Attachment:
-    """The hooks of one handle on a model; another handle of the same parameters may have put them there."""
+    """The hooks of one handle on a model, even if another object for the same handle installed them."""
 
     def __init__(self, held: HeldParameters) -> None:
         self._held = held
@@ -29,7 +29,7 @@ class Attachment:
         return {owner: hooks for owner, hooks in found.items() if hooks is not None}
 
     def is_on(self, name: str, site: Site) -> bool:
-        """Return whether one place is held at present."""
+        """Return whether the parameter at a site is held now."""
         if isinstance(site.owner, nn.Module):
             hooks = hook_set_of(self._held.frozen, site.owner)
             if hooks is None or hooks.names.get(site.key) != name:
@@ -37,7 +37,7 @@ class Attachment:
         return self._held.frozen.is_held(name)
 
     def install(self) -> None:
-        """Put the hooks on everything that is held, anew where some are there."""
+        """Install the hooks on everything that is held; those that are there already are replaced."""
         self._remove_from_modules()
         for frozen, parameter in self._held:
             watch_gradient(parameter, self._held.frozen, frozen.name)
@@ -54,7 +54,7 @@ class Attachment:
             install_outer(self._held.model, self._held.frozen)
 
     def follow_rebuilt(self) -> None:
-        """Move the hooks on containers that were made anew, around the same parameters, to the new ones."""
+        """Move the hooks from containers that left the model to the ones that replaced them."""
         rebuilt = self._held.rebuilt()
         if rebuilt:
             self._remove_from_modules()
@@ -62,8 +62,8 @@ class Attachment:
             if self._held.is_held:
                 self.install()
 
-    def take_over(self, module: nn.Module, hooks: HookSet) -> None:
-        """Be that of the hooks that a copied model has brought along on one of its modules."""
+    def add_copied(self, module: nn.Module, hooks: HookSet) -> None:
+        """Add the hooks that a copied model has on one of its modules."""
         for place in hooks.places(module):
             self._held.sites.append((place.name, place.site))
             pair = place.pair()
@@ -71,21 +71,21 @@ class Attachment:
                 watch_gradient(pair[1], hooks.frozen, place.name)
 
     def renew(self) -> None:
-        """Put the gradient hooks on again, which a copied or unpickled tensor has lost."""
+        """Install the gradient hooks again, which a copied or unpickled tensor has lost."""
         for name, site in self._held.held_sites():
-            parameter = site.find() if site.is_whole else None  # else the first forward does it
+            parameter = site.find() if site.is_whole else None  # otherwise the first forward does it
             pair = None if parameter is None else self._held.frozen.adopt(name, parameter)
             if pair is not None:
                 watch_gradient(pair[1], self._held.frozen, name)
 
     def release(self, names: Container[str]) -> None:
-        """Take the hooks off every place that holds one of some parameters."""
+        """Remove the hooks from every site of some parameters."""
         for name, site in self._held.sites:
             if name in names:
                 take_off(self._held.frozen, name, site)
 
     def remove(self) -> None:
-        """Take all hooks off."""
+        """Remove all hooks."""
         self.release({name for name, _ in self._held.sites})
         self._remove_from_modules()
 
@@ -96,7 +96,7 @@ class Attachment:
 
 
 def take_off(frozen: FrozenParameters, name: str, site: Site) -> None:
-    """Take the hooks of a handle off one place that holds a parameter."""
+    """Remove the hooks of a handle from one site of a parameter."""
     parameter = site.find()
     if parameter is not None:
         unwatch_gradient(parameter, frozen, name)

@@ -1,6 +1,7 @@
-"""One write a moment: what many parameters hold, planned once and kept until one of them is found elsewhere.
+"""Batched writes: one for all frozen parameters of a module, planned once and reused until something changes.
 
-A module around others has written for all of them, for as long as its own call lasts: they ask before they write again.
+A module that contains others writes for all of them before its forward. While that call runs, the hooks of the inner
+modules see that the values are in place, and do not write again.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ Places: TypeAlias = "Callable[[], Iterable[Place]]"
 
 @dataclass(slots=True)
 class Planned:
-    """What is written at one place.
+    """What is written into one parameter.
 
-    It refers to no module: the module's hooks hold it, and a circle would keep both alive.
+    It refers to no module: the module's hooks refer to it, and a reference cycle would keep both alive.
 
     Attributes:
-        frozen: What the handle froze.
-        name: The parameter's name there.
-        held: What stood there under the name.
-        holder: The mapping in which the parameter was found.
-        key: The key under which.
+        frozen: The frozen parameters of the handle.
+        name: The parameter's name in `frozen`.
+        held: The frozen parameter that had that name when this was planned.
+        holder: The mapping that contains the parameter.
+        key: The parameter's key in `holder`.
         found: The parameter.
-        hook: What zeroes its gradient, where it requires one.
+        hook: The hook that zeroes its gradient, or None if it requires none.
         is_again: Whether the same parameter was planned already, under another of its names.
     """
 
@@ -56,12 +57,12 @@ class Plan:
 
     Attributes:
         planned: The plain parameters, whose writes were collected.
-        seen: Of each: the mapping in which the parameter was found, the key, the parameter, the parameter as it lay in
-            memory, and whether it required a gradient.
-        sharded: The names of sharded parameters, which are looked at each time.
+        seen: For each of them: the mapping that contains it, its key, the parameter, an alias of its memory, and
+            whether it required a gradient.
+        sharded: The names of sharded parameters, which are looked up each time.
         writes: The writes into the plain parameters.
-        changes: How often each handle's parameters had changed when this was planned.
-        is_passing: Whether something stands in a parameter's place for a while alone, so that this serves just once.
+        changes: The counter of changes of each handle's parameters when this was planned.
+        is_passing: Whether a parameter was swapped out temporarily, so that the plan can be used only once.
     """
 
     planned: list[Planned] = field(default_factory=list)
@@ -72,26 +73,27 @@ class Plan:
     is_passing: bool = False
 
     def is_in_place(self) -> bool:
-        """Return whether every parameter is where it was, in the memory that it had."""
+        """Return whether every parameter is still at its site and in the same memory."""
         try:
             for holder, key, found, memory, trained in self.seen:
                 if holder.get(key) is not found or found.requires_grad is not trained or not found.is_set_to(memory):
                     return False
-                if trained and not kept_gradient_hooks(found):  # somebody cleared them
+                if trained and not kept_gradient_hooks(found):  # someone cleared them
                     return False
-        except NotImplementedError:  # on the meta device now
+        except NotImplementedError:  # the parameter is on the meta device now
             return False
         return True
 
     def is_outdated(self) -> bool:
-        """Return whether something has changed that concerns all who planned a write."""
+        """Return whether any handle's parameters have changed since the plan was made."""
         return any(frozen.changes != changes for frozen, changes in self.changes)
 
 
 class Batch:
-    """The frozen parameters of several places, and one write for all of them.
+    """One write for the frozen parameters at several places.
 
-    Every method is given the places, and asks for them where it has to plan; so a batch refers to nobody who holds it.
+    Every method takes a function that returns the places, and calls it only to plan. So a batch needs no reference to
+    the module or the optimizer that uses it.
     """
 
     def __init__(self) -> None:
@@ -100,11 +102,11 @@ class Batch:
 
     @property
     def latest(self) -> Plan | None:
-        """The plan of the latest write, whether or not something has changed since; None where there is none."""
+        """The plan of the latest write, even if something has changed since; None before the first."""
         return self._plan
 
     def plan(self, places: Places) -> Plan:
-        """Return the plan; a new one where something has changed.
+        """Return the plan, or make a new one if something has changed.
 
         Raises:
             ParameterChangedError: A parameter is gone, or has another shape.
@@ -112,15 +114,15 @@ class Batch:
         plan = self._plan
         if plan is not None and not plan.is_in_place():
             for frozen, _ in plan.changes:
-                frozen.changes += 1  # others have planned for the same parameters
+                frozen.changes += 1  # other batches have plans for the same parameters
         if plan is None or plan.is_outdated():
-            with torch.inference_mode(False):  # views that are made inside it cannot be written to outside
+            with torch.inference_mode(False):  # views made in inference mode cannot be written to outside it
                 plan = self._planned_anew(list(places()))
             self._plan = None if plan.is_passing else plan
         return plan
 
     def forget(self) -> None:
-        """Plan anew at the next write."""
+        """Make a new plan at the next write."""
         self._plan = None
 
     def _planned_anew(self, places: list[Place]) -> Plan:
@@ -153,7 +155,7 @@ class Batch:
                 held.add_impose(plan.writes, memory)
 
     def impose(self, places: Places) -> Plan:
-        """Write all values, and renew gradient hooks that were lost."""
+        """Write all values, and reinstall gradient hooks that were lost."""
         plan = self.plan(places)
         plan.writes.run()
         for held, parameter in self._sharded(plan, places):
@@ -162,19 +164,19 @@ class Batch:
 
     def impose_before(self, module: nn.Module, places: Places) -> Plan:
         """Write all values before a module's forward, or before it is saved."""
-        self._meet(module)
+        self._use_for(module)
         self.forget_gradients()
         return self.impose(places)
 
     def impose_after(self, module: nn.Module, buffers: list[Place]) -> None:
-        """Write all values into buffers after a module's forward, also into those it has put in place of others."""
-        self._meet(module)
+        """Write all values into buffers after a module's forward, including buffers that the forward assigned."""
+        self._use_for(module)
         for place in buffers:
-            place.take_over()
+            place.accept_assigned()
         self.impose(lambda: buffers)
 
-    def _meet(self, module: nn.Module) -> None:
-        if self._module != id(module):  # the hooks may be shared with another module
+    def _use_for(self, module: nn.Module) -> None:
+        if self._module != id(module):  # a shallow copy of a module shares its hooks
             self._plan, self._module = None, id(module)
 
     def clean_gradients(self, places: Places, *, trusting: bool = False) -> None:
@@ -182,7 +184,7 @@ class Batch:
 
         Args:
             places: The places.
-            trusting: Whether to pass over gradients that autograd says nobody wrote to since they were cleaned.
+            trusting: Whether to skip gradients whose version counter has not moved since they were cleaned.
         """
         plan, writes = self.plan(places), Writes()
         for planned in plan.planned:
@@ -195,13 +197,13 @@ class Batch:
         writes.run()
 
     def forget_gradients(self) -> None:
-        """Let go of the gradients that are known to be clean."""
+        """Drop the references to gradients that were cleaned."""
         for planned in self._plan.planned if self._plan is not None else ():
             if planned.hook is not None:
                 planned.hook.cleaned = None
 
     def pairs(self, places: Places) -> Iterator[tuple[FrozenParameter, Tensor]]:
-        """Pair each frozen parameter with the tensor to write to."""
+        """Yield each frozen parameter with the tensor to write to."""
         plan = self.plan(places)
         yield from ((planned.held, planned.found) for planned in plan.planned if not planned.is_again)
         yield from self._sharded(plan, places)
@@ -219,7 +221,7 @@ class Batch:
 
 def _planned(place: Place, held: FrozenParameter, found: Tensor, is_again: bool) -> Planned:
     holder, key = place.site.holder, place.site.key
-    key = key if holder.get(key) is found else f"{key}_orig"  # where it was pruned
+    key = key if holder.get(key) is found else f"{key}_orig"  # torch.nn.utils.prune has renamed it
     hook = gradient_hook(found, place.frozen, place.name)
     return Planned(place.frozen, place.name, held, holder, key, found, hook, is_again)
 
@@ -229,7 +231,7 @@ def _planned(place: Place, held: FrozenParameter, found: Tensor, is_again: bool)
 
 
 class _Covered(NamedTuple):
-    """A parameter that was written: where it was found, and its number in the plan."""
+    """A parameter that was written: the mapping that contains it, its key there, and its index in the plan."""
 
     holder: Mapping[str, Any]
     key: str
@@ -238,11 +240,11 @@ class _Covered(NamedTuple):
 
 
 Covered: TypeAlias = "dict[Hashable, list[_Covered]]"
-"""What of a plan each hook set holds."""
+"""The parameters of a plan, by the hook set that holds them."""
 
 
 class _Call(NamedTuple):
-    """A call of a module that has written the values for everything below it."""
+    """A running call of a module that has written the values for all modules inside it."""
 
     by: object
     covered: Covered
@@ -250,7 +252,7 @@ class _Call(NamedTuple):
 
 
 class _Calls(threading.local):
-    """The calls that this thread is in, the outermost first."""
+    """The calls that are running in this thread, the outermost first."""
 
     def __init__(self) -> None:
         self.running: list[_Call] = []
@@ -260,11 +262,11 @@ _calls = _Calls()
 
 
 def covered_by(plan: Plan, holders: Mapping[Hashable, Sequence[Mapping[str, Any]]]) -> Covered:
-    """Return what of a plan each hook set holds.
+    """Sort the parameters of a plan by the hook set that holds them.
 
     Args:
         plan: The plan.
-        holders: Of each hook set, where it finds its parameters.
+        holders: The mappings in which each hook set finds its parameters.
     """
     by_holder: dict[int, list[_Covered]] = {}
     for number, each in enumerate(plan.planned):
@@ -275,19 +277,19 @@ def covered_by(plan: Plan, holders: Mapping[Hashable, Sequence[Mapping[str, Any]
 
 
 def begin_call(by: object, covered: Covered, plan: Plan) -> None:
-    """Say that all that was planned is written, until `end_call`.
+    """Record that everything in a plan is written, until `end_call`.
 
     Args:
-        by: Whose call it is.
+        by: The object whose call begins.
         covered: What `covered_by` returned.
-        plan: What was written.
+        plan: The plan that was written.
     """
-    end_call(by)  # of a call that was broken off from outside, as by a key
+    end_call(by)  # an earlier call may have been interrupted, for instance by Ctrl-C
     _calls.running.append(_Call(by, covered, [each.found._version for each in plan.planned]))
 
 
 def end_call(by: object) -> None:
-    """Say that the call is over, and all that began inside it."""
+    """Record that a call is over, with all calls that began inside it."""
     running = _calls.running
     for n, call in enumerate(running):
         if call.by is by:
@@ -296,24 +298,25 @@ def end_call(by: object) -> None:
 
 
 def end_calls() -> None:
-    """Say that no call is running in this thread."""
+    """Record that no call is running in this thread."""
     _calls.running.clear()
 
 
 def is_around(hooks: Iterable[Hashable]) -> bool:
-    """Return whether a running call has written what every one of some hook sets holds."""
+    """Return whether a running call has written the values of all of some hook sets."""
     return any(all(each in call.covered for each in hooks) for call in _calls.running)
 
 
 def is_covered(hooks: Hashable) -> bool:
-    """Return whether a running call has written what a hook set holds, and nobody has written to it since.
+    """Return whether a running call has written the values of a hook set, with no other write since.
 
-    As far as autograd counts: a write through `.data` inside a running forward waits for the next outermost one.
+    Writes are seen by autograd's version counter. A write through `.data` inside a running forward goes unnoticed until
+    the next outermost one.
     """
     for _, covered, versions in _calls.running:
-        places = covered.get(hooks)
-        if places is not None:
-            for holder, key, found, number in places:
+        parameters = covered.get(hooks)
+        if parameters is not None:
+            for holder, key, found, number in parameters:
                 if holder.get(key) is not found or found._version != versions[number]:
                     return False
             return True

@@ -1,4 +1,4 @@
-"""What other handles hold already of the parameters of one: where it disagrees, what it repeats, how it is dropped."""
+"""Earlier handles on the same parameters: checks for conflicts, reports repetitions, and thaws what they hold."""
 
 from __future__ import annotations
 
@@ -22,73 +22,73 @@ from .gradient import ZeroFrozenGradient
 from .hook_set import hook_sets_on
 
 WAY_OUT: Final = (
-    "let the earlier handle go (`for f in FrozenEntries.of(model): f.remove()`), or drop what it holds of these "
+    "remove the earlier handle (`for f in FrozenEntries.of(model): f.remove()`), or replace what it holds in these "
     "parameters with freeze_entries(..., replace=True)"
 )
 
 
 class Hold(NamedTuple):
-    """What one handle holds of a parameter: what it froze, and the parameter's name there."""
+    """A parameter that one handle holds: the handle's frozen parameters, and the parameter's name there."""
 
     frozen: FrozenParameters
     name: str
 
-    def part(self, parameter: Tensor) -> FrozenParameter:
-        """Return what is frozen, as it lies in the parameter now."""
+    def on(self, parameter: Tensor) -> FrozenParameter:
+        """Return the frozen parameter, for the tensor as it is now."""
         pair = self.frozen.adopt(self.name, parameter)
         return self.frozen.by_name[self.name] if pair is None else pair[0]
 
 
 class EarlierHandles:
-    """What other handles hold at present of the parameters of one handle.
+    """What other handles hold now in the parameters of one handle.
 
     Args:
-        held: What that handle freezes, perhaps not yet.
+        held: The parameters of that handle, which may not be attached yet.
     """
 
     def __init__(self, held: HeldParameters) -> None:
         self._held = held
         self._sites = held.sites_by_name()
 
-    def check(self, parts: Mapping[str, FrozenParameter] | None = None) -> None:
-        """Refuse what the handle freezes where another holds the same entry otherwise.
+    def check(self, by_name: Mapping[str, FrozenParameter] | None = None) -> None:
+        """Reject what the handle freezes if another one holds the same entry at another value.
 
         Args:
-            parts: What the handle is to freeze of each parameter, or None for what it freezes.
+            by_name: What the handle is going to freeze in each parameter; None for what it freezes now.
 
         Raises:
-            RuleConflictError: It does; the message names both rules, and the way out.
+            RuleConflictError: Two handles disagree; the message names both rules and the way out.
         """
-        for part, parameter, holds in self._shared():
+        for frozen, parameter, holds in self._shared():
             for hold in holds:
                 try:
-                    (part if parts is None else parts[part.name]).check_beside(hold.part(parameter))
+                    (frozen if by_name is None else by_name[frozen.name]).check_beside(hold.on(parameter))
                 except RuleConflictError as error:
-                    fact = f"an earlier handle holds `{part.name}` otherwise: {error.fact}"
+                    fact = f"an earlier handle holds `{frozen.name}` at other values: {error.fact}"
                     raise RuleConflictError(fact, f"{error.advice}; or {WAY_OUT}") from None
 
     def repetitions(self) -> Iterator[str]:
-        """Say how many entries other handles hold already, and how to let them go, where there are any."""
+        """Yield a note on how many entries other handles hold already, and how to hold them once, if there are any."""
         repeated: dict[str, int] = {}
-        for part, parameter, holds in self._shared():
-            count = part.count_shared([hold.part(parameter) for hold in holds])
+        for frozen, parameter, holds in self._shared():
+            count = frozen.count_shared([hold.on(parameter) for hold in holds])
             if count:
-                repeated[part.name] = repeated.get(part.name, 0) + count
+                repeated[frozen.name] = repeated.get(frozen.name, 0) + count
         if repeated:
             listed = ", ".join(f"{count:,} of `{name}`" for name, count in repeated.items())
             yield (
                 f"{counted(sum(repeated.values()), 'entry is', 'entries are')} held by an earlier handle already "
-                f"({listed}), and will still be when this one lets go; to hold each once, {WAY_OUT}"
+                f"({listed}), and will still be when this one is removed; to hold each once, {WAY_OUT}"
             )
 
-    def beside(self, part: FrozenParameter) -> list[FrozenParameter]:
-        """Return what other handles hold of one parameter."""
-        holds = self._holds(part.name)
-        parameter = self._parameter(part.name) if holds else None
-        return [] if parameter is None else [hold.part(parameter) for hold in holds]
+    def beside(self, frozen: FrozenParameter) -> list[FrozenParameter]:
+        """Return what other handles freeze in one parameter."""
+        holds = self._holds(frozen.name)
+        parameter = self._parameter(frozen.name) if holds else None
+        return [] if parameter is None else [hold.on(parameter) for hold in holds]
 
     def guarded(self) -> list[tuple[Optimizer, bool]]:
-        """Return the optimizers that other handles guard for these parameters, each with whether it is compact."""
+        """Return the optimizers that other handles guard for these parameters, each with a bool for compact mode."""
         found: dict[int, tuple[Optimizer, bool]] = {}
         for frozen in self._handles():
             for hooks in frozen.living_guards():
@@ -96,8 +96,8 @@ class EarlierHandles:
                     found[id(hooks.optimizer)] = hooks.optimizer, hooks.compact is not None
         return list(found.values())
 
-    def let_go(self) -> None:
-        """Drop what other handles hold of these parameters, and of these alone."""
+    def thaw(self) -> None:
+        """Thaw these parameters, and no others, in all other handles."""
         handles, holds = self._handles(), [(name, hold) for name in self._held.names for hold in self._holds(name)]
         for frozen in handles:
             reset_guards(frozen)
@@ -110,13 +110,13 @@ class EarlierHandles:
                 remove_outer(self._held.model, frozen)
                 leave_released(frozen)
 
-    # Looking for them
+    # Finding them
 
     def _shared(self) -> Iterator[tuple[FrozenParameter, Tensor, list[Hold]]]:
-        for part, parameter in self._held:
-            holds = self._holds(part.name)
+        for frozen, parameter in self._held:
+            holds = self._holds(frozen.name)
             if holds:
-                yield part, parameter, holds
+                yield frozen, parameter, holds
 
     def _handles(self) -> list[FrozenParameters]:
         holds = [hold for name in self._held.names for hold in self._holds(name)]
@@ -135,7 +135,7 @@ class EarlierHandles:
 
 
 def _holds_at(site: Site) -> Iterator[Hold]:
-    """Yield what all handles hold of the parameter at one place: gradient hooks say so, and the module's hooks."""
+    """Yield the holds of all handles on the parameter at a site, from its gradient hooks and the module's hooks."""
     parameter = site.find()
     for hook in gradient_hooks(parameter).values() if parameter is not None else ():
         if isinstance(hook, ZeroFrozenGradient):
@@ -146,7 +146,7 @@ def _holds_at(site: Site) -> Iterator[Hold]:
 
 
 def copies_in(held: HeldParameters) -> Iterator[Tensor]:
-    """Yield the copies of a handle's parameters that its model has beside them, and that brought their hooks along."""
+    """Yield the copies of a handle's parameters elsewhere in its model, such as an EMA, that were copied with hooks."""
     names = set(held.names)
     for module in held.model.modules() if isinstance(held.model, nn.Module) else ():
         for hooks in hook_sets_on(module):
@@ -156,13 +156,13 @@ def copies_in(held: HeldParameters) -> Iterator[Tensor]:
 
 
 def reset_guards(frozen: FrozenParameters) -> None:
-    """Make the state of every optimizer that is guarded for a handle what it would be had the entries never moved."""
+    """Reset the state of all guarded optimizers at a handle's entries, as if the entries had never moved."""
     for hooks in frozen.living_guards():
-        with suppress(ParameterChangedError):  # what is gone from the model has no state to reset
+        with suppress(ParameterChangedError):  # a parameter that is gone has no state to reset
             hooks.reset()
 
 
 def leave_released(frozen: FrozenParameters) -> None:
-    """Have every optimizer that is guarded for a handle leave what is no longer held."""
+    """Remove the guards of a handle's parameters that are no longer held."""
     for hooks in frozen.living_guards():
         hooks.leave_released()

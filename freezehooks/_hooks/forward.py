@@ -1,4 +1,4 @@
-"""Before the forward of a module around others: one write for everything below it."""
+"""Hooks on modules that contain owners of frozen parameters: one batched write before their forward."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from .hook_set import HookSet, first_before_forward, hook_sets_on
 
 
 class OuterHooks:
-    """The hooks of one handle on a module with owners of frozen parameters below it.
+    """The hooks of one handle on a module that contains owners of frozen parameters.
 
-    Before the module's forward, and before it is saved, all values below it are written at once; the hooks of the
-    owners see that this was done, as long as the call lasts. They still impose where they are called by themselves.
+    Before the module's forward, and before it is saved, all values inside it are written at once. While the call runs,
+    the hooks of the owners see that this was done; they still impose when an owner is called by itself.
 
     Attributes:
-        frozen: What the handle froze.
-        is_root: Whether the module is the whole model, where ranks are compared and FSDP2 is met.
+        frozen: The frozen parameters of the handle.
+        is_root: Whether the module is the whole model, where ranks are compared and FSDP2 is handled.
     """
 
     def __init__(self, frozen: FrozenParameters, below: list[HookSet], *, is_root: bool) -> None:
@@ -61,7 +61,7 @@ class OuterHooks:
         ]
 
     def remove(self) -> None:
-        """Take the hooks off again."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -69,17 +69,17 @@ class OuterHooks:
     # The hooks
 
     def impose_before_forward(self, module: nn.Module, args: Any) -> None:
-        """Write all values below the module."""
+        """Write all values inside the module before its forward."""
         if torch.compiler.is_compiling() or is_replica(module):
             if is_exporting():
                 self._impose_stored()
-            return  # there each owner's own hook does it
+            return  # each owner's own hook does it
         if not self.is_root and batch.is_around(self._below):
-            return  # the model's call has written all
+            return  # the running call of the model has written all
         if self.is_root and has_process_group():
             self.frozen.check_guards()  # elsewhere the backward pass does
             if is_distributed():
-                self._meet_ranks(module)
+                self._handle_ranks(module)
         self._begin(module)
 
     def _impose_stored(self) -> None:
@@ -87,7 +87,7 @@ class OuterHooks:
             hooks.impose_stored()
 
     def impose_before_saving(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        """Write all values below the module before its `state_dict()`."""
+        """Write all values inside the module before its `state_dict()`."""
         if self.is_root or not batch.is_around(self._below):
             self._begin(module)
 
@@ -99,14 +99,14 @@ class OuterHooks:
         batch.begin_call(self, self._covered[1], plan)
 
     def end_forward(self, module: nn.Module) -> None:
-        """Leave the owners' hooks to themselves again; after the whole model, impose on what it may have moved."""
+        """End the call, so that the owners' hooks impose again; after the whole model, impose on its buffers."""
         batch.end_call(self)
         if self.is_root and any(hooks.buffers for hooks in self._with_buffers) and not is_replica(module):
-            with outside_transforms(), suppress(ParameterChangedError):  # the owner's hook says so, or the next forward
+            with outside_transforms(), suppress(ParameterChangedError):  # which the owner's hook or next forward raises
                 self._after.impose_after(module, [each for each in self._places_below(module) if each.site.is_buffer])
 
     def _holders_below(self, module: nn.Module, plan: Plan) -> dict[Hashable, Sequence[Mapping[str, Any]]]:
-        """Return the hook sets below, each with where it finds its parameters; not where some are sharded."""
+        """Return the mappings in which each hook set finds its parameters, leaving out those with sharded ones."""
         return {
             hooks: (below._parameters, below._buffers)
             for below in module.modules()
@@ -124,25 +124,25 @@ class OuterHooks:
 
     # Several ranks
 
-    def _meet_ranks(self, model: nn.Module) -> None:
-        """Compare once the rules of a model that was frozen before FSDP2 or DDP took it, and meet its shards."""
+    def _handle_ranks(self, model: nn.Module) -> None:
+        """Compare the ranks once, and adopt shards, of a model that was frozen before FSDP2 or DDP wrapped it."""
         is_sharded = has_fsdp2(model)
         if not self._is_compared and (is_sharded or is_inside_ddp_forward()):
             self._is_compared = True
             check_same_parameters(self.frozen.by_name.values())
         if is_sharded:
-            self._come_first(model)
-            self._meet_shards(model)
+            self._move_to_front(model)
+            self._adopt_shards(model)
 
-    def _come_first(self, model: nn.Module) -> None:
-        """Be the first of the hooks from the next forward on: `fully_shard` has put its own before."""
+    def _move_to_front(self, model: nn.Module) -> None:
+        """Move this hook to the front again, from the next forward on: `fully_shard` has put its own before it."""
         hooks = model._forward_pre_hooks
         own = next(key for key, hook in hooks.items() if hook == self.impose_before_forward)
         if next(iter(hooks)) != own:
             call_first(hooks, own)
 
-    def _meet_shards(self, model: nn.Module) -> None:
-        """Adopt the shards where FSDP2 has put gathered parameters in their place already."""
+    def _adopt_shards(self, model: nn.Module) -> None:
+        """Adopt FSDP2's shards even while the model has the gathered parameters in their place."""
         if all(parameter.is_sharded for parameter in self.frozen.by_name.values()):
             return
         for owner, key, shard in fsdp2_parameters(model):
@@ -155,9 +155,9 @@ class OuterHooks:
 
 
 class EndForward:
-    """After the forward, and after an error in it: leave the owners' hooks to themselves again, and hold buffers.
+    """After the forward, even one that failed: ends the call of the outer hooks and imposes on buffers.
 
-    torch.jit.script asks each hook for its name and its source, those behind the forward first.
+    torch.jit.script reads the name and the globals of each hook, of forward hooks first; reading the globals raises.
     """
 
     __name__ = "end_forward"
@@ -179,7 +179,7 @@ class EndForward:
 
 
 class EndSaving:
-    """After `state_dict()`: leave the owners' hooks to themselves again. torch sets an attribute on such a hook."""
+    """After `state_dict()`: ends the call of the outer hooks. It is an object since torch sets an attribute on it."""
 
     def __init__(self, outer: OuterHooks) -> None:
         self.outer = outer
@@ -189,7 +189,7 @@ class EndSaving:
 
 
 def install_outer(model: Model, frozen: FrozenParameters) -> None:
-    """Put outer hooks on a model, and on those of its children that hold several owners of frozen parameters."""
+    """Install outer hooks on a model, and on those of its children with several owners of frozen parameters."""
     if isinstance(model, nn.Module):
         for module in (model, *model.children()):
             below = [hooks for each in module.modules() for hooks in hook_sets_on(each) if hooks.frozen is frozen]
@@ -198,13 +198,13 @@ def install_outer(model: Model, frozen: FrozenParameters) -> None:
 
 
 def remove_outer(model: Model, frozen: FrozenParameters) -> None:
-    """Take the outer hooks of a handle off again."""
+    """Remove the outer hooks of a handle."""
     for hooks in _outer_hooks(model, frozen):
         hooks.remove()
 
 
 def has_root_hooks(model: Model, frozen: FrozenParameters) -> bool:
-    """Return whether something imposes before the forward of the whole model."""
+    """Return whether the model itself still has its outer hooks."""
     return any(hooks.is_root for hooks in _outer_hooks(model, frozen))
 
 

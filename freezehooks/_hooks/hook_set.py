@@ -34,16 +34,16 @@ from .moment import Moment
 
 
 class HookSet:
-    """What a module calls before its forward, after it where buffers are frozen, and around saving and loading.
+    """The hooks that a module calls before its forward, after it if buffers are frozen, and around saving and loading.
 
-    Its hooks are its methods. They reach a parameter through the module that they are called with: deepcopy and pickle
-    take them along, and a copy must not write into the original.
+    The hooks are methods. They reach a parameter through the module that they are called with: deepcopy and pickle copy
+    the hooks along with the module, and a copy must not write into the original.
 
     Attributes:
-        frozen: What the handle froze: the same object in all of its hook sets.
-        names: The names in it, by the module's own attribute names.
-        buffers: Which of these attributes are buffers, held after the module's forward too: it may write to them.
-        known: What stood under each of these when somebody last looked, as `Site` says.
+        frozen: The frozen parameters of the handle, the same object in all of its hook sets.
+        names: The names in `frozen`, by the module's own attribute names.
+        buffers: Which of these attributes are buffers, which are also held after the forward, as it may write to them.
+        known: The tensor last seen under each attribute; see `Site`.
     """
 
     def __init__(self, frozen: FrozenParameters, known: dict[str, Tensor]) -> None:
@@ -61,8 +61,8 @@ class HookSet:
 
         Args:
             module: The module that owns the parameters.
-            callers: Modules that compute with these parameters without calling the owner, each with the owner's name
-                below it: their forward is hooked too.
+            callers: Modules that compute with these parameters without calling the owner, each with the owner's path
+                inside it: their forward is hooked too.
         """
         self._handles = [moment.put_on(module, self) for moment in MOMENTS]
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and "weight" in self.names:
@@ -76,7 +76,7 @@ class HookSet:
             self._handles_after += [_first_after_forward(*each) for each in hooks]
 
     def call_after_forward(self, module: nn.Module, hook: Any) -> None:
-        """Register a further hook behind the module's forward, before those of others; `remove` takes it off too."""
+        """Register another forward hook, to run before all others; `remove` removes it too."""
         handle = module.register_forward_hook(hook, with_kwargs=True)
         call_first(module._forward_hooks, handle.id)
         self._handles.append(handle)
@@ -86,7 +86,7 @@ class HookSet:
 
         Args:
             module: The module that owns the parameters.
-            callers: What `install` took, as it is now.
+            callers: The callers as `install` takes them.
         """
         moments = (*MOMENTS, AFTER_FORWARD) if self.buffers else MOMENTS
         lost = {moment.name for moment in moments if not moment.is_called(module, self)}
@@ -98,7 +98,7 @@ class HookSet:
         return lost
 
     def remove(self) -> None:
-        """Take every hook off again."""
+        """Remove every hook."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -110,7 +110,7 @@ class HookSet:
         self._handles_after = []
 
     def drop(self, key: str) -> None:
-        """Let one parameter or buffer go; with the last one the hooks come off."""
+        """Stop holding one parameter or buffer, and remove the hooks after the last one."""
         self.names.pop(key, None)
         self.known.pop(key, None)
         self.buffers.discard(key)
@@ -122,7 +122,7 @@ class HookSet:
             self.remove()
 
     def places(self, module: nn.Module) -> Iterator[Place]:
-        """Return where the module's frozen parameters stand."""
+        """Yield the places of the module's frozen parameters."""
         for key, name in self._held():
             yield Place(self.frozen, name, Site(module, key, self.known))
 
@@ -132,12 +132,12 @@ class HookSet:
     # The hooks
 
     def impose_before_forward(self, module: nn.Module, args: Any) -> None:
-        """Impose, and renew lost gradient hooks, where no module around this one has done so for its own forward."""
+        """Impose and reinstall lost gradient hooks, unless a module around this one has done so for its own forward."""
         if not is_covered(self):
             self.impose(module)
 
     def impose_after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Impose on the module's buffers, which its forward may have written, as BatchNorm does, or replaced."""
+        """Impose on the module's buffers, which its forward may have written to, as BatchNorm does, or replaced."""
         if is_exporting():
             self._check_exported(module.training)
         elif torch.compiler.is_compiling() or is_replica(module):
@@ -157,7 +157,7 @@ class HookSet:
             )
 
     def _impose_on_buffers(self, module: nn.Module) -> None:
-        """Impose on them alone: in a compiled frame, or in a copy that shares the memory of the original."""
+        """Impose on the buffers without a batch: in compiled code, or in a replica that shares memory."""
         for key, name in self._held():
             if key in self.buffers:
                 buffer = module._buffers[key]
@@ -171,10 +171,10 @@ class HookSet:
             self.impose(module)
 
     def impose_before_loading(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Impose before `load_state_dict()`, so that `keep` never takes over a stray write where nothing is loaded.
+        """Impose before `load_state_dict()`, so that `keep` never adopts a stray write where nothing is loaded.
 
-        What was loaded into the parameter itself, as torch.distributed.checkpoint does, is not a stray write. What a
-        parameter holds that was just put in place and is loaded now does not matter.
+        torch.distributed.checkpoint loads into the parameter itself beforehand, which is not a stray write. A parameter
+        that has just been replaced and is loaded now is left alone.
         """
         for place in self.places(module):
             found, loaded = place.site.find(), state_dict.get(prefix + place.site.key)
@@ -185,7 +185,7 @@ class HookSet:
                 pair[0].impose(pair[1])
 
     def follow_loading(self, module: nn.Module, incompatible_keys: Any) -> None:
-        """Let `keep` follow what was loaded, impose the rest, and hook what was assigned."""
+        """Update `keep` to what was loaded, impose the other values, and hook the gradients of assigned parameters."""
         for place in self.places(module):
             found = place.own()
             pair = None if found is None else self._loaded(place, found)
@@ -208,11 +208,11 @@ class HookSet:
                 self._batch.impose_before(module, lambda: self.places(module))
 
     def _impose_compiled(self, module: nn.Module) -> None:
-        """Impose alone: a compiled frame cannot register hooks; the next eager forward or step does."""
+        """Impose only: compiled code cannot register hooks; the next eager forward or step does."""
         if is_exporting():
             self.impose_stored()
             return
-        with torch.no_grad():  # else the compiler writes into a copy of the weight, and copies that back after it all
+        with torch.no_grad():  # otherwise the compiler writes into a copy, and copies it back at the end
             for name, parameter in self._own(module):
                 pair = self.frozen.adopt(name, parameter)
                 if pair is not None:
@@ -220,9 +220,9 @@ class HookSet:
 
     @traced_as_constant
     def impose_stored(self) -> None:
-        """Impose on the parameters themselves while a program is exported: it takes their numbers as they are then.
+        """Impose on the stored parameters while a program is exported, which saves them as they are at that moment.
 
-        The module computes with tensors that have none, and nothing of this is to be part of the program.
+        During the export the module itself has tensors without data, and the write must not become part of the program.
         """
         with outside_tracing():
             for key, name in self._held():
@@ -231,9 +231,9 @@ class HookSet:
                     pair[0].impose(pair[1])
 
     def _own(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Return the module's own parameters; not what somebody put in their place for one call.
+        """Yield the module's own parameters, leaving out those that are swapped out for the duration of a call.
 
-        Inside a compiled frame one that is new is left to the next eager forward, or step.
+        It is for compiled code, which leaves a replaced parameter to the next eager forward or step.
         """
         for key, name in self._held():
             parameter = tensor_of(module, key)
@@ -245,33 +245,33 @@ class HookSet:
 
 
 class AroundCaller:
-    """Around the forward of a module that computes with another's parameters or buffers without calling it."""
+    """The base class of hooks on a module that computes with another's parameters without calling it."""
 
     def __init__(self, hooks: HookSet, path: str) -> None:
         self.hooks = hooks
         self.path = path
 
     def is_for(self, hooks: HookSet, path: str) -> bool:
-        """Return whether it imposes what a hook set holds of the module at a path."""
+        """Return whether it imposes for a hook set, on the module at a path."""
         return self.hooks is hooks and self.path == path
 
 
 class ImposeBeforeCaller(AroundCaller):
-    """Before that forward: impose there."""
+    """Before the caller's forward: impose on the parameters of the module at the path."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         self.hooks.impose_before_forward(module.get_submodule(self.path), args)
 
 
 class ImposeAfterCaller(AroundCaller):
-    """After that forward: impose on the buffers there."""
+    """After the caller's forward: impose on the buffers of the module at the path."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self.hooks.impose_after_forward(module.get_submodule(self.path), args, output)
 
 
 class RescaleBeforeLookup:
-    """Before the forward of an embedding with `max_norm`, which would rescale frozen entries: rescale the free ones."""
+    """Before the forward of an embedding with `max_norm`: rescale free entries, lest it rescale frozen ones."""
 
     def __init__(self, hooks: HookSet) -> None:
         self.hooks = hooks
@@ -294,14 +294,14 @@ def _shares_memory(loaded: Any, parameter: Tensor) -> bool:
 
 
 def first_before_forward(module: nn.Module, hook: Any) -> RemovableHandle:
-    """Register a hook before all that a module has already: pruning and weight norm compute from the parameter."""
+    """Register a forward pre-hook before all others: those of pruning and weight norm compute from the parameter."""
     handle = module.register_forward_pre_hook(hook)
     call_first(module._forward_pre_hooks, handle.id)
     return handle
 
 
 def _first_after_forward(module: nn.Module, hook: Any) -> RemovableHandle:
-    # also after an error: checkpointing breaks off the forward that it runs once more, when BatchNorm has written
+    # always_call: checkpointing stops its second forward early by an exception, when BatchNorm has already written
     handle = module.register_forward_hook(hook, always_call=True)
     call_first(module._forward_hooks, handle.id)
     return handle
@@ -324,28 +324,28 @@ AFTER_FORWARD: Final = Moment("impose_after_forward", _first_after_forward, "_fo
 
 
 def hook_sets_on(module: nn.Module) -> list[HookSet]:
-    """Return the hook sets that handles have installed on a module, or that it brought along as a copy."""
+    """Return the hook sets on a module: those that handles have installed, and those copied with it."""
     owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
     return [owner for owner in owners if isinstance(owner, HookSet)]
 
 
 def hook_set_of(frozen: FrozenParameters, module: nn.Module) -> HookSet | None:
-    """Return the hook set on a module that holds what one handle froze, also where some of its hooks were stripped."""
+    """Return the hook set of one handle on a module, even if some of its hooks were stripped, or None."""
     kept = (hook for moment in MOMENTS for hook in getattr(module, moment.kept).values())
     owners = (getattr(getattr(hook, "hook", hook), "__self__", None) for hook in kept)  # torch wraps some
     return next((owner for owner in owners if isinstance(owner, HookSet) and owner.frozen is frozen), None)
 
 
 def held_on(module: nn.Module, key: str) -> list[FrozenParameter]:
-    """Return what every handle freezes of the parameter that stands under a name in a module."""
+    """Return what every handle freezes in a module's parameter of a given name."""
     names = [(hooks.frozen, hooks.names[key]) for hooks in hook_sets_on(module) if key in hooks.names]
     return [frozen.by_name[name] for frozen, name in names if frozen.is_held(name)]
 
 
 def uncalled_owners(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
-    """Map each module that is used without being called to the modules that use it, each with its name below them.
+    """Map each module that is used without being called to the modules that use it, each with the path from there.
 
-    These are the output projection of nn.MultiheadAttention, and containers of parameters, which have no forward.
+    They are the output projection of nn.MultiheadAttention, and containers of parameters, which have no forward.
     """
     callers: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for caller in model.modules():

@@ -1,4 +1,4 @@
-"""The moments at which a module or an optimizer calls a hook."""
+"""Describes hooks of a module or an optimizer: which method is called when."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.utils.hooks import RemovableHandle
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """One moment.
+    """A moment at which a module or an optimizer calls a hook.
 
     Attributes:
-        hook: The method of a set of hooks that is called.
-        register: Registers it on a module or an optimizer.
-        kept: Where torch keeps it there.
-        name: What a report calls the moment.
+        hook: The name of the method that is called.
+        register: The function that registers it on a module or an optimizer.
+        kept: The attribute in which torch keeps such hooks.
+        name: The moment's name in reports.
     """
 
     hook: str

@@ -1,4 +1,4 @@
-"""Frozen rows of a Linear need no gradient: compute that of the free rows alone."""
+"""Skips computing the gradient of frozen rows of a Linear."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .gradient import mark_clean
 from .hook_set import HookSet, held_on, uncalled_owners
 
 Rows: TypeAlias = "slice | Tensor"
-"""Some rows of a matrix: a slice where they lie at even distances, else their numbers."""
+"""Some rows of a matrix: a slice if they are evenly spaced, else their indices."""
 
 
 @dataclass(frozen=True, slots=True)
 class FreeRows:
-    """Which rows of a Linear are computed a gradient for.
+    """The rows of a Linear for which a gradient is computed.
 
     Attributes:
-        weight: Those of the weight.
-        bias: Those of the bias; None where it trains whole, or there is none.
-        is_all: Whether every frozen entry of the weight lies in another row, so that its gradient is clean as it comes.
+        weight: The rows of the weight.
+        bias: The entries of the bias; None if all of it trains, or there is none.
+        is_all: Whether all frozen entries of the weight are in other rows, so that its gradient is clean already.
     """
 
     weight: Rows
@@ -39,11 +39,10 @@ class FreeRows:
 
 
 class SkipFrozenRows:
-    """After the forward of a Linear: have its backward compute no gradient for frozen rows.
+    """After the forward of a Linear: make its backward skip the gradient of frozen rows.
 
-    The output stays as it is. What autograd recorded of it is dropped, and another function put in its place, whose
-    backward multiplies with the free columns of the output's gradient alone. Nothing of the module is changed for that,
-    so that threads, copies and errors do not matter.
+    The output stays the same. Its autograd graph is replaced by a function whose backward multiplies only the free
+    columns of the output's gradient. The module itself is not changed, so threads, copies and errors are no concern.
     """
 
     def __init__(self, hooks: HookSet) -> None:
@@ -60,16 +59,16 @@ class SkipFrozenRows:
         return result
 
     def _is_own(self, module: nn.Linear) -> bool:
-        """Return whether the output is what nn.Linear computed from the module's own parameters, and nobody's since.
+        """Return whether the output is what nn.Linear computed from the module's own parameters, unchanged.
 
-        Other hooks behind the forward come after this one, unless somebody has put one before it.
+        Other forward hooks run after this one, unless someone has moved one before it.
         """
         if torch.compiler.is_compiling() or is_transformed() or is_replica(module) or "forward" in vars(module):
             return False
         if next(iter(module._forward_hooks.values())) is not self or has_module_hooks_for_all():
             return False
         weight = module._parameters.get("weight")
-        if weight is None or "bias" not in module._parameters:  # computed anew for each forward, as by pruning
+        if weight is None or "bias" not in module._parameters:  # computed at each forward, as in pruning
             return False
         is_known = self.hooks.known.get("weight", weight) is weight
         return is_known and weight.requires_grad and not is_sharded(weight)
@@ -101,13 +100,13 @@ def _rows(free: Tensor) -> Rows:
 
 
 class _WithoutFrozenRows(torch.autograd.Function):
-    """The output of a Linear as it is; in backward, the gradients of its input and of the free rows."""
+    """Returns the output of a Linear unchanged; its backward computes the gradients of the input and the free rows."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, *computed_from: Any) -> Tensor:
         inputs, weight, _bias, rows = computed_from
-        ctx.mark_dirty(output)  # which is nobody else's: unlike a view, it may be written to later, as ReLU does
-        ctx.save_for_backward(inputs.to(output.dtype), weight)  # of lower precision under autocast
+        ctx.mark_dirty(output)  # unlike a view, it may be written to in place later, as ReLU does
+        ctx.save_for_backward(inputs.to(output.dtype), weight)  # the output has lower precision under autocast
         ctx.rows = rows
         return output
 
@@ -139,9 +138,9 @@ def _gradient_of_bias(gradient: Tensor, rows: FreeRows) -> Tensor:
     return _spread(gradient[:, rows.bias].sum(0), rows.bias, gradient.new_zeros(gradient.shape[1]))
 
 
-def _spread(part: Tensor, rows: Rows, zeros: Tensor) -> Tensor:
-    """Return zeros with a part of them written into some rows; differentiable, where that is asked for."""
-    zeros[rows] = part.to(zeros.dtype)
+def _spread(gradient: Tensor, rows: Rows, zeros: Tensor) -> Tensor:
+    """Write the gradient of some rows into zeros, in a way that autograd can differentiate."""
+    zeros[rows] = gradient.to(zeros.dtype)
     return zeros
 
 
@@ -150,16 +149,16 @@ def _spread(part: Tensor, rows: Rows, zeros: Tensor) -> Tensor:
 
 
 def skip_frozen_rows(module: nn.Module, hooks: HookSet) -> None:
-    """Have a module compute no gradient for frozen rows, where it can do without."""
+    """Make a module skip the gradient of frozen rows, if it supports that."""
     if "weight" in hooks.names and _reason_against(module, [hooks.frozen.by_name[hooks.names["weight"]]]) is None:
         hooks.call_after_forward(module, SkipFrozenRows(hooks))
 
 
 def skip_gradients_of(held: HeldParameters) -> None:
-    """Have what is held skip gradients as soon as its hooks are put on; not where all of them are needed.
+    """Skip the gradients of frozen rows from the next installation of hooks on, in the parameters that support it.
 
     Raises:
-        UnsupportedParameterError: So they are for every parameter; the message says why.
+        UnsupportedParameterError: No parameter supports it; the message says why.
     """
     reasons = dict(_reasons(held))
     if None not in reasons.values():
@@ -172,12 +171,12 @@ def skip_gradients_of(held: HeldParameters) -> None:
 
 
 def skipped_on(held: HeldParameters) -> list[str]:
-    """Return the names of the parameters for whose frozen rows no gradient is computed."""
+    """Return the names of the parameters whose gradients of frozen rows are skipped."""
     return [name for name, reason in _reasons(held) if reason is None] if held.frozen.skips_gradients else []
 
 
 def _reasons(held: HeldParameters) -> Iterator[tuple[str, str | None]]:
-    """Yield why all gradients of each parameter are needed, or None where some are not."""
+    """Yield for each parameter the reason why its gradient is needed entirely, or None if some can be skipped."""
     uncalled = uncalled_owners(held.model) if isinstance(held.model, nn.Module) else {}
     for name, frozen in held.frozen.by_name.items():
         sites = [site for other, site in held.sites if other == name]
@@ -197,11 +196,11 @@ def _reason_at(site: Site, frozen: FrozenParameter, uncalled: dict[nn.Module, An
 
 def _reason_against(module: nn.Module, held: list[FrozenParameter]) -> str | None:
     if not isinstance(module, nn.Linear):
-        return f"it belongs to {type(module).__name__}, and only nn.Linear is quicker without"
+        return f"it belongs to {type(module).__name__}, and only nn.Linear gains from it"
     if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
         return f"{type(module).__name__} has a forward of its own"
     if module._parameters.get("weight") is None:
-        return "it is computed anew for each forward"
+        return "it is computed at each forward"
     if any(each.ties for each in held):
         return "entries that are tied need every gradient"
-    return None if any(bool(each.frozen_rows.any()) for each in held) else "no row of it is frozen whole"
+    return None if any(bool(each.frozen_rows.any()) for each in held) else "no row of it is frozen entirely"

@@ -1,4 +1,4 @@
-"""Parameters that require no gradient while a handle holds: those that `train_only` did not name."""
+"""The parameters that `train_only` did not name, which require no gradient while the handle is attached."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Owner: TypeAlias = "nn.Module | Mapping[str, Tensor]"
 
 
 class RequireNoGradient:
-    """After loading: some parameters of a module still require no gradient.
+    """After loading: make some parameters of a module require no gradient again.
 
-    It stays on the module that owns them for as long as they do not train, so that a copy of the module knows them too.
+    The hook stays on the module for as long as the parameters do not train, so that a copy of the module has it too.
 
     Attributes:
-        frozen: What the handle froze beside them.
-        keys: Their names below the module.
+        frozen: The frozen parameters of the handle.
+        keys: The names of the untrained parameters inside the module.
     """
 
     def __init__(self, frozen: FrozenParameters, keys: Iterable[str]) -> None:
@@ -35,14 +35,14 @@ class RequireNoGradient:
 
 
 class Untrained:
-    """The parameters of a model that require no gradient while one handle holds.
+    """The parameters of a model that require no gradient while one handle is attached.
 
-    Those that required one before are given back at the end. A parameter that two handles keep from training trains
-    again when both have let go.
+    Those that required one before do so again afterwards. A parameter that two handles keep from training trains again
+    once both are removed.
 
     Args:
-        frozen: What the handle froze beside them.
-        places: Who owns each, and its name there.
+        frozen: The frozen parameters of the handle.
+        places: The owner of each untrained parameter, and its name there.
     """
 
     def __init__(self, frozen: FrozenParameters, places: Iterable[tuple[Owner, str]] = ()) -> None:
@@ -54,12 +54,12 @@ class Untrained:
 
     @staticmethod
     def beside(model: Model, frozen: FrozenParameters, trained: Iterable[Tensor]) -> Untrained:
-        """Return all parameters of a model but those that are to train, at least in part."""
+        """Return all parameters of a model except those with entries that train."""
         named = {id(parameter) for parameter in trained}
         return Untrained(frozen, [place for place in _owned(model) if id(_find(*place)) not in named])
 
     def add(self, owner: Owner, keys: Iterable[str]) -> None:
-        """Add parameters that one module, or the mapping, owns."""
+        """Add parameters of one module, or of the mapping."""
         self._places.setdefault(id(owner), (owner, []))[1].extend(keys)
 
     def __len__(self) -> int:
@@ -67,13 +67,13 @@ class Untrained:
         return len({id(parameter) for parameter in found if parameter is not None})
 
     def names_in(self, model: Model) -> list[str]:
-        """Return their names in the model, each parameter's first one."""
+        """Return the first name of each of them in the model."""
         untrained = {id(_find(owner, key)) for owner, keys in self._places.values() for key in keys}
         named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
         return [name for name, parameter in named if id(parameter) in untrained]
 
     def begin(self) -> None:
-        """Have them require no gradient; one that is there already would make an optimizer step them."""
+        """Make them require no gradient, and drop gradients, which would make an optimizer step them."""
         found = [
             (owner, [key for key in keys if self._would_train(owner, key)]) for owner, keys in self._places.values()
         ]
@@ -84,7 +84,7 @@ class Untrained:
                     _switch_off(_find(owner, key))
 
     def end(self) -> None:
-        """Give back what required a gradient before, and is kept from it by no other handle."""
+        """Make those require a gradient again that did before and that no other handle keeps from training."""
         for owner, _ in self._places.values():
             for hook in filter(self._is_own, self._hooks_on(owner)):
                 self._unmark(owner, hook)
@@ -121,12 +121,12 @@ class Untrained:
 
 
 def untrained_on(module: nn.Module) -> list[RequireNoGradient]:
-    """Return what handles keep from training of the parameters that a module owns."""
+    """Return the hooks by which handles keep parameters of a module from training."""
     return [hook for hook in module._load_state_dict_post_hooks.values() if isinstance(hook, RequireNoGradient)]
 
 
 def _owned(model: Model) -> Iterator[tuple[Owner, str]]:
-    """Yield who owns each parameter, and its name there; a scripted module's are the next plain one's above it."""
+    """Yield the owner of each parameter and its name there; a scripted module's owner is the plain one around it."""
     if not isinstance(model, nn.Module):
         yield from ((model, name) for name in model)
         return
@@ -139,7 +139,7 @@ def _owned(model: Model) -> Iterator[tuple[Owner, str]]:
 
 
 def _find(owner: Owner, key: str) -> Tensor | None:
-    """Return the parameter that stands under a name now, or None."""
+    """Return the parameter with a name in its owner, or None."""
     if not isinstance(owner, nn.Module):
         return owner.get(key)
     return owner.get_parameter(key) if "." in key else tensor_of(owner, key)

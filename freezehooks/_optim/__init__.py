@@ -1,1 +1,1 @@
-"""Around a step: what an optimizer's step hooks do, and its state."""
+"""Optimizers: the hooks around their steps, compact mode, and their state."""

@@ -1,4 +1,4 @@
-"""Whether the step of an optimizer calls hooks, also where somebody has put another function in its place."""
+"""Tells whether the step of an optimizer calls its hooks, even if it was replaced by another function."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch.optim import Optimizer
 from .._errors import UnguardedError
 
 _HOOKED: Final = Optimizer.profile_hook_step(lambda _: None).__code__
-"""The code of every function that `Optimizer.profile_hook_step` has made to call hooks."""
+"""The code of every wrapper that `Optimizer.profile_hook_step` returns, which calls hooks."""
 
 _FAR_ENOUGH: Final = 100
-"""After how many functions that call one another the search for a step ends."""
+"""After how many functions the search for a step ends."""
 
 
 def current_step(optimizer: Optimizer) -> Any:
-    """Return what `optimizer.step` calls: a function that stands in its place on the optimizer, or that of its class.
+    """Return what `optimizer.step` calls: a function assigned to the optimizer, or that of its class.
 
-    Schedulers put one there, which calls the other; so do mixed precision and users.
+    Schedulers assign one that calls the class's own, and so do mixed precision and users.
     """
     return vars(optimizer).get("step", type(optimizer).step)
 
 
 def calls_hooks(step: Callable[..., Any]) -> bool:
-    """Return whether a step calls hooks, as far as can be seen without calling it.
+    """Return whether a step calls hooks, as far as can be told without calling it.
 
-    It does where torch has marked it, and where it can reach such a step, or any attribute named `step`: as what it
-    wraps, was made from or names.
+    It does if torch has marked it, or if what it wraps, contains or names leads to a marked step or to any attribute
+    named `step`.
     """
     found, seen = [step], set[int]()
     while found and len(seen) < _FAR_ENOUGH:
@@ -48,7 +48,7 @@ def _calls_a_step(code: Any) -> bool:
 
 
 def _nested(code: Any) -> Iterator[CodeType]:
-    """Yield the code of a function, and of the functions that it makes; nothing for what has none in Python."""
+    """Yield the code of a function and of the functions defined inside it; nothing if it has no Python code."""
     if isinstance(code, CodeType):
         yield code
         for constant in code.co_consts:
@@ -76,10 +76,10 @@ def _contents(cell: Any) -> Iterator[Any]:
 
 
 def check_step(optimizer: Optimizer, step: Any) -> None:
-    """Refuse what stands in the place of an optimizer's step and calls no hooks: nothing would hold through it.
+    """Reject a step that calls no hooks, through which nothing would be held.
 
     Raises:
-        UnguardedError: It calls none.
+        UnguardedError: The step calls no hooks.
     """
     if not calls_hooks(step):
         name = getattr(step, "__qualname__", type(step).__name__)

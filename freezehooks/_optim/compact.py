@@ -1,8 +1,8 @@
-"""An optimizer that holds the free entries alone: it steps flat tensors of them, and its state is of their size.
+"""Compact mode: the optimizer steps flat tensors of the free entries only, and its state has their size.
 
-The optimizer's groups always hold the model's own parameters, and its state lies under them, as flat tensors. At each
-step the optimizer's own `step` runs on a proxy, whose groups hold the flat tensors in the place of the parameters.
-Whatever happens in a step, an error included, the optimizer itself never changes hands.
+The optimizer's groups always contain the model's own parameters, which are also the keys of its state; the state itself
+consists of flat tensors. At each step the optimizer's own `step` runs on a proxy, whose groups contain the flat tensors
+instead of the parameters. Whatever happens in a step, even an error, the optimizer's own groups stay as they are.
 """
 
 from __future__ import annotations
@@ -36,43 +36,43 @@ _REFUSED: Final = {
 
 
 def check_elementwise(optimizer: Optimizer) -> None:
-    """Refuse an optimizer whose free entries would train otherwise in a flat tensor of their own.
+    """Reject an optimizer that would train the free entries differently in a flat tensor.
 
     Raises:
-        UnsupportedOptimizerError: It is one, or it is not known that it is none.
+        UnsupportedOptimizerError: It would, or it is not known whether it would.
     """
     kind = type(optimizer)
     if not is_elementwise(optimizer) and not steps_like(kind, torch.optim.LBFGS):
         why = _REFUSED.get(kind.__name__, "it is not known to work entry by entry")
         raise UnsupportedOptimizerError(
-            f"`{kind.__name__}` cannot hold the free entries alone: {why}",
-            "leave out compact=True, or take one of "
+            f"`{kind.__name__}` cannot be compacted to the free entries: {why}",
+            "leave out compact=True, or use one of "
             f"{', '.join(kind.__name__ for kind in ELEMENTWISE)}, LBFGS (the same method in any subspace)",
         )
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise UnsupportedOptimizerError(
-            f"`{kind.__name__}(differentiable=True)` cannot hold the free entries alone: its step is part of a graph",
+            f"`{kind.__name__}(differentiable=True)` cannot be compacted to the free entries: its step is in a graph",
             "leave out compact=True",
         )
 
 
 def check_spread(optimizer: Optimizer, held: Iterable[tuple[FrozenParameter, Tensor]]) -> None:
-    """Refuse parameters that are spread over ranks, for an optimizer that asks for numbers of all entries together.
+    """Reject sharded parameters if the optimizer needs numbers of all entries together, as LBFGS does.
 
     Raises:
-        UnsupportedParameterError: One is.
+        UnsupportedParameterError: A parameter is sharded.
     """
     for frozen, parameter in held:
         if is_sharded(parameter) and not is_elementwise(optimizer):
             raise UnsupportedParameterError(
-                f"`{frozen.name}` is spread over ranks ({type(parameter).__name__}), and compact=True would have "
-                f"`{type(optimizer).__name__}` see the entries of one rank alone",
+                f"`{frozen.name}` is sharded ({type(parameter).__name__}), and with compact=True "
+                f"`{type(optimizer).__name__}` would see the entries of one rank alone",
                 "leave out compact=True, or train with DistributedDataParallel",
             )
 
 
 class Compact:
-    """What makes an optimizer hold the free entries alone, whichever handles ask for it."""
+    """The compact mode of one optimizer, shared by all handles that guard it."""
 
     def __init__(self) -> None:
         self._parameters: dict[Tensor, FlatParameter] = {}
@@ -80,45 +80,46 @@ class Compact:
         self._saves_compact = False
 
     def remove(self, optimizer: Optimizer) -> None:
-        """Let the optimizer hold whole parameters again."""
+        """Return the optimizer to whole parameters."""
         self.interrupt()
         self.convert(optimizer, [])
 
     def steps(self, parameter: Tensor) -> bool:
-        """Return whether the optimizer steps a parameter by its free entries, so never reads or writes the others."""
+        """Return whether the optimizer steps only the free entries of a parameter, and never touches the others."""
         return parameter in self._parameters
 
     def order_of(self, parameter: Tensor) -> FlatOrder | None:
-        """Return how a parameter's state lies where it is of free entries alone, or None where it is whole."""
+        """Return the order of the free entries in a parameter's state, or None if the state is whole."""
         flat = self._parameters.get(parameter)
         return None if flat is None else flat.free
 
     def is_current(self, optimizer: Optimizer) -> bool:
-        """Return whether the optimizer's state is the one that was converted."""
+        """Return whether the optimizer's state is the converted one, and was not replaced since."""
         return isinstance(optimizer.state, FlatState) or not self._parameters
 
     @property
     def is_stepping(self) -> bool:
-        """Whether a step has begun: what it steps may not change before its end."""
+        """Whether a step has begun: the flat tensors may not be replaced before it ends."""
         return self._step is not None and self._step.has_begun
 
     @property
     def nbytes(self) -> int:
-        """The memory that it takes between steps, in bytes: none where free entries lie in one piece."""
+        """The memory that compact mode takes between steps, in bytes; contiguous free entries take none."""
         return sum(flat.nbytes for flat in self._parameters.values())
 
     # State
 
     def convert(self, optimizer: Optimizer, held: Iterable[tuple[FrozenParameter, Tensor]]) -> None:
-        """Bring the optimizer's state into line with what the handles hold now of the parameters that it steps.
+        """Convert the optimizer's state to the entries that are free now.
 
-        Entries that stay free keep their state; those that were frozen start anew, as if they had never moved.
+        Entries that stay free keep their state; those that become free start with fresh state, as if they had never
+        moved.
 
         Raises:
-            StateMismatchError: The state is not of the shapes that it should be of; nothing is changed then.
+            StateMismatchError: The state does not have the expected shapes; nothing is changed then.
         """
         if not isinstance(optimizer.state, FlatState):
-            self._parameters = {}  # it was replaced, by a load or by hand: it is whole
+            self._parameters = {}  # the state was replaced, by a load or by hand, so it is whole
             if self._step is not None:
                 self._step.parameters = self._parameters
         wanted = self._wanted(optimizer, held)
@@ -133,24 +134,24 @@ class Compact:
     def _wanted(
         self, optimizer: Optimizer, held: Iterable[tuple[FrozenParameter, Tensor]]
     ) -> dict[Tensor, FlatParameter]:
-        """Return the parameters to step by their free entries: the present ones, where they still fit."""
+        """Return the flat parameters to step, reusing the present ones that still fit."""
         found: dict[Tensor, list[FrozenParameter]] = {}
         for frozen, parameter in held:
             found.setdefault(parameter, []).append(frozen)
         wanted = {}
         overlapping = _overlapping(parameter for group in optimizer.param_groups for parameter in group["params"])
         for parameter, frozen_by in found.items():
-            # tied copies are summed and made one as whole parameters; what others step is imposed after every step
+            # tied entries need the whole parameter; parameters that share memory are imposed after every step
             if parameter not in overlapping and not any(frozen.ties for frozen in frozen_by):
                 wanted[parameter] = self._flat(parameter, frozen_by)
         wanted.update(self._beside(optimizer, wanted))
         others = any(parameter not in wanted for group in optimizer.param_groups for parameter in group["params"])
         if others or any(flat.free.count for flat in wanted.values()) or is_elementwise(optimizer):
             return wanted
-        return {}  # nothing is free: LBFGS asks for the largest gradient, and there must be one
+        return {}  # nothing is free: LBFGS takes the largest gradient, and there must be one
 
     def _beside(self, optimizer: Optimizer, wanted: Mapping[Tensor, FlatParameter]) -> dict[Tensor, FlatParameter]:
-        """Return the other parameters that are spread over ranks: no kernel takes these and plain tensors together."""
+        """Return the other sharded parameters: no kernel takes DTensors and plain tensors in one call."""
         if not any(map(is_sharded, wanted)):
             return {}
         every = (parameter for group in optimizer.param_groups for parameter in group["params"])
@@ -158,12 +159,12 @@ class Compact:
         return {parameter: self._flat(parameter, []) for parameter in others}
 
     def _flat(self, parameter: Tensor, held: list[FrozenParameter]) -> FlatParameter:
-        """Return a parameter's free entries as they are stepped: the present ones, where they still fit."""
+        """Return the flat form of a parameter: the existing one if it still fits."""
         flat = self._parameters.get(parameter)
         return flat if flat is not None and flat.fits(held) else FlatParameter(parameter, held)
 
     def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the optimizer's state dict with flat tensors of the free entries, and which those are."""
+        """Return the optimizer's state dict with flat tensors of the free entries, and which entries those are."""
         self._saves_compact = True
         try:
             return optimizer.state_dict()
@@ -171,7 +172,7 @@ class Compact:
             self._saves_compact = False
 
     def saved(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return the optimizer's state dict as it is to be saved: whole, unless it was asked for compact."""
+        """Return the state dict to save: with whole tensors, or compact ones inside a call of `state_dict`."""
         orders = _orders(self._parameters)
         if not self._saves_compact:
             return whole_state_dict(optimizer, state_dict, orders)
@@ -181,40 +182,40 @@ class Compact:
     # Steps
 
     def begin_step(self, optimizer: Optimizer) -> Any:
-        """Return what steps in the optimizer's place."""
+        """Return the proxy that steps instead of the optimizer."""
         self.interrupt()
         if self._step is None:
             self._step = FlatStep(optimizer, self._parameters)
         return self._step.prepare(optimizer)
 
     def before_closure(self) -> None:
-        """Let a closure see the weights of this moment: LBFGS moves them between its closures."""
+        """Write the current weights into the parameters for a closure: LBFGS moves them between closures."""
         if self._step is not None:
             self._step.scatter()
 
     def after_closure(self) -> None:
-        """Let the step see the gradients that a closure made."""
+        """Read the gradients that a closure computed."""
         if self._step is not None:
             self._step.gather_gradients()
 
     def end_step(self) -> None:
-        """Hand weights and state over to the optimizer."""
+        """Write weights and state back to the parameters and the optimizer."""
         if self._step is not None:
             self._step.finish()
 
     def interrupt(self) -> None:
-        """Leave off a step that has begun: it failed, or what it steps is about to change."""
+        """Abandon a step that has begun: it failed, or the flat tensors are about to change."""
         if self._step is not None and self._step.has_begun:
             self._step = None
 
     def impose(self) -> None:
-        """Write the values into all parameters that are stepped by their free entries."""
+        """Write the values into all parameters of which only the free entries are stepped."""
         for flat in self._parameters.values():
             flat.impose()
 
 
 def _overlapping(parameters: Iterable[Tensor]) -> set[Tensor]:
-    """Return the parameters that lie in memory which another one, stepped by the same optimizer, lies in too."""
+    """Return the parameters that share memory with another one of the same optimizer."""
     found: set[Tensor] = set()
     furthest: dict[torch.device, tuple[int, Tensor]] = {}
     plain = (each for each in dict.fromkeys(parameters) if not is_sharded(each) and each.data_ptr())

@@ -1,4 +1,4 @@
-"""Which optimizers step every entry by its own numbers."""
+"""Tells which optimizers are elementwise: they step every entry independently of the others."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ ELEMENTWISE: Final = (
     torch.optim.RMSprop,
     torch.optim.Rprop,
 )
-"""In the formula of each of these, an entry's step depends on that entry's gradient, weight and state alone."""
+"""The elementwise optimizers: the step of an entry depends on nothing but its own gradient, weight and state."""
 
 
 def is_elementwise(optimizer: Optimizer) -> bool:
-    """Return whether each entry's step depends on that entry's gradient, weight and state alone, as far as is known."""
+    """Return whether an optimizer is known to be elementwise."""
     kind: Any = type(optimizer)
     return _is_elementwise(kind)
 
@@ -37,9 +37,9 @@ def _is_elementwise(kind: Any) -> bool:
 
 
 def steps_like(kind: Any, known: Any) -> bool:
-    """Return whether a class of optimizers makes its steps as another does: itself, or a subclass that changes none."""
-    return issubclass(kind, known) and _makings(kind) == _makings(known)
+    """Return whether an optimizer class steps exactly like another one: it is that class, or inherits its step."""
+    return issubclass(kind, known) and _step_functions(kind) == _step_functions(known)
 
 
-def _makings(kind: Any) -> tuple[Any, Any]:
+def _step_functions(kind: Any) -> tuple[Any, Any]:
     return inspect.unwrap(kind.step), getattr(kind, "_init_group", None)

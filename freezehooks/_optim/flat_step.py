@@ -1,4 +1,4 @@
-"""A step of an optimizer on flat tensors of free entries, in the place of the parameters they are of."""
+"""Runs the step of an optimizer on flat tensors of free entries instead of whole parameters."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .._ranks.sharding import local, local_gradient
 
 
 class FlatParameter:
-    """The free entries of one parameter, as a flat tensor that the optimizer steps in the parameter's place.
+    """The free entries of one parameter, as a flat tensor that the optimizer steps instead.
 
-    The flat tensor and the memory for its gradient are made once. Where the free entries lie in one piece, it is a
-    view of the parameter, and a step needs neither.
+    The flat tensor and the memory for its gradient are allocated once. If the free entries are contiguous, the flat
+    tensor is a view of the parameter, and neither is needed.
 
     Attributes:
         parameter: The parameter.
-        held: What the handles freeze of it.
-        free: Which of its entries are free, one after another.
+        held: What the handles freeze in it.
+        free: The order of its free entries.
         flat: The flat tensor.
     """
 
@@ -45,47 +45,47 @@ class FlatParameter:
 
     @property
     def _here(self) -> Tensor:
-        """What of the parameter lies on this rank; writes to it are not counted by autograd."""
+        """This rank's shard of the parameter, or all of it; writes do not move the version counter."""
         return local(self.parameter).data
 
     @property
     def _counted(self) -> Tensor:
-        """The same, counted with the parameter."""
+        """The same memory; writes move the parameter's version counter."""
         return local(self.parameter).detach()
 
     @property
     def frozen(self) -> Tensor:
-        """The bool tensor that is True where any of the handles freezes an entry, of those on this rank."""
+        """The bool tensor, of this rank's shard, that is True at the entries that any of the handles freezes."""
         none = torch.zeros_like(self._here, dtype=torch.bool)
         return reduce(torch.logical_or, [each.frozen for each in self.held], none)
 
     @property
     def nbytes(self) -> int:
-        """The memory that it takes between steps, in bytes."""
+        """The memory used between steps, in bytes."""
         copies = [] if self._is_view else [self.flat, self._gradient]
         return self.free.nbytes + sum(copy.nbytes for copy in copies if copy is not None)
 
     def fits(self, held: list[FrozenParameter]) -> bool:
-        """Return whether these freeze the same entries, of a parameter that still lies where it did."""
+        """Return whether the given handles freeze the same entries, and the parameter is still in the same memory."""
         in_place = not self.parameter.is_meta and self._here.is_set_to(self._memory)
         return in_place and self._constraints == constraints_of(held)
 
     def gather(self) -> None:
-        """Take the free entries, and their gradient, from the parameter."""
+        """Read the free entries and their gradient from the parameter."""
         self._is_stray = self._counted._version != self._version
         if not self._is_view:
             self.free.gather(self._counted, out=self.flat)
         self.gather_gradient()
 
     def gather_gradient(self) -> None:
-        """Take the gradient of the free entries from the parameter.
+        """Read the gradient of the free entries from the parameter.
 
         Raises:
             UnsupportedParameterError: It is sparse.
         """
         gradient = self._flat_gradient()
         if gradient is not None and gradient.dtype != self.flat.dtype:
-            self.flat.grad_dtype = gradient.dtype  # type: ignore[attr-defined]  # since torch 2.10, and so are those
+            self.flat.grad_dtype = gradient.dtype  # type: ignore[attr-defined]  # such gradients exist since torch 2.10
         self.flat.grad = gradient
 
     def _flat_gradient(self) -> Tensor | None:
@@ -111,19 +111,19 @@ class FlatParameter:
             held.impose(self.parameter)
 
     def scatter(self) -> None:
-        """Write the flat tensor into the free entries; impose the frozen ones if something else was written meanwhile.
+        """Write the flat tensor into the free entries, and impose if anything else wrote to the parameter meanwhile.
 
-        The optimizer never reads or writes a frozen entry. What somebody wrote there through `.data` leaves no trace,
-        and is put right by the next forward.
+        The optimizer itself never reads or writes a frozen entry. A write through `.data` goes unnoticed, and is
+        corrected by the next forward.
         """
-        self.free.scatter_(self._counted, self.flat)  # counted by autograd, as every step is
+        self.free.scatter_(self._counted, self.flat)  # moves the version counter, as every step does
         if self._is_stray:
             self.impose()
         self._version, self._is_stray = self._counted._version, False
 
 
 def constraints_of(held: list[FrozenParameter]) -> list[Constraint]:
-    """Return what decides which entries are free; constraints are compared by identity, as they do not change."""
+    """Return the constraints of several frozen parameters, which are immutable and compared by identity."""
     return [constraint for each in held for constraint in each.constraints]
 
 
@@ -132,14 +132,14 @@ def constraints_of(held: list[FrozenParameter]) -> list[Constraint]:
 
 
 class FlatStep:
-    """An optimizer's groups and state with flat tensors in the place of parameters, and the object that steps them.
+    """An optimizer's groups and state with flat tensors instead of parameters, and the proxy that steps them.
 
-    All of it is made once for the same parameters. A step takes what the groups say at its beginning, and leaves the
-    state that it makes under the model's own parameters.
+    It is reused for as long as the parameters stay the same. A step reads the options of the groups when it begins, and
+    stores its state under the model's own parameters when it ends.
 
     Attributes:
-        parameters: The flat parameters, by the model's.
-        state: The optimizer's state, by flat tensor or by parameter.
+        parameters: The flat parameters, by the model's parameters.
+        state: The optimizer's state, by flat tensor, or by parameter if that is stepped whole.
     """
 
     def __init__(self, optimizer: Optimizer, parameters: dict[Tensor, FlatParameter]) -> None:
@@ -152,17 +152,17 @@ class FlatStep:
         self.has_begun = False
 
     def prepare(self, optimizer: Optimizer) -> Any:
-        """Return what steps in the optimizer's place; it begins when the step first asks for its groups."""
+        """Return the proxy that steps instead of the optimizer; the step begins when it first reads the groups."""
         self._optimizer, self.has_begun = optimizer, False
-        vars(self._proxy).update(vars(optimizer), _flat_step=self, _numel_cache=None)  # LBFGS counts its entries once
+        vars(self._proxy).update(vars(optimizer), _flat_step=self, _numel_cache=None)  # LBFGS caches its entry count
         return self._proxy
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups, with flat tensors in the place of parameters.
+        """The optimizer's groups, with flat tensors instead of parameters.
 
-        Gradients and weights are taken when the step first asks for them, which is after every step-pre-hook and every
-        closure but that of LBFGS: what those do is seen.
+        Weights and gradients are read when the step first asks for the groups. That is after every step-pre-hook and,
+        except in LBFGS, after the closure, so that what those write is seen.
         """
         if not self.has_begun and self._optimizer is not None:
             self._begin(self._optimizer)
@@ -191,13 +191,13 @@ class FlatStep:
                 flat.scatter()
 
     def gather_gradients(self) -> None:
-        """Take the gradients anew: a closure has made others."""
+        """Read the gradients again, after a closure has computed new ones."""
         if self.has_begun:
             for flat in self.parameters.values():
                 flat.gather_gradient()
 
     def finish(self) -> None:
-        """Hand weights and state over to the optimizer."""
+        """Write weights and state back to the parameters and the optimizer."""
         optimizer = self._optimizer
         if optimizer is not None and self.has_begun:
             self.scatter()
@@ -208,7 +208,7 @@ class FlatStep:
         self.leave()
 
     def leave(self) -> None:
-        """Let go of the optimizer, and of what the step took from it."""
+        """Drop all references to the optimizer and its state."""
         self._optimizer, self.has_begun = None, False
         self._groups = []
         self.state.clear()
@@ -218,7 +218,7 @@ class FlatStep:
 
 
 class _OptimizerProxy:
-    """Mixed into the class of an optimizer: has all that the optimizer has, and the groups and state of a flat step."""
+    """A mixin for an optimizer's class: it has the optimizer's attributes, but the groups and state of a flat step."""
 
     _flat_step: FlatStep
 

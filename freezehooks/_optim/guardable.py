@@ -1,4 +1,4 @@
-"""Whose hooks hold entries through the steps of an optimizer: its own, and those of the optimizers inside it."""
+"""Finds the optimizers to guard: the given one, and those inside it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .step import MOMENTS
 
 
 def guardable(optimizer: Any) -> list[Optimizer]:
-    """Return whose hooks hold entries through an optimizer's steps, the outermost first.
+    """Return the optimizers whose hooks hold entries through an optimizer's steps, the outermost first.
 
-    A wrapper that was made without `Optimizer.__init__` has no hooks of its own, only some of them, or those of the
-    optimizer that it wraps: then what is inside is guarded in its place.
+    A wrapper that skips `Optimizer.__init__` has no hooks, only some of them, or those of the optimizer that it wraps:
+    then the optimizers inside it are guarded instead.
 
     Raises:
-        SpecError: It is no optimizer, or neither it nor anything inside it has hooks.
+        SpecError: It is not an optimizer, or neither it nor any optimizer inside it has hooks.
         UnguardedError: A step was replaced by one that calls no hooks.
     """
     _check_is_optimizer(optimizer)
@@ -38,7 +38,7 @@ def guardable(optimizer: Any) -> list[Optimizer]:
 
 
 def has_own_hooks(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer's own step calls hooks of its own, and not of an optimizer inside it alone."""
+    """Return whether an optimizer's step calls hooks of its own, and not only those of an optimizer inside it."""
     kept = [getattr(optimizer, moment.kept, None) for moment in MOMENTS]
     if not all(isinstance(hooks, OrderedDict) for hooks in kept):
         return False
@@ -58,7 +58,7 @@ def _with_hooks(optimizer: Optimizer, seen: set[int]) -> Iterator[Optimizer]:
 
 
 def _inside(holder: Any) -> Iterator[Optimizer]:
-    """Yield the optimizers that an object holds, by themselves or several in a list, tuple or dict."""
+    """Yield the optimizers in an object's attributes, and in lists, tuples and dicts there."""
     for item in getattr(holder, "__dict__", {}).values():
         several = item.values() if isinstance(item, dict) else item if isinstance(item, list | tuple) else [item]
         yield from (each for each in several if isinstance(each, Optimizer) and each is not holder)
@@ -69,12 +69,12 @@ def _check_is_optimizer(optimizer: Any) -> None:
         wrapped = "".join(f" ({_of_its_module(each)})" for each in _inside(optimizer))
         raise SpecError(
             f"`optimizer` must be a torch.optim.Optimizer, found {_of_its_module(optimizer)}",
-            f"guard what it wraps{wrapped}, if it is a wrapper; pass the optimizer first, then the handle: "
+            f"if it is a wrapper, guard what it wraps{wrapped}; pass the optimizer first, then the handle: "
             "MaskedOptimizer(optimizer, frozen)",
         )
 
 
 def _of_its_module(found: Any) -> str:
-    """Return the name of an object's class, and the module that it is of: many libraries have an `AdamW`."""
+    """Return the names of an object's class and its module: many libraries have an `AdamW`."""
     kind = type(found)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__qualname__} of {kind.__module__}"

@@ -1,8 +1,8 @@
-"""What an optimizer remembers of a parameter: which items have a number for each entry, and where those start.
+"""The state of torch's own optimizers: which items have a number for each entry, and their initial values.
 
-Only what is known is ever written: the items that torch's own optimizers keep, by class and name, as plain tensors of
-the parameter's shape and dtype. Zero is not nothing in every state (8-bit codes, preconditioners, moments in a rotated
-basis, anchors at the weight), so whatever is not known stays as it is.
+Only known items are ever written: those that torch's own optimizers keep, by class and name, as plain tensors of the
+parameter's shape and dtype. Zero does not mean "no history" in every optimizer's state (8-bit codes, preconditioners,
+moments in a rotated basis, anchors at the weight), so unknown items stay as they are.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _KNOWN: Final[dict[str, dict[str, str]]] = {
     "Muon": {"momentum_buffer": _ZERO},
     "Adafactor": {"variance": _ZERO},
 }
-"""Of each optimizer of `torch.optim`, the items of its state that have a number for each entry, and where they start.
+"""The items with a number for each entry in the state of each `torch.optim` optimizer, and their initial values.
 
-That is 0, an option of the parameter's group, or the weight itself (the average of ASGD).
+An initial value is 0, an option of the parameter's group, or the weight itself (for the average of ASGD).
 """
 
 _VECTORS: Final = ("d", "prev_flat_grad", "old_dirs", "old_stps")
-"""What LBFGS remembers: vectors over all entries of all of its parameters, and lists of such vectors."""
+"""The items of LBFGS: vectors over all entries of all of its parameters, and lists of such vectors."""
 
 
 def stepped_by(optimizer: Optimizer) -> set[int]:
@@ -54,7 +54,7 @@ def stepped_by(optimizer: Optimizer) -> set[int]:
 
 
 def known_items(optimizer: Optimizer) -> Mapping[str, str]:
-    """Return the items of an optimizer's state that are known to have a number for each entry, and where they start."""
+    """Return the known items with a number for each entry in an optimizer's state, and their initial values."""
     kind: Any = type(optimizer)
     return _known_items(kind)
 
@@ -69,12 +69,12 @@ def _known_items(kind: Any) -> Mapping[str, str]:
 
 
 def may_keep_weights(optimizer: Optimizer) -> bool:
-    """Return whether some item of the optimizer's state holds weights."""
+    """Return whether the optimizer's state may contain weights, as the average of ASGD does."""
     return _WEIGHT in known_items(optimizer).values()
 
 
 def _entrywise(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield the known items of a parameter's state: name, start and tensor."""
+    """Yield the name, initial value and tensor of each known item in a parameter's state."""
     state = optimizer.state.get(parameter) or {}
     for name, start in known_items(optimizer).items():
         if is_as_expected(state.get(name), parameter):
@@ -82,7 +82,7 @@ def _entrywise(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[str, s
 
 
 def is_as_expected(value: Any, parameter: Tensor) -> bool:
-    """Return whether an item of a parameter's state is what torch's own optimizers make of it."""
+    """Return whether an item of a parameter's state has the form that torch's own optimizers give it."""
     return (
         isinstance(value, Tensor)
         and value.shape == parameter.shape
@@ -92,26 +92,26 @@ def is_as_expected(value: Any, parameter: Tensor) -> bool:
 
 
 def is_plain(value: Tensor, parameter: Tensor, *, is_flat: bool = False) -> bool:
-    """Return whether a tensor is a dense one without tricks, spread over ranks as the parameter is.
+    """Return whether a tensor is a plain dense one, with the parameter's placements if that is sharded.
 
     Args:
         value: The tensor.
         parameter: The parameter.
-        is_flat: Whether it is to hold the free entries of this rank alone.
+        is_flat: Whether the tensor should hold this rank's free entries alone, which are never sharded.
     """
     layout, wanted = layout_of(value), None if is_flat else layout_of(parameter)
-    is_known_class = type(value) is Tensor if layout is None else True
+    is_known_class = layout is not None or type(value) is Tensor
     return is_known_class and layout == wanted and value.layout is torch.strided
 
 
 def _dtypes_of(parameter: Tensor) -> tuple[Any, ...]:
     gradient = parameter.grad
-    own = getattr(parameter, "grad_dtype", None)  # since torch 2.10; some state is laid out like the gradient
+    own = getattr(parameter, "grad_dtype", None)  # since torch 2.10; some state has the gradient's dtype
     return parameter.dtype, own, None if gradient is None else gradient.dtype
 
 
 def started(start: str, parameter: Tensor, group: dict[str, Any], like: Tensor) -> Tensor:
-    """Return an item of a parameter's state as it starts: of the parameter's shape and layout, like another tensor."""
+    """Return the initial tensor of a state item, in the parameter's shape and the dtype and device of `like`."""
     if start == _WEIGHT:
         return parameter.detach().to(like.device, like.dtype, copy=True)
     number = _number(start, group)
@@ -121,42 +121,42 @@ def started(start: str, parameter: Tensor, group: dict[str, Any], like: Tensor) 
 
 
 def _number(start: str, group: dict[str, Any]) -> float:
-    """Return what an item starts at; that of complex entries, in their real and in their imaginary part."""
+    """Return the initial number of an item; for complex entries, of each of their two components."""
     return float(group.get(start, 0.0))
 
 
 def reset_frozen_state(optimizer: Optimizer, frozen: FrozenParameter, parameter: Tensor, group: dict[str, Any]) -> None:
-    """Make a parameter's state what it would be had the frozen entries never moved.
+    """Reset a parameter's state at the frozen entries to what it would be if they had never moved.
 
-    What has to change is copied first: a state that was loaded may lie in the memory of whoever loaded it.
+    Tensors that have to change are copied first: a loaded state may share memory with the caller's state dict.
     """
     for name, start, value in _entrywise(optimizer, parameter):
         changed = value.clone()
-        _settle(local(changed), start, frozen, group)
+        _reset(local(changed), start, frozen, group)
         if bool(differ(local(changed), local(value)).any()):
             optimizer.state[parameter][name] = changed
 
 
-def settle_frozen_state(
+def reset_frozen_state_(
     optimizer: Optimizer, frozen: FrozenParameter, parameter: Tensor, group: dict[str, Any]
 ) -> None:
-    """Do what `reset_frozen_state` does, in place: what steps have left at frozen entries is about to be saved."""
+    """Do what `reset_frozen_state` does in place, before the state is saved."""
     for _, start, value in _entrywise(optimizer, parameter):
-        _settle(local(value), start, frozen, group)
+        _reset(local(value), start, frozen, group)
 
 
 def impose_on_weights(optimizer: Optimizer, frozen: FrozenParameter, parameter: Tensor) -> None:
-    """Write the values into those items of a parameter's state that hold weights."""
+    """Impose the values on those items of a parameter's state that contain weights."""
     for _, start, value in _entrywise(optimizer, parameter):
         if start == _WEIGHT:
             frozen.impose_(local(value))
 
 
-def _settle(here: Tensor, start: str, frozen: FrozenParameter, group: dict[str, Any]) -> None:
+def _reset(shard: Tensor, start: str, frozen: FrozenParameter, group: dict[str, Any]) -> None:
     if start == _WEIGHT:
-        frozen.impose_(here)
+        frozen.impose_(shard)
     else:
-        for real in (here.real, here.imag) if here.is_complex() else (here,):
+        for real in (shard.real, shard.imag) if shard.is_complex() else (shard,):
             frozen.fill_(real, _number(start, group))
 
 
@@ -165,7 +165,7 @@ def _settle(here: Tensor, start: str, frozen: FrozenParameter, group: dict[str, 
 
 
 def has_history(optimizer: Optimizer, state: dict[str, Any]) -> bool:
-    """Return whether a parameter's state is that of LBFGS after a step, which speaks of all parameters of its group."""
+    """Return whether a parameter's state is that of LBFGS after a step, which covers all parameters of its group."""
     return "old_dirs" in state and steps_like(type(optimizer), optim.LBFGS)
 
 
@@ -190,7 +190,7 @@ def with_history(state: dict[str, Any], convert: Callable[[Tensor], Tensor]) -> 
 
 
 def reset_history(optimizer: Optimizer, held: list[tuple[FrozenParameter, Tensor]]) -> None:
-    """Drop the history of LBFGS where it moves frozen entries: curvature measured along them is no longer true."""
+    """Drop the history of LBFGS if it would move frozen entries: curvature measured along them no longer applies."""
     for group in optimizer.param_groups:
         parameters = group["params"]
         state = optimizer.state.get(parameters[0], {}) if parameters else {}
@@ -201,7 +201,7 @@ def reset_history(optimizer: Optimizer, held: list[tuple[FrozenParameter, Tensor
 
 
 def _flat_frozen(parameter: Tensor, held: Iterable[tuple[FrozenParameter, Tensor]]) -> Tensor:
-    """Return which entries of the parameter are frozen, flattened as LBFGS flattens it: complex ones as two numbers."""
+    """Return the mask of the frozen entries, flattened as in LBFGS, which has two numbers for a complex entry."""
     frozen = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
     for its_frozen, its_parameter in held:
         if its_parameter is parameter:

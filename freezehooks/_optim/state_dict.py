@@ -1,4 +1,4 @@
-"""Optimizer state in two forms: of whole parameters, and of their free entries alone."""
+"""Converts optimizer state between whole tensors and flat ones of the free entries."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .._ranks.sharding import is_sharded, local
 from .state import has_history, history_vectors, is_plain, known_items, started, with_history
 
 FlatOrders: TypeAlias = "Mapping[Tensor, FlatOrder]"
-"""The parameters whose state is flat, each with the free entries that it is of; that of others is whole."""
+"""The parameters whose state is flat, each with its free entries; the state of others is whole."""
 
 _KEY: Final = "freezehooks"
-"""Under it a compact state dict says which entries its flat tensors are of.
+"""The key under which a compact state dict describes the entries of its flat tensors.
 
-It also stands in one more group, of no parameters: without it a plain optimizer would load the state dict, and its
-fused kernels would read and write beyond the ends of the flat tensors.
+It is also the key of an additional group without parameters: without that, a plain optimizer would load the state dict,
+and its fused kernels would read and write beyond the ends of the flat tensors.
 """
 
 
@@ -36,21 +36,21 @@ def convert_state(
     after: FlatOrders,
     key_of: Callable[[Tensor], Any] = lambda parameter: parameter,
 ) -> dict[Any, dict[str, Any]]:
-    """Return an optimizer's state in another form; entries that are new in it get what they start with.
+    """Convert an optimizer's state to other free entries; entries that are new in it get their initial values.
 
     Args:
         optimizer: The optimizer.
         state: Its state, by parameter or by index.
-        before: Which parameters' state is flat now.
-        after: Which parameters' state is to be flat.
+        before: The parameters whose state is flat now.
+        after: The parameters whose state is to be flat.
         key_of: Returns a parameter's key in the state.
 
     Returns:
-        What changes, under the same keys; empty where nothing can be kept (the history of LBFGS, where it moves
+        The items that change, by key; an item is empty if its state cannot be kept (the history of LBFGS, if it moves
         entries that are frozen now).
 
     Raises:
-        StateMismatchError: An item is not of the form that `before` says.
+        StateMismatchError: An item does not have the form that `before` implies.
     """
     changed = {}
     items = known_items(optimizer)
@@ -84,7 +84,7 @@ def _convert_items(
 
 
 def _check_item(name: str, value: Tensor, parameter: Tensor, shape: torch.Size, *, is_flat: bool = False) -> None:
-    """Refuse an item that is not one number for each entry."""
+    """Reject an item that does not have one number for each entry."""
     _check_shape(name, value, parameter, shape)
     if not is_plain(value, parameter, is_flat=is_flat) or not (value.is_floating_point() or value.is_complex()):
         raise StateMismatchError(
@@ -99,14 +99,14 @@ def _check_shape(name: str, value: Tensor, parameter: Tensor, shape: torch.Size)
         raise StateMismatchError(
             f"the optimizer's `{name}` has shape {tuple(value.shape)} for a parameter of shape "
             f"{tuple(parameter.shape)}, expected {tuple(shape)}",
-            "load the state by load_state_dict, from a plain run's or what state_dict(compact=True) returned",
+            "use load_state_dict, with the state dict of a plain run or what state_dict(compact=True) returned",
         )
 
 
 def _convert(value: Tensor, start: Tensor, before: FlatOrder | None, after: FlatOrder | None) -> Tensor:
-    """Return a tensor of entries in another form; `start` is whole, and written to.
+    """Convert a tensor between whole and flat forms; `start` has its initial values, is whole, and is written to.
 
-    Of what is spread over ranks, the flat form is of the entries on this rank.
+    The flat form of a sharded tensor has the entries of this rank's shard.
     """
     if before is not None:
         before.scatter_(local(start), value)
@@ -117,14 +117,14 @@ def _convert(value: Tensor, start: Tensor, before: FlatOrder | None, after: Flat
 def _convert_history(
     state: dict[str, Any], parameters: list[Tensor], before: FlatOrders, after: FlatOrders
 ) -> dict[str, Any]:
-    """Return the state of LBFGS, whose vectors lay the entries of all parameters one after another."""
+    """Convert the state of LBFGS, whose vectors concatenate the entries of all parameters."""
 
     def converted_vector(vector: Tensor) -> Tensor:
-        parts = vector.split([_length(parameter, before.get(parameter)) for parameter in parameters])
+        slices = vector.split([_length(parameter, before.get(parameter)) for parameter in parameters])
         return torch.cat(
             [
-                _convert_vector_part(part, parameter, before.get(parameter), after.get(parameter))
-                for part, parameter in zip(parts, parameters, strict=True)
+                _convert_slice(each, parameter, before.get(parameter), after.get(parameter))
+                for each, parameter in zip(slices, parameters, strict=True)
             ]
         )
 
@@ -135,23 +135,23 @@ def _convert_history(
 
 
 def _length(parameter: Tensor, free: FlatOrder | None) -> int:
-    """Return how many numbers of a vector are a parameter's: a complex entry is two."""
+    """Return how many numbers of a vector belong to a parameter; a complex entry has two."""
     entries = parameter.numel() if free is None else free.count
     return entries * (2 if parameter.is_complex() else 1)
 
 
-def _convert_vector_part(part: Tensor, parameter: Tensor, before: FlatOrder | None, after: FlatOrder | None) -> Tensor:
-    entries = torch.view_as_complex(part.view(-1, 2)) if parameter.is_complex() else part
+def _convert_slice(flat: Tensor, parameter: Tensor, before: FlatOrder | None, after: FlatOrder | None) -> Tensor:
+    entries = torch.view_as_complex(flat.view(-1, 2)) if parameter.is_complex() else flat
     start = torch.zeros_like(parameter, dtype=entries.dtype)
     value = entries if before is not None else entries.view(parameter.shape)
-    flat = _convert(value, start, before, after).reshape(-1)
-    return torch.view_as_real(flat).view(-1) if parameter.is_complex() else flat
+    converted = _convert(value, start, before, after).reshape(-1)
+    return torch.view_as_real(converted).view(-1) if parameter.is_complex() else converted
 
 
 class FlatState(defaultdict[Any, Any]):
-    """The state of an optimizer that holds free entries alone; a copy of it is whole.
+    """The state of a compact optimizer; when it is copied or pickled, it becomes whole.
 
-    A copied or unpickled optimizer has lost every hook, and with them what knows how to step flat tensors.
+    A copied or unpickled optimizer has lost its hooks, without which it cannot step flat tensors.
     """
 
     def __init__(self, optimizer: Optimizer, orders: FlatOrders) -> None:
@@ -170,7 +170,7 @@ class FlatState(defaultdict[Any, Any]):
 
 
 def whole_state_dict(optimizer: Optimizer, state_dict: dict[str, Any], orders: FlatOrders) -> dict[str, Any]:
-    """Return an optimizer's state dict in the plain shapes: any optimizer of the same class loads it."""
+    """Convert an optimizer's state dict to whole tensors, which any optimizer of the same class can load."""
     state = convert_state(optimizer, state_dict["state"], orders, {}, _indices(optimizer).get)
     return {**state_dict, "state": {**state_dict["state"], **state}}
 
@@ -181,16 +181,16 @@ def compact_state_dict(
     orders: FlatOrders,
     held: Mapping[Tensor, list[FrozenParameter]],
 ) -> dict[str, Any]:
-    """Return an optimizer's state dict with flat tensors of the free entries, row by row, and which those are.
+    """Convert an optimizer's state dict to flat tensors in row order, and describe which entries they contain.
 
     Args:
         optimizer: The optimizer.
-        state_dict: Its state dict, flat as it is in memory.
-        orders: Which parameters' state is flat.
-        held: What is frozen of each of them.
+        state_dict: Its state dict, flat in memory order.
+        orders: The parameters whose state is flat.
+        held: What is frozen in each of them.
 
     Raises:
-        UnsupportedParameterError: A parameter is spread over ranks.
+        UnsupportedParameterError: A parameter is sharded.
     """
     index_of = _indices(optimizer)
     for parameter in orders:
@@ -208,10 +208,10 @@ def compact_state_dict(
 
 
 def read_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a state dict in the plain shapes, whatever rules it was saved under; a plain one as it is.
+    """Convert a compact state dict to whole tensors, whatever rules it was saved under; return any other unchanged.
 
     Raises:
-        StateMismatchError: It is a compact one of parameters of other shapes, or cannot be read.
+        StateMismatchError: It is a compact one for parameters of other shapes, or cannot be read.
     """
     description = state_dict.get(_KEY)
     if description is None:
@@ -229,10 +229,10 @@ def read_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[st
 
 
 def check_in_plain_shapes(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Refuse a state dict that is not in the plain shapes, before an optimizer that is to make it flat has loaded it.
+    """Reject a state dict without whole tensors before a compact optimizer loads it.
 
     Raises:
-        StateMismatchError: It is not.
+        StateMismatchError: An item does not have the shape of its parameter.
     """
     index_of = _indices(optimizer)
     for group in optimizer.param_groups:
@@ -249,7 +249,7 @@ def check_in_plain_shapes(optimizer: Optimizer, state_dict: dict[str, Any]) -> N
 
 
 def _in_rows(parameter: Tensor, item: dict[str, Any]) -> FlatOrder:
-    """Return the free entries that `save_entries` wrote down the others of."""
+    """Return the free entries, in row order, given the frozen ones as `save_entries` saved them."""
     _check_on_one_rank(parameter)
     if item["shape"] != list(parameter.shape):
         raise StateMismatchError(
@@ -263,13 +263,12 @@ def _in_rows(parameter: Tensor, item: dict[str, Any]) -> FlatOrder:
 def _check_on_one_rank(parameter: Tensor) -> None:
     if is_sharded(parameter):
         raise UnsupportedParameterError(
-            f"state_dict(compact=True) is of whole parameters, found one that is spread over ranks, of shape "
-            f"{tuple(parameter.shape)}",
+            f"state_dict(compact=True) needs whole parameters, found a sharded one of shape {tuple(parameter.shape)}",
             "save state_dict(), which has the plain shapes",
         )
 
 
 def _indices(optimizer: Optimizer) -> dict[Tensor, int]:
-    """Map each parameter to its number in a state dict."""
+    """Map each parameter to its index in a state dict."""
     parameters = dict.fromkeys(parameter for group in optimizer.param_groups for parameter in group["params"])
     return {parameter: index for index, parameter in enumerate(parameters)}

@@ -1,4 +1,4 @@
-"""Around an optimizer's step: clean gradients before it, imposed values after it, and state that agrees with both."""
+"""The hooks on an optimizer: clean gradients before each step, imposed values after it, and state to match."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .calls import calls_hooks, check_step, current_step
 from .compact import Compact, check_spread
 from .elementwise import is_elementwise
 from .flat_step import constraints_of
-from .state import impose_on_weights, may_keep_weights, reset_frozen_state, reset_history, settle_frozen_state
+from .state import impose_on_weights, may_keep_weights, reset_frozen_state, reset_frozen_state_, reset_history
 from .state_dict import check_in_plain_shapes, read_state_dict
 from .thawed import ThawedEntries, corrects_bias
 
@@ -33,11 +33,11 @@ from .thawed import ThawedEntries, corrects_bias
 class StepHooks:
     """The hooks on one optimizer, which hold the entries of every handle that guards it.
 
-    They are found on the optimizer itself, and refer to it weakly.
+    They are registered on the optimizer, and refer to it weakly.
 
     Attributes:
-        members: What each of the handles holds.
-        compact: What makes the optimizer hold the free entries alone, or None where it holds whole parameters.
+        members: The parameters of each handle that guards the optimizer.
+        compact: The compact mode of the optimizer, or None if it steps whole parameters.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -62,7 +62,7 @@ class StepHooks:
 
     @property
     def optimizer(self) -> Optimizer | None:
-        """The optimizer, or None where it is gone."""
+        """The optimizer, or None if it is gone."""
         return self._optimizer()
 
     @property
@@ -72,7 +72,7 @@ class StepHooks:
 
     @property
     def is_just_loaded(self) -> bool:
-        """Whether the optimizer has a state that was loaded, and has made no step from there."""
+        """Whether the optimizer's state was loaded, with no step since."""
         optimizer = self.optimizer
         return self._was_loaded and optimizer is not None and bool(optimizer.state)
 
@@ -80,38 +80,38 @@ class StepHooks:
     def is_over(self) -> bool:
         """Whether there is nothing left to guard: the optimizer is gone with its hooks.
 
-        The hooks on a wrapper may lie on the optimizer inside, and outlive the wrapper.
+        The hooks of a wrapper may be registered on the optimizer inside it, and outlive the wrapper.
         """
         return self.optimizer is None and all(handle.hooks_dict_ref() is None for handle in self._handles)
 
     @property
     def is_alive(self) -> bool:
-        """Whether all of the hooks are on an optimizer that still lives, and whose step calls them."""
+        """Whether the optimizer still exists, has all of the hooks, and has a step that calls them."""
         optimizer = self.optimizer
         if optimizer is None or not self._handles:
             return False
         return calls_hooks(current_step(optimizer)) and all(moment.is_called(optimizer, self) for moment in MOMENTS)
 
     def check(self) -> None:
-        """Refuse a step that was replaced, since the optimizer was guarded, by one that calls no hooks.
+        """Raise if the step was replaced by one that calls no hooks since the optimizer was guarded.
 
         Raises:
-            UnguardedError: It was.
+            UnguardedError: It was replaced.
         """
         optimizer = self.optimizer
         if optimizer is not None and self._handles and self.members:
             step = current_step(optimizer)
             if id(step) != self._checked_step:
                 check_step(optimizer, step)
-                self._checked_step = id(step)  # alone: a bound method would keep the optimizer alive
+                self._checked_step = id(step)  # only the id: a bound method would keep the optimizer alive
 
-    # Who guards
+    # Members
 
     def join(self, held: HeldParameters, *, compact: bool = False) -> None:
-        """Hold what a handle freezes, through every step from now on.
+        """Hold the entries of a handle through every step from now on.
 
         Raises:
-            StateMismatchError: The optimizer's state is not of the shapes of its parameters; nothing is changed then.
+            StateMismatchError: The optimizer's state does not have the shapes of its parameters; nothing is changed.
         """
         optimizer = self.optimizer
         if optimizer is None:
@@ -138,9 +138,10 @@ class StepHooks:
         guards.append(weakref.ref(self))
 
     def leave(self, held: HeldParameters) -> None:
-        """Let go what a handle freezes; with the last one the hooks come off, as soon as what was let go stands alone.
+        """Stop holding the entries of a handle, and remove the hooks after the last one.
 
-        What the handle goes on to hold without this optimizer was not let go.
+        After a thaw the hooks stay a little longer, to correct second moments. Entries that the handle goes on to hold
+        without this optimizer are not thawed.
         """
         optimizer = self.optimizer
         self._look_for_thawed(optimizer)
@@ -158,20 +159,20 @@ class StepHooks:
             if not self._thawed:
                 self._uninstall()
 
-    def let_be(self) -> None:
-        """Follow no longer what was let go, and take the hooks off, where nobody guards the optimizer now."""
+    def uninstall_if_unused(self) -> None:
+        """Remove the hooks, and stop correcting the moments of thawed entries, if no handle guards the optimizer."""
         if not self.members:
             self._thawed = []
             self._uninstall()
 
     def leave_released(self) -> None:
-        """Let go of every handle of which nothing is held at present."""
+        """Drop every handle that holds nothing now."""
         for member in list(self.members):
             if not any(map(member.frozen.is_held, member.frozen.by_name)):
                 self.leave(member)
 
     def _install(self, optimizer: Optimizer) -> None:
-        if not all(moment.is_called(optimizer, self) for moment in MOMENTS):  # anew where some were stripped
+        if not all(moment.is_called(optimizer, self) for moment in MOMENTS):  # some may have been stripped
             self._uninstall()
             self._handles = [moment.put_on(optimizer, self) for moment in MOMENTS]
             self._checked_step = id(current_step(optimizer))
@@ -186,14 +187,14 @@ class StepHooks:
         self._whole.forget()
         self._converted = None
 
-    # What is held
+    # Parameters
 
     def _places(self) -> Iterator[Place]:
-        """Yield where the handles hold parameters; those are wanted that the optimizer steps."""
+        """Yield the places of all frozen parameters; the wanted ones are those that the optimizer steps."""
         return self._places_of(self._is_stepped)
 
     def _whole_places(self) -> Iterator[Place]:
-        """Yield the same; those are wanted that it steps whole."""
+        """Yield the same places; the wanted ones are those that the optimizer steps whole."""
         return self._places_of(self._is_stepped_whole)
 
     def _places_of(self, is_wanted: Callable[[Tensor], bool]) -> Iterator[Place]:
@@ -209,7 +210,7 @@ class StepHooks:
         return self._is_stepped(parameter) and not (self.compact is not None and self.compact.steps(parameter))
 
     def _look_at_groups(self, optimizer: Optimizer) -> None:
-        """Work out which parameters the optimizer steps, where its groups have changed."""
+        """Update the set of parameters that the optimizer steps if its groups have changed."""
         params, seen = [group["params"] for group in optimizer.param_groups], self._params
         if len(params) != len(seen) or not all(map(_are_same, params, seen)):
             self._params = [list(each) for each in params]
@@ -217,16 +218,16 @@ class StepHooks:
             self._forget()
 
     def pairs(self, optimizer: Optimizer) -> list[tuple[FrozenParameter, Tensor]]:
-        """Pair what is frozen of each parameter that the optimizer steps with the parameter."""
+        """Return each frozen parameter that the optimizer steps, with its tensor."""
         self._look_at_groups(optimizer)
         return list(self._batch.pairs(self._places))
 
     # Steps
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Clean the gradients once more, where a reducer or a hand put something back, and guard the closure.
+        """Clean the gradients once more, since a reducer or the user may have written to them, and wrap the closure.
 
-        In compact mode a proxy steps in the optimizer's place, and reads the gradients of free entries alone.
+        In compact mode a proxy steps instead of the optimizer, and reads only the gradients of free entries.
 
         Raises:
             ParameterChangedError: A module that owned frozen parameters is no longer in its model.
@@ -252,7 +253,7 @@ class StepHooks:
         return args, kwargs
 
     def _convert(self, optimizer: Optimizer) -> None:
-        """Make the state flat, where what is frozen has changed since, or the state was replaced."""
+        """Convert the state to flat tensors if what is frozen has changed, or the state was replaced."""
         plan = self._batch.plan(self._places)
         if self.compact is not None and (plan is not self._converted or not self.compact.is_current(optimizer)):
             self.compact.interrupt()
@@ -268,18 +269,18 @@ class StepHooks:
                 frozen.complete_gradient(parameter)
                 frozen.zero_gradient(parameter)
             return
-        # Where every entry is stepped by its own numbers, a write to a gradient that autograd did not count can do no
-        # more than dirty the moments of frozen entries: these are imposed after the step in any case.
+        # In an elementwise optimizer, a write to a gradient that the version counter missed can only spoil the moments
+        # of frozen entries, which are imposed after the step in any case.
         trusting = self._is_elementwise and not has_process_group()
         written, places = self._written()
         written.clean_gradients(places, trusting=trusting)
 
     def _written(self) -> tuple[Batch, Places]:
-        """Return what is written around a step: in compact mode, only what is stepped whole all the same."""
+        """Return the batch to write around a step, and its places; in compact mode only those stepped whole."""
         return (self._batch, self._places) if self.compact is None else (self._whole, self._whole_places)
 
     def _guarded(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
-        """Return the closure, evaluated at imposed weights (LBFGS moves them in between), leaving clean gradients."""
+        """Wrap a closure so that it sees imposed weights (LBFGS moves them in between) and leaves clean gradients."""
 
         def guarded_closure() -> Any:
             if self.compact is not None:
@@ -296,10 +297,10 @@ class StepHooks:
         return guarded_closure
 
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Impose the values on the parameters, and on state that holds weights."""
+        """Impose the values on the parameters, and on state that contains weights."""
         if self.compact is not None:
             self.compact.end_step()
-            if self._is_behind:  # a closure has frozen more, or less
+            if self._is_behind:  # a closure has frozen or thawed entries
                 self._is_behind = False
                 self.reset(optimizer)
                 self.compact.impose()
@@ -321,7 +322,7 @@ class StepHooks:
             written.impose(places)
 
     def impose(self) -> None:
-        """Write the values into all that the optimizer steps, after a wrapper around it has written there."""
+        """Impose on all parameters that the optimizer steps, after a wrapper around it may have written to them."""
         optimizer = self.optimizer
         if optimizer is not None and self.members:
             self._impose(optimizer)
@@ -329,16 +330,16 @@ class StepHooks:
                 self.compact.impose()
 
     def _compiled_pairs(self) -> Iterator[tuple[FrozenParameter, Tensor]]:
-        """Yield what a batch would write; a compiled frame writes one after the other."""
+        """Yield what a batch would write, for compiled code, which writes one after the other."""
         for member in self.members:
             for frozen, parameter in member:
                 if member.frozen.is_held(frozen.name) and self._is_stepped_whole(parameter):
                     yield frozen, parameter
 
-    # What was let go
+    # Thawed entries
 
     def _look_for_thawed(self, optimizer: Optimizer | None) -> None:
-        """Notice what was let go since the last look, in whatever way, and what of that is frozen again."""
+        """Find the entries that were thawed, or frozen again, since the last call, however that was done."""
         if optimizer is None or not self._corrects_bias or torch.compiler.is_compiling():
             return
         before, self._held = self._held, self._frozen_parameters(optimizer)
@@ -348,18 +349,18 @@ class StepHooks:
         for parameter, frozen in before.items():
             now = self._held.get(parameter, [])
             has_moments = self._is_stepped(parameter) and bool(optimizer.state.get(parameter))
-            if has_moments and constraints_of(frozen) != constraints_of(now):  # else what is loaded counts as it is
+            if has_moments and constraints_of(frozen) != constraints_of(now):  # moments loaded later stay as they are
                 self._thawed.append(ThawedEntries(parameter, frozen, now))
 
     def _frozen_parameters(self, optimizer: Optimizer | None) -> dict[Tensor, list[FrozenParameter]]:
-        """Return what is frozen of each parameter that the optimizer steps; nothing where nobody will ask."""
+        """Return what is frozen in each parameter that the optimizer steps; nothing if moments need no correction."""
         found: dict[Tensor, list[FrozenParameter]] = {}
         for frozen, parameter in self.pairs(optimizer) if optimizer is not None and self._corrects_bias else ():
             found.setdefault(parameter, []).append(frozen)
         return found
 
     def _begin_thawed(self, optimizer: Optimizer) -> None:
-        """Take the gradients of the coming step into the second moments of what was let go."""
+        """Correct the second moments of thawed entries by the gradients of the coming step."""
         if self._thawed and not self._is_behind and not torch.compiler.is_compiling():
             groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
             for thawed in self._thawed:
@@ -376,16 +377,16 @@ class StepHooks:
     # State
 
     def _with_groups(self, optimizer: Optimizer) -> Iterator[tuple[FrozenParameter, Tensor, dict[str, Any]]]:
-        """Yield what is frozen of each parameter that is stepped whole, and the group in which it is."""
+        """Yield each frozen parameter that is stepped whole, with its tensor and its group."""
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         for frozen, parameter in self.pairs(optimizer):
             if self._is_stepped_whole(parameter):
                 yield frozen, parameter, groups[id(parameter)]
 
     def reset(self, optimizer: Optimizer | None = None) -> None:
-        """Make the optimizer's state what it would be had the frozen entries never moved.
+        """Reset the optimizer's state at the frozen entries to what it would be if they had never moved.
 
-        A compact step that has begun ends with what it began with; what a closure changes waits for its end.
+        In compact mode, entries that are frozen or thawed by a closure take effect at the end of the running step.
         """
         optimizer = self.optimizer if optimizer is None else optimizer
         if optimizer is None:
@@ -401,34 +402,35 @@ class StepHooks:
             reset_frozen_state(optimizer, frozen, parameter, group)
         if self.compact is None:
             reset_history(optimizer, [(frozen, parameter) for frozen, parameter, _ in held])
-        self._look_for_thawed(optimizer)  # what is let go before the next step was held all the same
+        self._look_for_thawed(optimizer)  # entries thawed before the next step count as held until then
 
     def before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return a state that is to be loaded in the plain shapes, or refuse it."""
+        """Convert a state dict to whole tensors before it is loaded, or reject it."""
         whole = read_state_dict(optimizer, state_dict)
         if self.compact is not None:
             check_in_plain_shapes(optimizer, whole)
         return whole
 
     def after_loading(self, optimizer: Optimizer) -> None:
-        """Take over a state that was loaded."""
+        """Bring a loaded state into line with what is frozen."""
         if self.compact is not None:
             self.compact.interrupt()
         self.reset(optimizer)
         self._was_loaded = True
 
     def before_saving(self, optimizer: Optimizer) -> None:
-        """Take from the state what steps have left at frozen entries, as coupled weight decay does.
+        """Reset the state at frozen entries, where coupled weight decay, for instance, leaves something.
 
-        So what is saved is one state, whether the run was resumed or not, and moves no entry in an unfrozen run.
+        So the saved state is the same whether the run was resumed or not, and it moves no entry when loaded into an
+        unfrozen run.
         """
-        with suppress(ParameterChangedError):  # what is gone from the model has no state to settle
+        with suppress(ParameterChangedError):  # a parameter that is gone has no state to reset
             self._look_at_groups(optimizer)
             for frozen, parameter, group in self._with_groups(optimizer):
-                settle_frozen_state(optimizer, frozen, parameter, group)
+                reset_frozen_state_(optimizer, frozen, parameter, group)
 
     def after_saving(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return the optimizer's state dict as it is to be saved."""
+        """Return the state dict to save, which is whole unless a compact one was asked for."""
         return state_dict if self.compact is None else self.compact.saved(optimizer, state_dict)
 
 
@@ -437,9 +439,9 @@ def _are_same(first: list[Tensor], second: list[Tensor]) -> bool:
 
 
 class _LastBeforeStep:
-    """The last step-pre-hook, for one step: what steps in the optimizer's place steps, whatever hooks pass on.
+    """Replaces the last step-pre-hook for one step, to make sure that the proxy steps, whatever the hooks return.
 
-    A hook may return the optimizer that it was called with, as part of its arguments.
+    A hook may return the optimizer that it was called with among its arguments.
     """
 
     def __init__(self, hook: Callable[..., Any], hooks: dict[int, Any], key: int, proxy: Any) -> None:
@@ -449,7 +451,7 @@ class _LastBeforeStep:
         self._proxy = proxy
 
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        self._hooks[self._key] = self.hook  # torch goes through the hooks: a value may change, the keys may not
+        self._hooks[self._key] = self.hook  # torch is iterating over the hooks: values may change, keys may not
         result = self.hook(optimizer, args, kwargs)
         is_pair = isinstance(result, tuple) and len(result) == 2
         args, kwargs = result if is_pair else (args, kwargs)
@@ -459,23 +461,23 @@ class _LastBeforeStep:
 
 
 def _keep_stepping(optimizer: Optimizer, proxy: Any) -> None:
-    """Have a proxy step also where a hook that comes after this one passes the optimizer itself on."""
+    """Make sure that the proxy steps even if a later hook returns the optimizer itself."""
     hooks: dict[int, Any] = optimizer._optimizer_step_pre_hooks  # type: ignore[attr-defined]  # undeclared
     key, last = next(reversed(hooks.items()))
-    last = last.hook if isinstance(last, _LastBeforeStep) else last  # of a step that a hook broke off
+    last = last.hook if isinstance(last, _LastBeforeStep) else last  # left over if a hook failed in the last step
     if not isinstance(getattr(last, "__self__", None), StepHooks):
         hooks[key] = _LastBeforeStep(last, hooks, key, proxy)
 
 
 def _first_after_step(optimizer: Optimizer, hook: Any) -> RemovableHandle:
-    # first of all: whoever looks after the step sees the values
+    # it goes first, so that all other hooks see the values
     handle = optimizer.register_step_post_hook(hook)
     call_first(optimizer._optimizer_step_post_hooks, handle.id)
     return handle
 
 
 def _first_after_saving(optimizer: Optimizer, hook: Any) -> RemovableHandle:
-    # first of all: every other one sees a whole state
+    # it goes first, so that all other hooks see a whole state
     return optimizer.register_state_dict_post_hook(hook, prepend=True)
 
 
@@ -494,22 +496,22 @@ MOMENTS: Final = (
 
 
 def step_hooks_on(optimizer: Optimizer) -> StepHooks | None:
-    """Return the step hooks on an optimizer, or None where nothing guards it."""
+    """Return the step hooks on an optimizer, or None if nothing guards it."""
     for moment in MOMENTS:
         for hook in getattr(optimizer, moment.kept, {}).values():
             owner = getattr(hook, "__self__", None)
-            if isinstance(owner, StepHooks) and owner.optimizer is optimizer:  # a wrapper may share the lists
+            if isinstance(owner, StepHooks) and owner.optimizer is optimizer:  # a wrapper may share the dicts of hooks
                 return owner
     return None
 
 
 def is_compact(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer holds the free entries alone."""
+    """Return whether an optimizer is in compact mode."""
     hooks = step_hooks_on(optimizer)
     return hooks is not None and hooks.compact is not None
 
 
 def compact_state_dict(optimizer: Optimizer) -> dict[str, Any]:
-    """Return an optimizer's state dict, with flat tensors of the free entries where it holds those alone."""
+    """Return an optimizer's state dict, in compact mode with flat tensors of the free entries."""
     hooks = step_hooks_on(optimizer)
     return optimizer.state_dict() if hooks is None or hooks.compact is None else hooks.compact.state_dict(optimizer)

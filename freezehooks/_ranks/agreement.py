@@ -35,7 +35,7 @@ def is_distributed() -> bool:
     return has_process_group() and dist.get_world_size() > 1
 
 
-def check_same_on_ranks(model: Any, asked: Mapping[str, tuple[Tensor, Sequence[Rule]]]) -> None:
+def check_same_on_ranks(model: Any, requested: Mapping[str, tuple[Tensor, Sequence[Rule]]]) -> None:
     """Reject rules that differ between ranks, on every rank, if the ranks train one model together.
 
     A model that is not shared between ranks may be frozen on one rank only.
@@ -45,7 +45,7 @@ def check_same_on_ranks(model: Any, asked: Mapping[str, tuple[Tensor, Sequence[R
     """
     if is_distributed() and _is_shared(model):
         topic = ",".join(f"{name}{tuple(parameter.shape)}" for name, parameter in _parameters(model))
-        say_the_same(topic, _said([rule for _, rules in asked.values() for rule in rules]))
+        say_the_same(topic, _said([rule for _, rules in requested.values() for rule in rules]))
 
 
 def check_same_parameters(parameters: Iterable[Any]) -> None:

@@ -1,1 +1,1 @@
-"""For whom to see: status, tables, figures to log, pictures."""
+"""Reports: status, tables, figures to log, and pictures."""

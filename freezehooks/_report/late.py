@@ -1,4 +1,4 @@
-"""What a handle's state lets go that was frozen still while weights and moments were loaded."""
+"""Finds entries that a handle's state frees too late: they were frozen while weights and moments were loaded."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from .._held.parameter import FrozenParameter
 
 
 def freed_too_late(before: Mapping[str, FrozenParameter], loaded: Mapping[str, FrozenParameter]) -> Iterator[str]:
-    """Say of each parameter how many of its entries are free by a state that comes after the optimizer's.
+    """Yield a note for each parameter in which a state, loaded after the optimizer's, frees entries.
 
     Args:
         before: What was frozen until now, by the parameters' names.
-        loaded: What the state says is frozen.
+        loaded: What is frozen according to the state.
     """
-    for name, part in loaded.items():
-        count = int((before[name].frozen & ~part.frozen).sum())
+    for name, frozen in loaded.items():
+        count = int((before[name].frozen & ~frozen.frozen).sum())
         if count:
             yield (
-                f"the state lets go {counted(count, 'entry', 'entries')} of `{name}` that were frozen while the "
+                f"the state frees {counted(count, 'entry', 'entries')} of `{name}` that were frozen while the "
                 "optimizer's state was loaded: their saved moments, and weights where a rule holds a number, are lost; "
                 "load the handle's state first, or give it to freeze_entries(..., state=...)"
             )

@@ -1,7 +1,8 @@
-"""Draw a parameter with its frozen entries marked; imported only when something is drawn, for it needs matplotlib.
+"""Draws a parameter with its frozen entries marked; needs matplotlib, so it is imported only when used.
 
-What is small is drawn entry by entry on tiles, with a cross on each frozen entry: a tile is a slice of a convolution
-kernel, or a whole matrix. A larger matrix is drawn in cells of several entries, beside a panel of how much is frozen.
+Small parameters are drawn entry by entry on tiles, with a cross on each frozen entry: a tile is a slice of a
+convolution kernel, or a whole matrix. A larger matrix is drawn in cells of several entries, beside a panel with the
+frozen share.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ except ModuleNotFoundError as error:
 _MOST_MARKED: Final = 48  # entries along a side that are marked one by one
 _MOST_TAPS: Final = 128  # across all kernels together
 _MOST_CELLS: Final = 192  # cells along a side of a larger matrix
-_RARE: Final = 0.02  # cells that differ from all others are drawn larger where they are at most this fraction
+_RARE: Final = 0.02  # cells that differ from all others are drawn larger if they are at most this fraction
 _GAP: Final = 0.35  # between the slices of a kernel, in taps; between kernels it is 1
 
 _VALUES: Final = colormaps["RdBu"].with_extremes(bad="gold")  # nan and inf are neither red nor blue
 _MAGNITUDES: Final = colormaps["Blues"].with_extremes(bad="gold")
-_STEPS: Final = [0.0, 1e-9, 0.25, 0.5, 0.75, 1 - 1e-7, 1.0]  # none and all are shades of their own
+_STEPS: Final = [0.0, 1e-9, 0.25, 0.5, 0.75, 1 - 1e-7, 1.0]  # none and all have shades of their own
 _SHARES: Final = {"cmap": ListedColormap(["1", "0.78", "0.64", "0.5", "0.36", "0"]), "norm": BoundaryNorm(_STEPS, 6)}
 
 _Scale: TypeAlias = "dict[str, Any]"
@@ -53,7 +54,7 @@ _Drawn: TypeAlias = "tuple[Picture, list[str]]"  # with the notes that belong be
 
 
 class Picture(Figure):
-    """A figure outside pyplot's state that notebooks show."""
+    """A figure that notebooks show, without pyplot's global state."""
 
     def _repr_png_(self) -> bytes:
         buffer = BytesIO()
@@ -64,13 +65,13 @@ class Picture(Figure):
 def plot_parameter(
     held: FrozenParameter, parameter: Tensor, path: str | Path | None = None, *, owner: Any = None
 ) -> Figure:
-    """Draw the numbers of a parameter, with a mark on what is frozen.
+    """Draw a parameter with marks on its frozen entries.
 
     Args:
         held: What is frozen.
         parameter: The parameter.
-        path: Where to write the picture; the suffix says the format.
-        owner: The module that the parameter is of; transposed convolutions have their input channels first.
+        path: Where to write the picture; the suffix gives the format.
+        owner: The module that owns the parameter; transposed convolutions have their input channels first.
 
     Raises:
         SpecError: The path's suffix names no format.
@@ -84,9 +85,9 @@ def plot_parameter(
             f"`{held.name}` is on the meta device and has no numbers to draw", "give it numbers with `to_empty` first"
         )
     numbers, frozen = local(parameter.detach()), held.frozen
-    picture, notes = _draw(numbers, frozen, owner) if numbers.numel() else (_sheet(4, 1), ["no entries lie here"])
+    picture, notes = _draw(numbers, frozen, owner) if numbers.numel() else (_sheet(4, 1), ["this rank has no entries"])
     if held.is_sharded:
-        notes.append(f"this rank's part: {tuple(numbers.shape)}, {count_true(frozen):,} of its entries frozen")
+        notes.append(f"this rank's shard: {tuple(numbers.shape)}, {count_true(frozen):,} of its entries frozen")
     _write(picture, _title(held), notes)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +144,7 @@ def _survey(numbers: Tensor) -> tuple[int, float]:
 
 
 def _looks_like_kernels(shape: torch.Size) -> bool:
-    """Return whether all but the first two dimensions are short, and not all 1."""
+    """Return whether all dimensions but the first two are short, and not all 1."""
     return shape[2:].numel() > 1 and max(shape[2:]) <= _MOST_MARKED and shape[2:-2].numel() * shape[-1] <= _MOST_TAPS
 
 
@@ -175,7 +176,7 @@ def _draw_kernels(numbers: Tensor, frozen: Tensor, names: tuple[str, str], scale
 
 
 def _choose(total: torch.Size, wide: float, high: float) -> tuple[list[int], list[int], int]:
-    """Return the channels whose kernels are drawn, few enough to see each tap, and how many kernels make a row."""
+    """Choose the channels to draw, few enough to see each tap, and return how many kernels are in a row."""
     columns, rows = max(1, min(16, int(_MOST_TAPS / wide))), max(1, min(12, int(96 / high)))
     if min(total) == 1:
         return _spaced(total[0], columns * rows), _spaced(total[1], columns * rows), columns
@@ -184,7 +185,7 @@ def _choose(total: torch.Size, wide: float, high: float) -> tuple[list[int], lis
 
 
 def _spaced(size: int, most: int) -> list[int]:
-    """Return at most so many numbers below `size`, evenly spaced, the first and the last among them."""
+    """Return at most `most` numbers below `size`, evenly spaced, including the first and the last."""
     return sorted({round(n * (size - 1) / max(most - 1, 1)) for n in range(most)})
 
 
@@ -226,7 +227,7 @@ def _draw_matrix(numbers: Tensor, frozen: Tensor, channels: tuple[str, str], sca
 
 
 def _draw_cells(numbers: Tensor, frozen: Tensor, names: tuple[str, str], scale: _Scale) -> _Drawn:
-    """Draw blocks of entries as cells: their numbers in one panel, the share that is frozen in another."""
+    """Draw blocks of entries as cells: what they contain in one panel, their frozen share in another."""
     rows, columns = numbers.shape
     high, wide = math.ceil(rows / _MOST_CELLS), math.ceil(columns / _MOST_CELLS)
     largest, share = _pooled(numbers, frozen, high, wide)
@@ -241,16 +242,16 @@ def _draw_cells(numbers: Tensor, frozen: Tensor, names: tuple[str, str], scale: 
     for axis in (first, second):
         axis.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), aspect="auto", xlabel=names[0], ylabel=names[1])
         axis.spines[:].set_position(("outward", 2))  # a thin row at the edge must not lie under the frame
-    notes = ["black is frozen, gray in part"]
+    notes = ["black is frozen, gray is partly frozen"]
     if not torch.equal(seen, share):
-        notes.append("what is rare is drawn larger than it is")
+        notes.append("rare cells are drawn larger than they are")
     if high * wide > 1:
         notes.append(f"each cell is the entry of largest magnitude of {high} x {wide}, and the share of them frozen")
     return picture, notes
 
 
 def _pooled(numbers: Tensor, frozen: Tensor, high: int, wide: int) -> tuple[Tensor, Tensor]:
-    """Return for each block of entries the one of largest magnitude, and the share that is frozen."""
+    """Return the entry of largest magnitude and the frozen share of each block of entries."""
     largest, share = [], []
     for band, held in zip(numbers.split(high), frozen.split(high), strict=True):  # all at once would be a large copy
         block = len(band), wide
@@ -261,7 +262,7 @@ def _pooled(numbers: Tensor, frozen: Tensor, high: int, wide: int) -> tuple[Tens
 
 
 def _with_rare_grown(share: Tensor) -> Tensor:
-    """Return shares with the few cells that differ from all others grown, so that one row of thousands can be seen."""
+    """Enlarge the cells that differ from all others if they are few, so that one row in thousands can be seen."""
     common = float((share == 1).double().mean() > 0.5)
     rare = (share != common).double()
     if rare.mean() > _RARE:
@@ -272,7 +273,7 @@ def _with_rare_grown(share: Tensor) -> Tensor:
 
 
 def _sheet(width: float, height: float, across: int = 1, down: int = 1) -> Picture:
-    """Return a picture with empty panels of so many inches, and room for a color bar beside each."""
+    """Return a picture with empty panels of the given size in inches, and room for a color bar beside each."""
     size = max(across * (width + 1.4), 4.5), down * (max(height, 0.8) + 0.5) + 1
     picture = Picture(figsize=size, dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
     for axis in picture.subplots(down, across, squeeze=False).flat:
@@ -284,7 +285,7 @@ def _sheet(width: float, height: float, across: int = 1, down: int = 1) -> Pictu
 
 
 def _show(axis: Axes, numbers: Tensor, extent: tuple[float, float, float, float], **style: Any) -> Any:
-    """Draw numbers as colors, row 0 on top whatever the style says."""
+    """Draw numbers as colors, with row 0 at the top in every matplotlib style."""
     finite = torch.where(numbers.isfinite(), numbers, torch.nan).double().numpy()
     return axis.imshow(finite, interpolation="nearest", origin="upper", extent=extent, **style)
 

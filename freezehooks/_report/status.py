@@ -1,4 +1,4 @@
-"""Whether everything that is to hold frozen entries is in place: hooks on gradients and modules, and guards."""
+"""Checks whether everything that holds frozen entries is in place: hooks on gradients and modules, and guards."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Mechanisms:
         gradient_hook: Whether its gradient is zeroed at the frozen entries.
         forward_hook: Whether the values are imposed before its module's forward; None for a bare tensor.
         checkpoint_hooks: Whether they are imposed around saving and loading; None for a bare tensor.
-        optimizers: The optimizers that step it and are guarded, by the names of their classes; none where its names no
-            longer stand for one tensor, and one of these is not guarded.
+        optimizers: The class names of the guarded optimizers that step it; empty if its names refer to several tensors
+            by now, and one of these is not guarded.
     """
 
     trained: bool
@@ -44,7 +44,7 @@ class Mechanisms:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """What should hold the frozen entries and is not there; empty where everything is."""
+        """The mechanisms that are missing; empty if the frozen entries are held."""
         absent = {
             "the gradient hook": self.trained and not self.gradient_hook,
             "the forward hook": self.forward_hook is False,
@@ -55,11 +55,11 @@ class Mechanisms:
 
 
 def find_mechanisms(held: HeldParameters, hooks: Mapping[nn.Module, HookSet]) -> dict[str, Mechanisms]:
-    """Look for what holds the frozen entries of each parameter, by its name.
+    """Find what holds the frozen entries of each parameter, by its name.
 
     Args:
-        held: What is frozen, and where it stands.
-        hooks: The hooks of the handle on the modules that own such places.
+        held: The frozen parameters and their sites.
+        hooks: The hooks of the handle on the modules that own those parameters.
     """
     on_modules = _OnModules(held, hooks)
     steps = _guarded_steps(held)
@@ -93,7 +93,7 @@ def _parameters(held: HeldParameters, name: str, sites: Sequence[Site]) -> list[
 
 
 class _OnModules:
-    """What imposes the values of a handle on the modules of a model, as it is now."""
+    """The hooks that impose the values of a handle on the modules of a model, as they are now."""
 
     def __init__(self, held: HeldParameters, hooks: Mapping[nn.Module, HookSet]) -> None:
         self._held = held
@@ -102,7 +102,7 @@ class _OnModules:
         self._has_root = held.is_found or has_root_hooks(held.model, held.frozen)
 
     def lost(self, owner: nn.Module, key: str, name: str) -> set[str]:
-        """Return the moments at which nothing imposes the values on one place."""
+        """Return the moments ("forward", "saving", "loading") at which nothing imposes the values on a parameter."""
         if owner not in self._hooks or self._hooks[owner].names.get(key) != name:
             return {"forward", "saving", "loading"}
         before_model = {"forward"} if self._held.frozen.by_name[name].is_sharded and not self._has_root else set()
@@ -110,7 +110,7 @@ class _OnModules:
 
 
 def _guarded_steps(held: HeldParameters) -> dict[int, list[str]]:
-    """Return, by a parameter's id, the classes of the optimizers that step it and are guarded for it."""
+    """Return the class names of the optimizers that are guarded for each parameter, by the parameter's id."""
     found: dict[int, list[str]] = {}
     held_by = cache(_parameters_of)
     for hooks in held.frozen.living_guards():
@@ -125,22 +125,22 @@ def _guarded_steps(held: HeldParameters) -> dict[int, list[str]]:
 
 
 def _parameters_of(held: HeldParameters) -> set[int]:
-    """Return the ids of the parameters that are held; none where one is gone: its next step says so."""
+    """Return the ids of the parameters that are held; none if one is gone, which raises in the next step."""
     with suppress(ParameterChangedError):
         return {id(parameter) for _, parameter in held}
     return set()
 
 
 def check_complete(mechanisms: Mapping[str, Mechanisms], *, guarded: bool, removal: str = "") -> None:
-    """Refuse parameters that are held only in part.
+    """Raise if a mechanism that holds frozen entries is missing.
 
     Args:
         mechanisms: What holds each parameter, by its name.
-        guarded: Whether a guarded optimizer counts.
-        removal: What of them was removed, in words.
+        guarded: Whether a guarded optimizer is required.
+        removal: A description of what was removed, if anything.
 
     Raises:
-        UnguardedError: Something is missing; the message says of which parameters.
+        UnguardedError: Something is missing; the message names the parameters.
     """
     passed = () if guarded else (_GUARD,)
     gaps = {name: [gap for gap in found.missing if gap not in passed] for name, found in mechanisms.items()}
@@ -153,7 +153,7 @@ def check_complete(mechanisms: Mapping[str, Mechanisms], *, guarded: bool, remov
 
 
 def said(gaps: Mapping[str, Sequence[str]]) -> str:
-    """Say what is missing of which parameters, those that lack the same in one breath."""
+    """Describe what is missing, with the names of the parameters that lack the same thing together."""
     alike: dict[str, list[str]] = {}
     for name, missing in gaps.items():
         if missing:
@@ -163,10 +163,10 @@ def said(gaps: Mapping[str, Sequence[str]]) -> str:
 
 def _remedy(gaps: Iterable[Sequence[str]]) -> str:
     missing = {gap for found in gaps for gap in found}
-    steps = ["put the hooks on again with frozen.remove() and frozen.attach()"] if missing - {_GUARD} else []
+    steps = ["reinstall the hooks with frozen.remove() and frozen.attach()"] if missing - {_GUARD} else []
     if _GUARD in missing:
         steps.append(
-            "guard every optimizer that steps them (MaskedOptimizer or frozen.guard); where none does, say "
+            "guard every optimizer that steps them (MaskedOptimizer or frozen.guard); if none does, call "
             "assert_frozen(guarded=False)"
         )
     return "; ".join(steps)

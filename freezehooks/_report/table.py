@@ -1,4 +1,4 @@
-"""What a handle holds, and by what means: to read as a table, in a notebook, or as a dict."""
+"""The report on a handle: what it holds and how, as a table, in a notebook, or as a dict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .status import Mechanisms, said
 
 @dataclass(frozen=True, slots=True)
 class PartReport:
-    """What is frozen of one parameter, and whether everything that is to hold it is in place.
+    """What is frozen in one parameter, and whether everything that holds it is in place.
 
     Attributes:
         name: The parameter's qualified name.
@@ -25,11 +25,11 @@ class PartReport:
         rules: The rules that freeze entries of it, or tie it, as text.
         frozen: How many of its entries are frozen.
         free: How many of its entries train.
-        lowest: The least of the values, of a complex parameter the least magnitude; None where nothing is frozen here.
-        highest: The greatest of the values, or magnitudes.
+        lowest: The least of the values (of the magnitudes, for complex ones); None if this rank has no frozen entry.
+        highest: The greatest of the values, or of the magnitudes.
         drifted: How many frozen entries do not hold their value now, bit for bit.
         drift: The largest absolute difference of a frozen entry from its value now; infinite for nan.
-        mechanisms: What holds them, and what of it is missing.
+        mechanisms: What holds the entries, and what is missing.
         nbytes: The memory that regions and values take, in bytes.
     """
 
@@ -47,20 +47,20 @@ class PartReport:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """What should hold the frozen entries and is not there; empty where everything is."""
+        """The mechanisms that are missing; empty if the frozen entries are held."""
         return self.mechanisms.missing
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a handle holds, and by what means. Made by `FrozenEntries.report`.
+    """What a handle holds, and what holds it. Made by `FrozenEntries.report`.
 
-    It prints as a table, shows as one in a notebook, and `to_dict` gives it as builtins.
+    It prints as a table, shows as one in a notebook, and `to_dict` returns it as builtins.
 
     Attributes:
-        parts: What is frozen of each parameter, by its name.
-        removed: Which of them are not held at present, in words; empty where all are.
-        skipped: Which rules with wildcards found parameters without any entry of their region, in words.
+        parts: What is frozen in each parameter, by its name.
+        removed: A description of what is not held now; empty if everything is.
+        skipped: A note for each rule with wildcards that skipped parameters where its region is empty.
     """
 
     parts: Mapping[str, PartReport]
@@ -73,7 +73,7 @@ class Report:
         return not self.removed and not any(part.drifted or part.missing for part in self.parts.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return an item for each parameter, of builtins alone; what is missing stands beside the mechanisms."""
+        """Return an item of builtins for each parameter, with what is missing under "missing"."""
         return {name: {**asdict(part), "missing": part.missing} for name, part in self.parts.items()}
 
     def __str__(self) -> str:
@@ -102,7 +102,7 @@ _HEADINGS: Final = (
     *("frozen", "free", "drift", "bytes"),
 )
 _NUMBERS: Final = range(8, 12)
-"""Which of the columns hold numbers; the others hold words."""
+"""The columns with numbers, which are aligned to the right."""
 
 _MISSING: Final = "MISSING"
 
@@ -141,7 +141,7 @@ def _html_row(cells: Sequence[str]) -> str:
 
 
 def aligned(rows: Sequence[tuple[str, ...]], right: Container[int]) -> str:
-    """Return rows of text as a table, the columns in `right` aligned to the right and the others to the left."""
+    """Format rows of text as a table, with the columns in `right` aligned to the right and the others to the left."""
     columns = []
     for n, column in enumerate(zip(*rows, strict=True)):
         width = max(map(len, column))
@@ -150,7 +150,7 @@ def aligned(rows: Sequence[tuple[str, ...]], right: Container[int]) -> str:
 
 
 def report_parameter(frozen: FrozenParameter, violations: Iterable[Violation], mechanisms: Mechanisms) -> PartReport:
-    """Write down what is frozen of one parameter, what of it drifted, and what holds it."""
+    """Report what is frozen in one parameter, what has drifted, and what holds it."""
     violations = list(violations)
     lowest, highest = _range(frozen.values)
     return PartReport(

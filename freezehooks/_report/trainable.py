@@ -1,4 +1,4 @@
-"""How many entries of a model train."""
+"""Counts how many entries of a model train."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Trainable:
     """How many entries of a model train. It prints as a line.
 
     Attributes:
-        trainable: The entries that train: those of parameters that require a gradient, less the frozen ones.
-        total: The entries of all parameters; a parameter that stands under several names counts once.
+        trainable: The entries that train: those of parameters that require a gradient, except the frozen ones.
+        total: The entries of all parameters; a parameter with several names counts once.
     """
 
     trainable: int
@@ -30,7 +30,7 @@ class Trainable:
 
     @property
     def percent(self) -> float:
-        """The entries that train, in percent of all."""
+        """The percentage of all entries that train."""
         return 100 * self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
@@ -38,21 +38,21 @@ class Trainable:
 
 
 def count_trainable(model: Model, held: Iterable[tuple[FrozenParameter, Tensor]]) -> Trainable:
-    """Count the entries of a model, and those of them that train.
+    """Count the entries of a model, and those that train.
 
     Args:
         model: A module, or a mapping from name to leaf tensor.
-        held: Each part with the parameter that it holds. What other handles freeze of the same model counts too.
+        held: The frozen parameters with their tensors. What other handles freeze in the same model counts too.
     """
     known: dict[int, list[FrozenParameter]] = {}
-    for part, parameter in held:
-        known.setdefault(id(parameter), []).append(part)
+    for frozen, parameter in held:
+        known.setdefault(id(parameter), []).append(frozen)
     trainable = total = 0
     for parameter in {id(tensor): tensor for tensor in _tensors(model)}.values():
         total += parameter.numel()
         if parameter.requires_grad:
-            parts = dict.fromkeys([*known.get(id(parameter), ()), *watching(parameter)])
-            trainable += parameter.numel() - count_frozen(list(parts))
+            frozen_by = dict.fromkeys([*known.get(id(parameter), ()), *watching(parameter)])
+            trainable += parameter.numel() - count_frozen(list(frozen_by))
     return Trainable(trainable, total)
 
 
@@ -61,8 +61,8 @@ def _tensors(model: Model) -> list[Tensor]:
     return [tensor for tensor in found if not is_lazy(tensor)]
 
 
-def count_frozen(parts: Sequence[FrozenParameter]) -> int:
-    """Return how many entries of one parameter are frozen, by any of several handles."""
-    if len(parts) < 2:
-        return sum(part.frozen_count for part in parts)
-    return count_true(reduce(torch.logical_or, (part.frozen_in_whole() for part in parts)))
+def count_frozen(held: Sequence[FrozenParameter]) -> int:
+    """Count the entries of one parameter that are frozen by any of several handles."""
+    if len(held) < 2:
+        return sum(each.frozen_count for each in held)
+    return count_true(reduce(torch.logical_or, (each.frozen_in_whole() for each in held)))

@@ -1,4 +1,4 @@
-"""What is frozen whole though that may not be meant: everything that trained, or all entries of a union."""
+"""Notes on rules that freeze more than was probably meant: a whole parameter by a union, or the whole model."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .trainable import count_frozen
 
 
 def whole_unions(held: HeldParameters) -> Iterator[str]:
-    """Say of each rule whose region is a union that it freezes every entry of a parameter."""
+    """Yield a note for each rule whose region is a union that covers every entry of a parameter."""
     for name in held.names:
-        part = held.frozen.by_name[name]
-        for constraint in part.constraints:
+        frozen = held.frozen.by_name[name]
+        for constraint in frozen.constraints:
             is_union = _is_union(constraint.rule.region)
-            if is_union and not part.is_sharded and constraint.entries.count == part.shape.numel():
+            if is_union and not frozen.is_sharded and constraint.entries.count == frozen.shape.numel():
                 yield (
-                    f"rule `{shortened(constraint.rule)}` freezes all {part.shape.numel():,} entries of `{name}`: if "
+                    f"rule `{shortened(constraint.rule)}` freezes all {frozen.shape.numel():,} entries of `{name}`: if "
                     f"that is meant, name `{name}` without brackets"
                 )
 
@@ -36,15 +36,15 @@ def _is_union(region: Any) -> bool:
 
 
 def nothing_trains(model: Model) -> Iterator[str]:
-    """Say that every entry of a model which required a gradient is frozen, where that is so."""
+    """Yield a note if every entry that required a gradient is frozen."""
     parameters = [each for each in model.parameters() if each.requires_grad] if isinstance(model, nn.Module) else []
-    for parameter in parameters:  # most models are done with at the first one or the second
+    for parameter in parameters:  # usually one of the first trains
         if is_lazy(parameter) or count_frozen(watching(parameter)) < parameter.numel():
             return
     if parameters:
         total = sum(parameter.numel() for parameter in parameters)
         yield (
-            f"nothing of the model trains: {counted(total, 'entry', 'entries')} of {total:,} in "
+            f"nothing in the model trains: {counted(total, 'entry', 'entries')} of {total:,} in "
             f"{counted(len(parameters), 'parameter', 'parameters')} are frozen; leave out what is to train, or name it "
             "with train_only"
         )

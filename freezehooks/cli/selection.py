@@ -57,7 +57,7 @@ class Names:
             raise UnsupportedParameterError(
                 f"rule `{shortened(rule)}`: `{names[0]}` holds {self._tensors[names[0]].dtype}, "
                 "which no optimizer trains",
-                "name floating-point parameters alone",
+                "name floating-point parameters only",
             )
         return numbers
 

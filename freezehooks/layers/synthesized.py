@@ -183,7 +183,7 @@ def synthesize(module: nn.Module, parameters: Mapping[str, Tensor], *args: Any, 
         What the module returns.
 
     Raises:
-        TargetError: A name is no parameter of the module.
+        TargetError: A name is not a parameter of the module.
         RegionError: A tensor has another shape than the parameter.
 
     Example:
@@ -197,7 +197,7 @@ def synthesize(module: nn.Module, parameters: Mapping[str, Tensor], *args: Any, 
     for name, tensor in parameters.items():
         if name not in own:
             known = f"its parameters are {', '.join(own)}"
-            raise TargetError(f"`{name}` is no parameter of {type(module).__name__}", known)
+            raise TargetError(f"`{name}` is not a parameter of {type(module).__name__}", known)
         if not isinstance(tensor, Tensor):
             raise SpecError(
                 f"`{name}` must be a tensor, found {type(tensor).__name__}", "convert it with torch.as_tensor"

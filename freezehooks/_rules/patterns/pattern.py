@@ -24,7 +24,7 @@ class Selector(Protocol):
     """The operations of torch that patterns need; they do not import torch themselves."""
 
     def coordinates(self, parameter: Tensor, dims: int) -> Sequence[Tensor]:
-        """Return the coordinates along each of the last `dims` dimensions, shaped to broadcast over those dimensions."""
+        """Return the coordinates along each of the last `dims` dimensions, shaped to broadcast over all of those."""
 
     def select(self, region: Region, parameter: Tensor) -> Tensor:
         """Return the bool tensor of the parameter's shape that is True inside a region."""
