@@ -1,4 +1,4 @@
-"""Freeze entries of a model, and the handle that answers for them."""
+"""`freeze_entries` and `train_only`, and the handle that they return."""
 
 from __future__ import annotations
 
@@ -61,31 +61,31 @@ def freeze_entries(
 ) -> FrozenEntries:
     """Hold some entries of a model's parameters at their values while the rest trains.
 
-    From here on the gradient at a frozen entry is exactly +0.0 when `backward()` returns, and the values are imposed
-    before every forward and around saving and loading. Momentum, weight decay and their like move weights whose
-    gradient is zero: guard the optimizer too, with `MaskedOptimizer` or `FrozenEntries.guard`.
+    From now on the gradient at a frozen entry is exactly +0.0 when `backward()` returns, and the values are imposed
+    before every forward and around saving and loading. Momentum and weight decay, among others, move weights even if
+    their gradient is zero: guard the optimizer too, with `MaskedOptimizer` or `FrozenEntries.guard`.
 
     Args:
-        model: A module; or, for those who optimize bare tensors, a mapping from name to leaf tensor (there is no
-            forward to hook then, so gradients and steps alone are guarded).
+        model: A module; or, to optimize bare tensors, a mapping from name to leaf tensor (there is no forward to hook
+            then, so only gradients and steps are guarded).
         spec: A rule as text (several lines are several rules), a `Rule`, a mapping ``{target: region}`` or
-            ``{target: (region, value)}``, or an iterable of those. An empty spec is legal and freezes nothing.
-        state: What `FrozenEntries.state_dict` returned in an earlier run under the same rules. Regions chosen by
-            numbers (`zeros`, `smallest`, `nm`) and kept values are then taken from it rather than chosen anew.
-        replace: Whether earlier handles let go of the parameters that `spec` names, of all their entries, and of
-            those parameters alone. The optimizers that they guard are then guarded by this handle. Left out: several
-            handles hold side by side, with a warning where they hold the same entries.
-        skip_gradients: Whether an `nn.Linear` computes no gradient for rows that are frozen whole, nor for those of
-            its bias: training gets cheaper by up to a third. Gradients of its free rows may differ by roundings, since
-            smaller matrices are multiplied; those of frozen rows are +0.0 as usual. Other modules compute as usual,
-            and so do compiled frames.
+            ``{target: (region, value)}``, or an iterable of those. An empty spec is valid and freezes nothing.
+        state: What `FrozenEntries.state_dict` returned in an earlier run under the same rules. Regions that depend on
+            what parameters contain (`zeros`, `smallest`, `nm`) and kept values are then read from it.
+        replace: Whether to thaw the parameters that `spec` names in all earlier handles. Those handles keep their
+            other parameters, and the optimizers that they guard are guarded by this handle too. Left out: several
+            handles hold side by side, with a warning if they hold the same entries.
+        skip_gradients: Whether an `nn.Linear` skips the gradient of rows that are frozen entirely, and of those
+            entries of its bias, which makes training up to a third cheaper. Gradients of its free rows may differ by
+            rounding errors, since smaller matrices are multiplied; those of frozen rows are +0.0 as usual. Other
+            modules and compiled code compute as usual.
 
     Returns:
         The handle, which reads like a dict from parameter name to what is frozen there.
 
     Raises:
-        FreezeError: One of its subclasses, each also the fitting builtin; nothing is installed or changed then, and
-            earlier handles hold what they held.
+        FreezeError: One of its subclasses, each also the builtin that fits it. Nothing is installed or changed then,
+            and earlier handles hold what they held.
 
     Example:
         >>> import torch
@@ -113,22 +113,22 @@ def train_only(
 ) -> FrozenEntries:
     """Train some entries of a model's parameters, or whole parameters, and nothing else.
 
-    The complement of `freeze_entries`: what `spec` names trains. All other entries of the same parameters keep what
-    they hold, and every parameter that is not named requires no gradient, until `FrozenEntries.remove`. Guard the
-    optimizer, as with `freeze_entries`. Buffers, such as the running statistics of BatchNorm, go on as they did.
+    It is the complement of `freeze_entries`: what `spec` names trains. All other entries of the same parameters keep
+    what they hold, and every parameter that is not named requires no gradient, until `FrozenEntries.remove`. Guard the
+    optimizer, as with `freeze_entries`. Buffers, such as the running statistics of BatchNorm, are not affected.
 
     Args:
         model: A module, or a mapping from name to leaf tensor.
-        spec: What trains, written as the rules of `freeze_entries` are, without values: ``wte[50257:]``, or a name
-            alone for a parameter that trains whole. Several rules of one parameter unite.
+        spec: What trains, as rules without values: ``wte[50257:]``, or just a name for a whole parameter. Several
+            rules on one parameter form a union.
         state: What `FrozenEntries.state_dict` returned in an earlier run under the same `spec`.
         skip_gradients: As for `freeze_entries`.
 
     Returns:
-        The handle. Its rules say what keeps: ``wte.weight[~50257:] = keep``.
+        The handle. Its rules are for the entries that do not train: ``wte.weight[~50257:] = keep``.
 
     Raises:
-        SpecError: `spec` names nothing, gives a value, or names a parameter that requires no gradient; nothing is
+        SpecError: `spec` names nothing, gives a value, or names a parameter that requires no gradient. Nothing is
             changed then.
         FreezeError: As for `freeze_entries`.
 
@@ -166,7 +166,7 @@ def _check_model(model: Any, caller: str) -> None:
 
 
 def _hold(frozen: FrozenEntries, *, replace: bool = False) -> None:
-    """Hold what a new handle freezes, from now on, in the place of earlier handles or beside them."""
+    """Attach a new handle, beside earlier handles or replacing what they hold in the same parameters."""
     earlier = EarlierHandles(frozen._held)
     frozen._check_start()
     if replace:
@@ -184,10 +184,10 @@ def _hold(frozen: FrozenEntries, *, replace: bool = False) -> None:
 
 
 class FrozenEntries(ReadByName):
-    """What is frozen of a model, by the names of its parameters. Made by `freeze_entries`.
+    """The handle on the frozen entries of a model. Made by `freeze_entries`.
 
-    It reads like a dict from name to `FrozenParameter`. A tied parameter stands under its first name and is found under
-    any. Printing shows a table. As a context manager it removes itself at the end of the block.
+    It reads like a dict from name to `FrozenParameter`. A parameter that modules share is listed under its first name
+    and found under any of them. It prints as a table. As a context manager it removes itself at the end of the block.
 
     Example:
         >>> import torch
@@ -215,18 +215,18 @@ class FrozenEntries(ReadByName):
 
     @classmethod
     def of(cls, model: nn.Module) -> tuple[FrozenEntries, ...]:
-        """Return handles of what is frozen in a model, in the order of its modules.
+        """Return the handles on the frozen entries of a model, in the order of its modules.
 
-        A copied or unpickled model takes its frozen entries along but no handle: this makes one. The names in it are
-        those of `model`. Names of the model that was frozen are understood too.
+        A copied or unpickled model has its frozen entries but no handle: this makes one. It shows the names that
+        parameters have in `model`, and also accepts those in the model that was frozen.
 
         Raises:
-            SpecError: `model` is no module.
+            SpecError: `model` is not a module.
         """
         if not isinstance(model, nn.Module):
             raise SpecError(
                 f"`model` must be a module, found {type(model).__name__}",
-                "of bare tensors keep the handle that freeze_entries returned",
+                "for bare tensors, keep the handle that freeze_entries returned",
             )
         found: dict[int, FrozenEntries] = {}
         for module in model.modules():
@@ -241,28 +241,30 @@ class FrozenEntries(ReadByName):
 
     @classmethod
     def _found(cls, known: dict[int, FrozenEntries], model: nn.Module, frozen: FrozenParameters) -> FrozenEntries:
-        """Return the handle of what was found in a model, a new one the first time."""
+        """Return the handle for frozen parameters that were found in a model, making it the first time."""
         if id(frozen) not in known:
             known[id(frozen)] = cls(HeldParameters(model, frozen, is_found=True))
             known[id(frozen)]._attached = True
         return known[id(frozen)]
 
-    # By name
+    # Contents
 
     def __getitem__(self, name: str) -> FrozenParameter:
         if not isinstance(name, str):
             raise TargetError(f"a parameter's name is text, found {shown(name)}", "give one of frozen.keys()")
-        part = self._held.find(name)
-        return self._held.as_shown(part.beside(EarlierHandles(self._held).beside(part)) if self.attached else part)
+        frozen = self._held.find(name)
+        if self.attached:
+            frozen = frozen.beside(EarlierHandles(self._held).beside(frozen))
+        return self._held.as_shown(frozen)
 
     def _counted(self) -> list[FrozenParameter]:
-        """Return what is frozen of each parameter, with free entries counted over all handles."""
+        """Return the frozen parameters, with free entries counted over all handles."""
         earlier = EarlierHandles(self._held)
-        parts = [part.beside(earlier.beside(part)) if self.attached else part for part in self._parts()]
-        return list(map(self._held.as_shown, parts))
+        found = [each.beside(earlier.beside(each)) if self.attached else each for each in self._parameters()]
+        return list(map(self._held.as_shown, found))
 
     def __iter__(self) -> Iterator[str]:
-        return (self._held.as_shown(part).name for part in self._parts())
+        return (self._held.as_shown(frozen).name for frozen in self._parameters())
 
     def __len__(self) -> int:
         return len(self._held.names)
@@ -274,18 +276,18 @@ class FrozenEntries(ReadByName):
             counts = f"{frozen.frozen_count:,}", f"{frozen.free_count:,}"
             rows.append((frozen.name, str(tuple(frozen.shape)), rules, *counts))
         table = aligned(rows, right=(3, 4)) if len(self) else ""
-        said = [table, self._said_of_others(), self._said_of_gradients(), self._held.removal, *self._held.skips]
-        return "\n".join(filter(None, said)) or "nothing is frozen"
+        lines = [table, self._note_on_others(), self._note_on_gradients(), self._held.removal, *self._held.skips]
+        return "\n".join(filter(None, lines)) or "nothing is frozen"
 
-    def _said_of_others(self) -> str:
+    def _note_on_others(self) -> str:
         count = len(self._untrained) if self.attached else 0
         return f"{counted(count, 'other parameter does', 'other parameters do')} not train" if count else ""
 
-    def _said_of_gradients(self) -> str:
+    def _note_on_gradients(self) -> str:
         names = skipped_on(self._held) if self.attached else []
         return f"no gradient is computed for frozen rows of {', '.join(names)}" if names else ""
 
-    def _parts(self) -> list[FrozenParameter]:
+    def _parameters(self) -> list[FrozenParameter]:
         return [self._held.frozen.by_name[name] for name in self._held.names]
 
     @property
@@ -296,24 +298,24 @@ class FrozenEntries(ReadByName):
     @property
     def rules(self) -> tuple[Rule, ...]:
         """The rules in force, each once."""
-        return tuple(dict.fromkeys(rule for frozen in self._parts() for rule in frozen.rules))
+        return tuple(dict.fromkeys(rule for frozen in self._parameters() for rule in frozen.rules))
 
     @property
     def frozen_count(self) -> int:
         """How many entries are frozen, over all parameters."""
-        return sum(frozen.frozen_count for frozen in self._parts())
+        return sum(frozen.frozen_count for frozen in self._parameters())
 
     @property
     def nbytes(self) -> int:
-        """The memory that regions and values take, in bytes, over all parameters: none for slices at a number."""
-        return sum(frozen.nbytes for frozen in self._parts())
+        """The memory that regions and values take, in bytes, over all parameters; slices held at a number take none."""
+        return sum(frozen.nbytes for frozen in self._parameters())
 
     @property
     def attached(self) -> bool:
         """Whether the entries are held now."""
         sites = list(self._held.known_sites())
         if not sites:
-            return self._attached and not self._held.sites  # else another handle has let all of it go
+            return self._attached and not self._held.sites  # otherwise another handle has thawed all of it
         return all(self._hooks.is_on(*each) for each in sites)
 
     @property
@@ -323,8 +325,8 @@ class FrozenEntries(ReadByName):
     # Holding
 
     def held(self) -> Iterator[tuple[FrozenParameter, Tensor]]:
-        """Pair what is frozen of each parameter with each tensor that it holds now."""
-        return ((self._held.as_shown(part), parameter) for part, parameter in self._held)
+        """Yield each frozen parameter with each tensor that it has now."""
+        return ((self._held.as_shown(frozen), parameter) for frozen, parameter in self._held)
 
     def impose(self) -> None:
         """Write the values into the frozen entries now."""
@@ -333,11 +335,11 @@ class FrozenEntries(ReadByName):
             frozen.impose(parameter)
 
     def violations(self) -> tuple[Violation, ...]:
-        """Return, for each parameter where frozen entries drifted, how many and the worst of them.
+        """Return a violation for each parameter whose frozen entries drifted, with their number and the worst of them.
 
         Raises:
-            ParameterChangedError: A parameter is gone, has another shape or no numbers (on the meta device), or lies in
-                a module that was replaced.
+            ParameterChangedError: A parameter is gone, has another shape, is on the meta device, or is in a module that
+                was replaced.
         """
         self._hooks.follow_rebuilt()
         return self._held.violations()
@@ -346,14 +348,14 @@ class FrozenEntries(ReadByName):
         """Check that every frozen entry equals its value bit for bit, and that everything that holds it is in place.
 
         Args:
-            guarded: Whether some guarded optimizer must step each parameter that requires a gradient. Give False
-                before there is one, or where no optimizer steps the parameter.
+            guarded: Whether each parameter that requires a gradient must be stepped by a guarded optimizer. Pass False
+                before there is one, or if no optimizer steps the parameter.
 
         Raises:
-            DriftError: Some entries do not; the message names them.
-            UnguardedError: All do, but a hook is no longer there, no optimizer is guarded, or the handle was removed.
-            ParameterChangedError: A parameter is gone, has another shape or no numbers (on the meta device), or lies in
-                a module that was replaced.
+            DriftError: Some entries do not equal their value; the message names them.
+            UnguardedError: All of them do, but a hook is missing, no optimizer is guarded, or the handle was removed.
+            ParameterChangedError: A parameter is gone, has another shape, is on the meta device, or is in a module that
+                was replaced.
         """
         violations = self.violations()
         if violations:
@@ -365,13 +367,13 @@ class FrozenEntries(ReadByName):
         check_complete(self._mechanisms(), guarded=guarded, removal=self._held.removal)
 
     def report(self) -> Report:
-        """Look at what is frozen and by what means: values, drift, hooks, guarded optimizers, bytes.
+        """Report on each parameter: rules, values, drift, hooks, guarded optimizers, and bytes.
 
-        Of a parameter that is spread over ranks, values and drift are of this rank's shard.
+        For a sharded parameter, values and drift are those of this rank's shard.
 
         Raises:
-            ParameterChangedError: A parameter is gone, has another shape or no numbers (on the meta device), or lies in
-                a module that was replaced.
+            ParameterChangedError: A parameter is gone, has another shape, is on the meta device, or is in a module that
+                was replaced.
 
         Example:
             >>> import torch
@@ -390,19 +392,19 @@ class FrozenEntries(ReadByName):
             violations.setdefault(violation.name, []).append(violation)
         mechanisms = self._mechanisms()
         parts = {
-            part.name: report_parameter(part, violations.get(part.name, ()), mechanisms[part.name])
-            for part in self._counted()
+            each.name: report_parameter(each, violations.get(each.name, ()), mechanisms[each.name])
+            for each in self._counted()
         }
         return Report(parts, self._held.removal, tuple(self._held.skips))
 
     def _mechanisms(self) -> dict[str, Mechanisms]:
         found = find_mechanisms(self._held, self._hooks.by_module)
-        return {self._held.as_shown(part).name: found[part.name] for part in self._parts()}
+        return {self._held.as_shown(frozen).name: found[frozen.name] for frozen in self._parameters()}
 
     def trainable(self) -> Trainable:
-        """Count the entries of the model that train, as they are reported: in number and in percent.
+        """Count the entries of the model that train, out of all.
 
-        Frozen entries of other handles do not train either. Copies that are tied count each.
+        Entries that other handles freeze do not train either. Tied copies count one by one.
 
         Example:
             >>> import torch
@@ -421,26 +423,27 @@ class FrozenEntries(ReadByName):
     def plot(self, name: str, path: str | Path | None = None) -> Figure:
         """Draw a parameter, kernel by kernel or as a matrix, with a mark on every frozen entry.
 
-        A convolution's kernels stand with output channels across and input channels down, on one color scale that is
-        symmetric around 0; of many channels some are drawn, evenly spaced. A large matrix is drawn in cells, each the
-        entry of largest magnitude of a block, beside a panel that says in gray how much of the block is frozen.
-        Sharded parameters show this rank's shard. The picture says all of that itself.
+        The kernels of a convolution are drawn with output channels across and input channels down, on one color scale
+        that is symmetric around 0; if there are many channels, an evenly spaced selection is drawn. A large matrix is
+        drawn in cells, each showing the entry of largest magnitude of a block, beside a panel that shows the frozen
+        share of each block in gray. For a sharded parameter, this rank's shard is drawn. Notes below the picture
+        explain it.
 
-        It needs matplotlib (``pip install 'freezehooks[plot]'``) and leaves pyplot's state alone. Notebooks show it.
+        It needs matplotlib (``pip install 'freezehooks[plot]'``) and does not touch pyplot's state. Notebooks show it.
 
         Args:
             name: The parameter's qualified name.
-            path: Where to write the picture; its suffix says the format, as ``.png``, ``.pdf`` or ``.svg``. A folder
-                that is missing is made. Left out: nothing is written.
+            path: Where to write the picture; its suffix gives the format, such as ``.png``, ``.pdf`` or ``.svg``. A
+                missing folder is created. Left out: nothing is written.
 
         Returns:
             The figure.
 
         Raises:
-            TargetError: Nothing of the parameter is frozen.
+            TargetError: No entry of the parameter is frozen.
             SpecError: The suffix of `path` names no format.
             UnsupportedParameterError: The parameter is on the meta device.
-            ParameterChangedError: It is gone, or has another shape.
+            ParameterChangedError: The parameter is gone, or has another shape.
             ModuleNotFoundError: matplotlib is not installed.
 
         Example:
@@ -461,30 +464,30 @@ class FrozenEntries(ReadByName):
     def guard(self, optimizer: Optimizer, *, compact: bool = False) -> Guard:
         """Hold the entries through every step of an optimizer, by the optimizer's own step hooks.
 
-        Guarding an optimizer twice is guarding it once; one that holds another optimizer, as SAM and Lookahead do, is
-        guarded together with it. A wrapper without step hooks of its own is guarded by those of what it wraps: what it
-        writes after the step inside is put right by the next forward, or by a `MaskedOptimizer` around it at once.
-        Moments at frozen entries become 0. Where none of the frozen parameters requires a gradient there is nothing to
-        guard, and the optimizer may step none of them.
+        Guarding an optimizer again has no further effect. An optimizer that contains another one, as SAM and Lookahead
+        do, is guarded together with it. A wrapper without step hooks of its own is guarded by those of the optimizer
+        that it wraps: what it writes after the inner step is corrected by the next forward, or immediately if a
+        `MaskedOptimizer` is around it. Moments at frozen entries become 0. If none of the frozen parameters requires a
+        gradient, there is nothing to guard, and the optimizer need not step any of them.
 
         Args:
             optimizer: Any optimizer that steps at least one of the frozen parameters.
-            compact: Whether the optimizer holds and steps the free entries alone, as `MaskedOptimizer` says; once
-                for all handles that guard it.
+            compact: Whether the optimizer holds and steps only the free entries; see `MaskedOptimizer`. It applies to
+                all handles that guard the optimizer.
 
         Returns:
-            The guard, whose `remove()` takes the hooks off again.
+            The guard; its `remove()` removes the hooks.
 
         Raises:
             OptimizerMismatchError: The optimizer steps none of the frozen parameters.
-            UnsupportedOptimizerError: It does not work entry by entry, so that it cannot be compact.
-            SpecError: `optimizer` is no optimizer, or has no step hooks.
+            UnsupportedOptimizerError: It is not elementwise, so that it cannot be compact.
+            SpecError: `optimizer` is not an optimizer, or has no step hooks.
             UnguardedError: Its step was replaced by one that calls no hooks.
         """
         return self.guard_unchecked(self.check_optimizer(optimizer, compact=compact), compact=compact)
 
     def guard_unchecked(self, optimizers: Sequence[Optimizer], *, compact: bool) -> Guard:
-        """Guard some optimizers, the outermost first, whether or not they step frozen parameters already."""
+        """Guard some optimizers, the outermost first, without checking that they step frozen parameters."""
         guards = [self._guard_of(each) for each in optimizers]
         for guard in guards:
             if self.attached:
@@ -509,9 +512,9 @@ class FrozenEntries(ReadByName):
             The optimizers whose hooks are to hold the entries: itself, those inside it, or both.
 
         Raises:
-            OptimizerMismatchError: It steps none, and some require a gradient, or it steps copies of them.
-            UnsupportedOptimizerError: It is to be compact, and does not work entry by entry.
-            SpecError: It is no optimizer, or has no step hooks.
+            OptimizerMismatchError: It steps none although some require a gradient, or it steps copies of them.
+            UnsupportedOptimizerError: It is not elementwise, so that it cannot be compact.
+            SpecError: It is not an optimizer, or has no step hooks.
             UnguardedError: Its step was replaced by one that calls no hooks.
         """
         found = guardable(optimizer)
@@ -520,19 +523,19 @@ class FrozenEntries(ReadByName):
         held = {id(parameter) for _, parameter in self._held}
         stepping = [each for each in found if held & stepped_by(each)]
         if not stepping:
-            self._check_passed_over(optimizer, found)
+            self._check_none_stepped(optimizer, found)
             stepping = found[:1]
         for each in stepping if compact else ():
             check_elementwise(each)
             check_spread(each, self._held)
         return stepping
 
-    def _check_passed_over(self, optimizer: Optimizer, found: Iterable[Optimizer]) -> None:
-        """Refuse an optimizer that steps nothing of this handle, unless nothing of it is to be stepped.
+    def _check_none_stepped(self, optimizer: Optimizer, found: Iterable[Optimizer]) -> None:
+        """Reject an optimizer that steps none of the frozen parameters, unless none of them requires a gradient.
 
         Raises:
-            OptimizerMismatchError: Some of its parameters require a gradient; or none does, since a copy trains in
-                their place, as PEFT's `modules_to_save`, for which this handle does not answer.
+            OptimizerMismatchError: Some of them require a gradient; or none does because a copy trains instead, as with
+                PEFT's `modules_to_save`, which is not in this handle.
         """
         names = self._held.parameter_names
         fact = f"`{type(optimizer).__name__}` steps none of the frozen parameters ({', '.join(names)})"
@@ -543,14 +546,14 @@ class FrozenEntries(ReadByName):
         stepped = {number for each in found for number in stepped_by(each)}
         if not self._held.is_found and not stepped.isdisjoint(map(id, copies_in(self._held))):
             raise OptimizerMismatchError(
-                f"{fact}, but copies of them that the model now has in their place",
+                f"{fact}, but copies of them that the model now has instead",
                 "guard those: MaskedOptimizer(optimizer, FrozenEntries.of(model))",
             )
 
-    # Coming and going
+    # Attaching and removing
 
     def attach(self) -> Self:
-        """Hold the entries, again at the values they were frozen at; do nothing where they are held already.
+        """Hold the entries again, at the values at which they were frozen; do nothing if they are held already.
 
         Raises:
             RuleConflictError: Another handle holds some of the entries at other values; nothing is changed then.
@@ -568,13 +571,13 @@ class FrozenEntries(ReadByName):
             frozen.check_start(parameter)
 
     def _prepare_guards(self, optimizers: Iterable[tuple[Optimizer, bool]]) -> None:
-        """Be ready to guard optimizers, each with whether it is compact, from the moment on that the entries are held.
+        """Prepare to guard optimizers, each with a bool for compact mode, once the handle is attached.
 
         Raises:
-            FreezeError: One cannot be guarded by this handle as it is.
+            FreezeError: One of them cannot be guarded by this handle.
         """
         for optimizer, compact in optimizers:
-            with suppress(OptimizerMismatchError):  # it steps other parameters
+            with suppress(OptimizerMismatchError):  # it steps other parameters only
                 self.guard_unchecked(self.check_optimizer(optimizer, compact=compact), compact=compact)
 
     def _begin(self) -> None:
@@ -590,10 +593,10 @@ class FrozenEntries(ReadByName):
         self._attached = True
 
     def remove(self) -> None:
-        """Let the entries go: take off every hook, from module, parameters and guarded optimizers.
+        """Thaw all entries: remove every hook from modules, parameters and guarded optimizers.
 
-        The entries train from here on as if they had never moved (their moments are 0), and parameters that
-        `train_only` kept from training require a gradient again. `attach` holds all of it again.
+        From now on the entries train as if they had never moved (their moments are 0), and parameters that
+        `train_only` kept from training require a gradient again. `attach` holds everything again.
         """
         if not self._holds_any:
             return
@@ -601,34 +604,35 @@ class FrozenEntries(ReadByName):
         self._held.frozen.release(self._held.names)
         for guard in self._guards:
             guard.suspend()
-        leave_released(self._held.frozen)  # of another handle for the same parameters
+        leave_released(self._held.frozen)  # in guards of another handle object for the same frozen parameters
         self._hooks.remove()
         self._untrained.end()
         self._attached = False
 
     def _unguard(self) -> None:
-        """Stop guarding every optimizer: training is over, and no step hook stays to follow what is let go."""
+        """Stop guarding every optimizer, when training is over and thawed entries need no correction by step hooks."""
         reset_guards(self._held.frozen)
         for guard in self._guards:
             guard.remove()
         self._guards = []
 
     def thaw(self, target: str | Rule) -> None:
-        """Let frozen entries of some parameters go, all or those in a region, and hold the others on.
+        """Thaw entries of some parameters, all of them or those in a region, and go on holding the others.
 
-        The rules say afterwards what is still held, as ``wte[~50257: & ~:100] = keep``. A state that is saved then
-        loads in a run that thawed the same, or was frozen by those rules.
+        The rules are updated to what is still held, such as ``wte[~50257: & ~:100] = keep``. A state that is saved
+        afterwards loads in a run that thawed the same, or that was frozen by those rules.
 
         Args:
-            target: A parameter's name as in rules, with ``*`` and ``?``; a module's name stands for its weight. With
-                a region, as ``wte[:100]``, only what lies in it is let go. A `Rule` takes masks and functions too.
+            target: A parameter's name as in rules, with ``*`` and ``?``; a module's name stands for its weight. With a
+                region, as in ``wte[:100]``, only the entries in it are thawed. A `Rule` may have a mask or a function
+                as its region.
 
         Raises:
-            TargetError: Nothing of it is frozen.
-            RuleSyntaxError: Text that is no rule.
+            TargetError: None of the entries is frozen.
+            RuleSyntaxError: The text is not a rule.
             RegionError: The region does not fit the parameter.
-            RuleConflictError: The parameter is tied, and one slice would be free where another is frozen.
-            SpecError: It is neither text nor a rule, or gives a value.
+            RuleConflictError: The parameter is tied, and one copy would be free while another is frozen.
+            SpecError: It is neither text nor a rule, or has a value.
 
         Example:
             >>> import torch
@@ -639,31 +643,31 @@ class FrozenEntries(ReadByName):
             parameter  shape   rules            frozen  free
             weight     (4, 3)  weight[~2:] = 0       6     6
         """
-        name, region = self._said_by(target)
+        name, region = self._parsed(target)
         left = self._left(self._named_by(name), region, target)
-        gone = {name for name, part in left.items() if part is None}
+        gone = {name for name, frozen in left.items() if frozen is None}
         if self._holds_any:
             reset_guards(self._held.frozen)
         self._hooks.release(gone)
         self._held.frozen.thaw(gone)
-        self._held.frozen.replace({name: part for name, part in left.items() if part is not None})
+        self._held.frozen.replace({name: frozen for name, frozen in left.items() if frozen is not None})
         self._held.sites = [(name, site) for name, site in self._held.sites if name not in gone]
         if not len(self) and not self._untrained:
             self.remove()
 
-    def _said_by(self, target: str | Rule) -> tuple[str, Any]:
-        """Return the name and the region that a target of `thaw` speaks of."""
+    def _parsed(self, target: str | Rule) -> tuple[str, Any]:
+        """Return the name and the region in a target of `thaw`."""
         if isinstance(target, str) and target in self._known_names():
             return target, WHOLE
         rule = parse_rule(target) if isinstance(target, str) else target
         if not isinstance(rule, Rule):
             raise SpecError(f"a target is a parameter's name, found {shown(target)}", "give one of frozen.keys()")
         if rule.value is not keep:
-            raise SpecError(f"`{shortened(rule)}` gives a value, and what is let go has none", "leave the value out")
+            raise SpecError(f"`{shortened(rule)}` gives a value, but thawed entries have none", "leave the value out")
         return rule.target, rule.region
 
     def _known_names(self) -> list[str]:
-        return [name for part in self._parts() for name in (*self._held.as_shown(part).names, *part.names)]
+        return [name for each in self._parameters() for name in (*self._held.as_shown(each).names, *each.names)]
 
     def _named_by(self, target: str) -> set[str]:
         known = self._known_names()
@@ -673,7 +677,7 @@ class FrozenEntries(ReadByName):
         return names
 
     def _left(self, names: set[str], region: Any, target: str | Rule) -> dict[str, FrozenParameter | None]:
-        """Return what is held of parameters without a region, where some of it was in there; None where nothing is."""
+        """Return what stays frozen outside a region in each parameter with frozen entries inside it, or None."""
         if is_whole(region):
             return dict.fromkeys(names)
         left: dict[str, FrozenParameter | None] = {}
@@ -681,8 +685,8 @@ class FrozenEntries(ReadByName):
             if frozen.name in names:
                 where = f"parameter `{frozen.name}` of shape {tuple(frozen.shape)}"
                 with error_context(f"cannot thaw `{shortened(target)}`", where):
-                    part = remaining(frozen, parameter, region)
-                left |= {} if part is frozen else {frozen.name: part}
+                    rest = remaining(frozen, parameter, region)
+                left |= {} if rest is frozen else {frozen.name: rest}
         if not left:
             rules = ", ".join(f"`{shortened(rule)}`" for rule in self.rules)
             raise TargetError(f"nothing in `{shortened(target)}` is frozen", f"the rules in force are {rules}")
@@ -699,21 +703,21 @@ class FrozenEntries(ReadByName):
     # Saving
 
     def state_dict(self) -> dict[str, Any]:
-        """Return rules, regions and values as plain tensors and builtins (it loads with `weights_only=True`)."""
-        return saved.save(self._parts(), self._untrained.names_in(self.model))
+        """Return rules, regions and values as plain tensors and builtins, which load with `weights_only=True`."""
+        return saved.save(self._parameters(), self._untrained.names_in(self.model))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take regions and kept values from a saved state, and impose them.
+        """Restore regions and kept values from a saved state, and impose the values.
 
-        Load it before the weights and the optimizer's state that were saved with it. Where regions are chosen by
-        numbers, other entries may be frozen until then, and the numbers that are loaded for these are lost; a warning
-        says so.
+        Load it before the weights and the optimizer's state that were saved with it. If regions depend on what
+        parameters contain, other entries may be frozen until then, and what is loaded into these is lost, with a
+        warning.
 
         Args:
             state: What `state_dict` returned, under the same rules.
 
         Raises:
-            StateMismatchError: It was made under other rules or for another model; nothing is changed then.
+            StateMismatchError: It was saved under other rules or for another model; nothing is changed then.
             RuleConflictError: Another handle holds some of its entries at other values; nothing is changed then.
         """
         loaded = resolve.read(self._held, state)
@@ -730,7 +734,7 @@ class FrozenEntries(ReadByName):
             reset_guards(self._held.frozen)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_guards": []}  # a guard belongs to its optimizer; MaskedOptimizer makes it anew
+        return {**vars(self), "_guards": []}  # guards are not copied; a copied MaskedOptimizer makes new ones
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

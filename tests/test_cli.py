@@ -167,7 +167,7 @@ def test_the_json_of_verify_says_what_its_lines_say(folder: Folder) -> None:
                 {"name": "w", "entries": 3, "broken": 2, "claims": {"`w = 0`": wrong}, "fact": ""},
                 {"name": "v", "entries": 1, "broken": 0, "claims": {f"`{rule}`": right}, "fact": ""},
             ],
-            "notes": [f"`{rule}`: `smallest` was chosen on the checkpoint itself, for want of --against BASE"],
+            "notes": [f"`{rule}`: `smallest` was chosen on the checkpoint itself, since there is no --against BASE"],
             "not_looked_at": ["u"],
         },
     )
@@ -445,11 +445,11 @@ def _file(folder: Folder, kind: str) -> str:
     [
         ("missing", "there is no file `.*missing.pt`; check the path"),
         ("folder", "is a folder; name the file inside it; it holds whole.pt"),
-        ("text", "is no checkpoint, or part of it is missing .*; give a file that torch.save wrote"),
-        ("empty", "is no checkpoint, or part of it is missing .*; give a file that torch.save wrote"),
-        ("truncated", "is no checkpoint, or part of it is missing .* copy it again if it was cut short"),
-        ("safetensors by another name", "is no checkpoint of tensors alone, and nothing of it was executed"),
-        ("torch by another name", "is no file of safetensors, or part of it is missing .*; copy it again"),
+        ("text", "is not a checkpoint, or is incomplete .*; give a file that torch.save wrote"),
+        ("empty", "is not a checkpoint, or is incomplete .*; give a file that torch.save wrote"),
+        ("truncated", "is not a checkpoint, or is incomplete .* copy it again if it was cut short"),
+        ("safetensors by another name", "is not a checkpoint of tensors only, and nothing of it was executed"),
+        ("torch by another name", "is not a file of safetensors, or is incomplete .*; copy it again"),
         (
             "a whole module",
             r"asks for `torch.nn.modules.linear.Linear`, .*; .*\(model.state_dict\(\), path\)",
@@ -461,7 +461,7 @@ def _file(folder: Folder, kind: str) -> str:
             "compressed",
             r"is compressed \(`whole/data/0` in it\), as torch.save never does; load it and save it again",
         ),
-        ("TorchScript", r"is no checkpoint, .*TorchScript archive"),
+        ("TorchScript", r"is not a checkpoint, .*TorchScript archive"),
         ("nested", r"`w` of .* is nested; save dense tensors"),
         ("sparse", r"`w` of .* is torch.float32 in layout torch.sparse_coo; save dense tensors"),
         ("meta", r"`w` of .* is on the meta device"),
@@ -487,7 +487,7 @@ class _Part(torch.Tensor):
 def test_a_tensor_of_another_class_is_refused(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder.checkpoint("a.pt", w=ramp(2))
     monkeypatch.setattr(torch, "load", lambda *_, **__: {"w": ramp(2).as_subclass(_Part)})
-    with pytest.raises(CheckpointError, match=r"`w` of .* is a _Part, .* a part only; save the full state_dict"):
+    with pytest.raises(CheckpointError, match=r"`w` of .* is a _Part, .* only a shard; save the full state_dict"):
         open_checkpoint(path)
 
 
@@ -544,7 +544,7 @@ def test_without_safetensors_the_error_names_the_extra(folder: Folder, monkeypat
     monkeypatch.setitem(sys.modules, "safetensors", None)
     assert folder.run("show", path) == (
         2,
-        f"freezehooks: error: to read `{path}` takes the package safetensors, which is not installed; "
+        f"freezehooks: error: reading `{path}` needs the package safetensors, which is not installed; "
         'run `pip install "freezehooks[cli]"`\n',
     )
 
@@ -616,8 +616,8 @@ def test_what_yaml_takes_for_numbers_is_the_text_that_it_was(folder: Folder) -> 
         ("r.yaml", "w: [0, center]", "rule for `w`: value `center`: column 1"),
         ("r.yaml", "w: middle", "rule for `w`: region `middle`: column 1: unknown pattern"),
         ("r.yaml", "w:", "rule for `w`: the region or the value is empty; write `...`"),
-        ("r.yaml", "w: 0\nw: 1", "a key is no text, or is written twice"),
-        ("r.yaml", "[a]: 1", "a key is no text, or is written twice"),
+        ("r.yaml", "w: 0\nw: 1", "a key is not text, or is written twice"),
+        ("r.yaml", "[a]: 1", "a key is not text, or is written twice"),
         ("r.yaml", "- &a w\n- *a", "anchors and aliases have no meaning here"),
         ("r.yaml", "w: !!int 3", "the tag .* has no meaning here, and nothing was made of it"),
         ("r.yaml", "!!map [w]", "the tag .* has no meaning here, and nothing was made of it"),
@@ -644,7 +644,7 @@ def test_a_hostile_yaml_is_refused_and_not_executed(folder: Folder) -> None:
 
 def test_a_rules_file_that_cannot_be_read_is_refused(folder: Folder) -> None:
     (folder.path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(FreezeError, match=r"the rules file `.*binary.txt` is no text in UTF-8; check --rules"):
+    with pytest.raises(FreezeError, match=r"the rules file `.*binary.txt` is not text in UTF-8; check --rules"):
         read_rules(str(folder.path / "binary.txt"))
     with pytest.raises(FreezeError, match=r"the rules file `.*none.txt` cannot be read \(No such file or directory\)"):
         read_rules(str(folder.path / "none.txt"))

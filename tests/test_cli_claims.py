@@ -66,7 +66,7 @@ def test_whatever_else_changed_came_or_went_is_named(folder: Folder) -> None:
         "NO  came: only in the checkpoint\n"
         "NO  gone: only in the base\n"
         "NOT verified: 3 of 5 entries, in 2 of 2 parameters, do not hold; "
-        "4 tensors came, went, or changed shape or dtype\n"
+        "4 tensors added, removed, or changed in shape or dtype\n"
         "0 other tensors were not looked at\n",
     )
 

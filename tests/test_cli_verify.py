@@ -238,8 +238,8 @@ def test_a_number_in_a_new_row_needs_no_base(folder: Folder) -> None:
 @pytest.mark.parametrize(
     ("rule", "tensor", "base", "message"),
     [
-        ("w", ramp(2), None, "there is nothing that says what the entries held before; name the base: --against BASE"),
-        ("w[zeros] = 0", ramp(2), None, "`zeros` chosen on the checkpoint itself would be true of anything; name the"),
+        ("w", ramp(2), None, "nothing tells what the entries held before; name the base: --against BASE"),
+        ("w[zeros] = 0", ramp(2), None, "`zeros` chosen on the checkpoint itself would hold for any checkpoint; name"),
         ("w[~zeros | 0] = 0", ramp(2), None, "`zeros` chosen on the checkpoint itself"),
         ("w[:5]", ramp(6), ramp(4), "the base has no entry [4] of `w`, its shape is (4,) in the base and (6,) in"),
         ("w", ramp(4), ramp(6), "the checkpoint has no entry [4] of `w`, its shape is (6,) in the base and (4,) in"),

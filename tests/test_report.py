@@ -359,7 +359,7 @@ def test_a_parameter_without_numbers_cannot_be_checked() -> None:
 def test_the_advice_speaks_of_what_is_missing() -> None:
     model, frozen, optimizer = _guarded()
     _strip_forward(model, optimizer)
-    with pytest.raises(UnguardedError, match=r"put the hooks on again with frozen\.remove\(\) and frozen\.attach\(\)$"):
+    with pytest.raises(UnguardedError, match=r"reinstall the hooks with frozen\.remove\(\) and frozen\.attach\(\)$"):
         frozen.assert_frozen()
 
 

@@ -249,7 +249,7 @@ def test_tied_copies_let_a_region_go_in_every_slice_alone() -> None:
         ("weight[6:]", TargetError, r"nothing in `weight\[6:\]` is frozen; the rules in force are `weight\[:4\] = 1`"),
         ("weight[8]", RegionError, r"cannot thaw `weight\[8\]`: index 8 is out of range .* \(parameter `weight`"),
         ("weight[center]", RegionError, r"cannot thaw `weight\[center\]`"),
-        ("weight[0] = 1", SpecError, r"`weight\[0\] = 1` gives a value, and what is let go has none; leave"),
+        ("weight[0] = 1", SpecError, r"`weight\[0\] = 1` gives a value, but thawed entries have none; leave"),
         ("wheight[0]", TargetError, "nothing of `wheight` is frozen; frozen are weight"),
         ("weight[0", RuleSyntaxError, r"`\]` to close the region"),
         (3, SpecError, "a target is a parameter's name, found 3"),

@@ -20,7 +20,7 @@ class FrozenParameters:
 
     The hooks on modules, gradients and optimizers all refer to one such object and to a name in it. When a parameter
     is moved, sharded, loaded or thawed, its `FrozenParameter` is therefore replaced only here. The object refers to no
-    parameter and no module, so that keeping it keeps nothing of the model alive.
+    parameter and no module, so that keeping it keeps nothing in the model alive.
 
     Attributes:
         by_name: The frozen parameters, in a plain dict since compiled code reads it.

@@ -21,9 +21,9 @@ _COMMANDS: Final = {"explain": explain, "show": show, "verify": verify, "diff": 
 
 _INTERRUPTED: Final = 130
 _PIPE_CLOSED: Final = 141
-"""What a shell reports of a program that SIGINT, or SIGPIPE, has ended: neither is a yes."""
+"""The exit codes that a shell reports for a program ended by SIGINT or SIGPIPE: neither means yes."""
 
-_DESCRIPTION: Final = "Say which entries of a PyTorch checkpoint are held fixed, and find out whether they were."
+_DESCRIPTION: Final = "Show which entries of a PyTorch checkpoint rules freeze, and check that they hold their values."
 
 _RULES: Final = """\
 rules:
@@ -43,7 +43,7 @@ rules:
   wte[~50257:]                   all but the new rows keep what they hold
 
 exit codes:
-  0 yes    1 no: an entry does not hold, or the files differ    2 bad use, or a file that cannot be read
+  0 yes    1 no: an entry does not hold, or the files differ    2 wrong usage, or a file that cannot be read
 """
 
 
@@ -70,8 +70,8 @@ _ARGUMENTS: Final[dict[str, dict[str, Any]]] = {
     "--rules": _SEVERAL | {"metavar": "FILE", "help": "rules: one a line, or YAML in .yaml or .yml"},
     "--rule": _SEVERAL | {"metavar": "RULE", "help": "one rule, such as 'conv[center] = 0'; repeatable"},
     "--against": {"metavar": "BASE", "help": "the checkpoint whose numbers are kept"},
-    "--train-only": _SEVERAL | {"metavar": "RULE", "help": "what alone may differ from BASE; repeatable"},
-    "--frozen": {"metavar": "FILE", "help": "what FrozenEntries.state_dict() returned, saved: it says what is held"},
+    "--train-only": _SEVERAL | {"metavar": "RULE", "help": "what may differ from BASE, and nothing else; repeatable"},
+    "--frozen": {"metavar": "FILE", "help": "a saved FrozenEntries.state_dict(), to check instead of rules"},
     "--limit": {
         "metavar": "N",
         "type": _count,
@@ -80,27 +80,27 @@ _ARGUMENTS: Final[dict[str, dict[str, Any]]] = {
     "--key": {"help": "where in the file the tensors are, with dots between nested keys"},
     "--key-b": {"metavar": "KEY", "help": "where they are in B, if not under --key ('': where usual)"},
     "--against-key": {"metavar": "KEY", "help": "where they are in BASE, if not under --key ('': where usual)"},
-    "--rules-only": _FLAG | {"help": "say the rules alone, as a file that --rules takes"},
-    "--quiet": _FLAG | {"help": "say nothing: the exit code is the answer"},
-    "--json": _FLAG | {"help": "say it as JSON"},
+    "--rules-only": _FLAG | {"help": "print only the rules, as a file for --rules"},
+    "--quiet": _FLAG | {"help": "print nothing; the exit code is the answer"},
+    "--json": _FLAG | {"help": "print the answer as JSON"},
 }
-"""What argparse is told of each argument, by its name."""
+"""The options of argparse for each argument, by its name."""
 
 _FORMS: Final = ("--rules-only", "--quiet", "--json")
-"""Arguments that say how an answer is written, one of them at most."""
+"""The arguments for the form of the answer, which exclude each other."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: The arguments behind the program's name; left out, those of this process.
+        argv: The arguments after the program's name. Left out: those of this process.
 
     Returns:
         The exit code: 0 for yes, 1 for no, 2 for a question that cannot be answered.
 
     Raises:
-        SystemExit: The arguments ask for help or the version (code 0), or cannot be understood (code 2).
+        SystemExit: The arguments ask for help or the version (code 0), or are invalid (code 2).
 
     Example:
         >>> from freezehooks.cli import main
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _answered(options)
         if sys.stdout is not None:
-            sys.stdout.flush()  # a pipe that is closed, or a disk that is full, says so here, not when Python ends
+            sys.stdout.flush()  # raise for a closed pipe or a full disk here, not when Python exits
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
@@ -125,10 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    """Return what the arguments say.
+    """Parse the arguments.
 
     Raises:
-        SystemExit: There are none (which shows the help), they ask for help, or they cannot be understood.
+        SystemExit: There are none (which prints the help), they ask for help, or they are invalid.
     """
     parser = _parser()
     if not arguments:
@@ -143,7 +143,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 
 
 def _answered(options: argparse.Namespace) -> int:
-    """Ask the command, say what it answers, and return the exit code."""
+    """Run the command, print its answer, and return the exit code."""
     try:
         answer: Answer = options.run(options)
     except FreezeError as error:

@@ -1,4 +1,4 @@
-"""The checkpoint whose numbers are kept: what it must have, and what the frozen entries held in it."""
+"""The base checkpoint of `verify`: checks that it fits the rules, and returns what the frozen entries held in it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .selection import Names, chosen_by_numbers, frozen_by
 
 
 class Base:
-    """The checkpoint that another one is verified against; where there is none, that one itself.
+    """The checkpoint against which another one is verified; without one, the verified checkpoint itself.
 
     Args:
-        tensors: The tensors of the checkpoint that is verified.
-        others: Those of the base, or None where there is none.
+        tensors: The tensors of the checkpoint to verify.
+        others: The tensors of the base, or None if there is none.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], others: Mapping[str, Tensor] | None) -> None:
@@ -28,16 +28,16 @@ class Base:
         self._names = counterparts(self._tensors, self._others)
 
     def check(self, selected: Mapping[str, Sequence[Rule]]) -> None:
-        """Refuse rules that cannot be verified with this base.
+        """Reject rules that cannot be verified with this base.
 
         Args:
-            selected: For each parameter of the checkpoint the rules that speak of it.
+            selected: The rules for each parameter of the checkpoint.
 
         Raises:
-            CheckpointError: There is no base and a rule keeps what it held, or one of the two files lacks a parameter
-                that a rule speaks of, or has it with another number of dimensions or dtype.
-            FrozenValueError: The checkpoint's dtype cannot hold a rule's number.
-            RegionError: A region is chosen by numbers that there are none of.
+            CheckpointError: There is no base and a rule's value is `keep`; or one of the two files lacks a parameter
+                that a rule names, or has it with another number of dimensions or dtype.
+            FrozenValueError: A rule's number is not finite in the checkpoint's dtype.
+            RegionError: A region depends on what the base contains, and there is no base or its shape differs.
         """
         seen: dict[Rule, set[str]] = {}
         for name, rules in selected.items():
@@ -68,7 +68,7 @@ class Base:
         value = rule.value
         if isinstance(value, float) and not bool(torch.tensor(value, dtype=torch.float64).to(tensor.dtype).isfinite()):
             raise FrozenValueError(
-                f"the value is not finite as {tensor.dtype}, the dtype of `{name}`",  # the base's may hold it
+                f"the value is not finite as {tensor.dtype}, the dtype of `{name}`",  # even if it is in the base's
                 "correct the rule",
             )
         check_region(rule, name, tensor, base)
@@ -87,10 +87,10 @@ class Base:
         return self._tensors[name], self._others[self._names[name]]
 
     def reference(self, name: str, rules: Iterable[Rule]) -> Tensor:
-        """Return a tensor of the parameter's shape that holds what the base does, where the base has it.
+        """Return a tensor of the parameter's shape with the entries of the base, as far as the base has them.
 
         Raises:
-            CheckpointError: A rule keeps entries that the base has not, or that the checkpoint has no longer.
+            CheckpointError: A rule keeps entries that the base does not have, or the checkpoint has no more.
         """
         tensor, base = self._both(name)
         if base.shape == tensor.shape:
@@ -122,23 +122,21 @@ def _of_two_dtypes(name: str, tensor: Tensor, base: Tensor) -> CheckpointError:
 
 
 def _check_alone(rule: Rule) -> None:
-    """Refuse a rule that says nothing where there is no base."""
+    """Reject a rule that needs a base."""
     if rule.value is Keep.KEEP:
-        raise CheckpointError(
-            "there is nothing that says what the entries held before", "name the base: --against BASE"
-        )
+        raise CheckpointError("nothing tells what the entries held before", "name the base: --against BASE")
     if "zeros" in chosen_by_numbers(rule.region):
         raise RegionError(
-            "`zeros` chosen on the checkpoint itself would be true of anything",
+            "`zeros` chosen on the checkpoint itself would hold for any checkpoint",
             "name the base that it is chosen on: --against BASE",
         )
 
 
 def check_region(rule: Rule, name: str, tensor: Tensor, base: Tensor) -> None:
-    """Refuse a region that is chosen by the numbers of a base whose shape is another one.
+    """Reject a region that depends on what the base contains if the base has another shape.
 
     Raises:
-        RegionError: It is.
+        RegionError: There is a pattern that depends on it.
     """
     for pattern in chosen_by_numbers(rule.region) if tensor.shape != base.shape else ():
         raise RegionError(
@@ -149,5 +147,5 @@ def check_region(rule: Rule, name: str, tensor: Tensor, base: Tensor) -> None:
 
 
 def overlap(first: Tensor, second: Tensor) -> tuple[slice, ...]:
-    """Return the box of entries that two tensors of as many dimensions both have."""
+    """Return the box of entries that two tensors with the same number of dimensions have in common."""
     return tuple(slice(min(sizes)) for sizes in zip(first.shape, second.shape, strict=True))

@@ -1,4 +1,4 @@
-"""Open a checkpoint: a path -> the tensors in the file, by name. Nothing in a file is ever executed."""
+"""Opens checkpoints: reads the tensors in a file by name, without ever executing anything in it."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ from .._errors import CheckpointError
 from .._ranks.sharding import is_sharded
 
 _USUAL_KEYS: Final = ("state_dict", "model", "model_state_dict", "module", "state")
-"""Where training scripts and frameworks put a model's tensors, beside the optimizer's."""
+"""The keys under which training scripts and frameworks save a model's tensors, beside those of the optimizer."""
 
 
 def open_checkpoint(path: str, key: str | None = None) -> dict[str, Tensor]:
-    """Return the tensors of a file by name, without reading numbers that nobody looks at where the format allows.
+    """Return the tensors of a file by name, reading their data lazily if the format allows.
 
     Args:
-        path: A file of safetensors, or one that torch.save wrote.
-        key: Under which key of the file the tensors are, with dots between nested keys. Left out: at the top, or
+        path: A safetensors file, or one that torch.save wrote.
+        key: The key of the tensors in the file, with dots between nested keys. Left out: they are at the top level, or
             under one of the usual keys.
 
     Raises:
-        CheckpointError: There is no such file, it cannot be read without executing what it says, or it holds no
-            tensors there, or those of two models.
+        CheckpointError: There is no such file, it cannot be read without executing code in it, or it has no tensors
+            there, or those of two models.
     """
     loaded = load_file(path)
-    place = _at(key, loaded, path) if key else _at_usual_key(loaded, path)
-    found = _named_tensors(place)
+    content = _at(key, loaded, path) if key else _at_usual_key(loaded, path)
+    found = _named_tensors(content)
     if not found:
         where, advice = (f" under `{key}`", "correct --key") if key else ("", "say where they are: --key KEY")
-        raise CheckpointError(f"`{path}` holds no tensors by name{where}: {_listed(place)}", advice)
+        raise CheckpointError(f"`{path}` holds no tensors by name{where}: {_listed(content)}", advice)
     return {name: _plain(name, tensor, path) for name, tensor in found.items()}
 
 
 def load_file(path: str) -> Any:
-    """Return what a file holds, made of tensors and builtins alone.
+    """Return the content of a file, which may consist of tensors and builtins only.
 
     Raises:
-        CheckpointError: There is no such file, or it cannot be read without executing what it says.
+        CheckpointError: There is no such file, or it cannot be read without executing code in it.
     """
     _check_is_file(path)
     return _load(path)
 
 
 def is_freezable(tensor: Tensor) -> bool:
-    """Return whether rules may speak of a tensor: whether it holds numbers that an optimizer could train."""
+    """Return whether a rule may freeze a tensor: whether its dtype can be trained."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
@@ -62,7 +62,7 @@ def _check_is_file(path: str) -> None:
         try:
             inside = sorted(entry.name for entry in Path(path).iterdir() if entry.is_file())
             held = f"; it holds {', '.join(inside[:5]) or 'no files'}"
-        except OSError:  # it may not be read
+        except OSError:  # no permission to read it
             held = ""
         raise CheckpointError(f"`{path}` is a folder", f"name the file inside it{held}")
     if not os.path.exists(path):
@@ -77,32 +77,32 @@ def _load(path: str) -> Any:
         raise
     except pickle.UnpicklingError as error:
         asked = re.search(r"(?:GLOBAL|[Uu]nsupported (?:global|class):?)(?: GLOBAL)? ([\w.]+)", str(error))
-        what = f"holds more than tensors: it asks for `{asked[1]}`" if asked else "is no checkpoint of tensors alone"
-        advice = "save its tensors alone: torch.save(model.state_dict(), path)"
+        what = f"holds more than tensors: it asks for `{asked[1]}`" if asked else "is not a checkpoint of tensors only"
+        advice = "save only its tensors: torch.save(model.state_dict(), path)"
         raise CheckpointError(f"`{path}` {what}, and nothing of it was executed", advice) from None
     except OSError as error:
         raise CheckpointError(f"`{path}` cannot be read ({error.strerror or error})", "check the file") from None
-    except Exception as error:  # whatever is met in a file that is no checkpoint
+    except Exception as error:  # a file that is not a checkpoint may raise anything
         if lacks_memory(error):
             raise
         kind = "file of safetensors" if is_safetensors else "checkpoint"
         said = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:160].rstrip(": ")
         raise CheckpointError(
-            f"`{path}` is no {kind}, or part of it is missing ({said})",
+            f"`{path}` is not a {kind}, or is incomplete ({said})",
             "give a file that torch.save wrote, or one that ends in .safetensors; copy it again if it was cut short",
         ) from None
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Return whether Python, or torch, has asked for more memory than there is."""
+    """Return whether an error means that memory has run out."""
     return isinstance(error, MemoryError) or bool(re.search("allocate memory|tried to allocate", str(error)))
 
 
 def _check_is_stored_plainly(path: str) -> None:
-    """Refuse an archive that somebody has packed anew: mapped into memory, its bytes would be taken for numbers."""
+    """Reject a compressed archive: torch maps it into memory, and would read compressed bytes as numbers."""
     with zipfile.ZipFile(path) as archive:
-        packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
-    numbers = next((name for name in packed if "/data/" in name), None)  # the others are read, and are unpacked then
+        packed = [item.filename for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED]
+    numbers = next((name for name in packed if "/data/" in name), None)  # other items are read, so may be compressed
     if numbers is not None:
         raise CheckpointError(
             f"`{path}` is compressed (`{numbers}` in it), as torch.save never does",
@@ -111,12 +111,12 @@ def _check_is_stored_plainly(path: str) -> None:
 
 
 def _load_torch(path: str) -> Any:
-    """Load what torch.save wrote, by the unpickler that makes tensors and builtins and nothing else."""
+    """Load what torch.save wrote, with the unpickler that creates only tensors and builtins."""
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         _check_is_stored_plainly(path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch has to say of old formats is no help here
+        warnings.simplefilter("ignore")  # torch's warnings about old formats do not help here
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
@@ -125,23 +125,24 @@ def _load_safetensors(path: str) -> Any:
         import safetensors.torch
     except ImportError:
         raise CheckpointError(
-            f"to read `{path}` takes the package safetensors, which is not installed",
+            f"reading `{path}` needs the package safetensors, which is not installed",
             'run `pip install "freezehooks[cli]"`',
         ) from None
     return safetensors.torch.load_file(path)
 
 
 def _at(key: str, loaded: Any, path: str) -> Any:
-    place = loaded
-    for part in [key] if isinstance(loaded, Mapping) and key in loaded else key.split("."):
-        if not isinstance(place, Mapping) or part not in place:
-            raise CheckpointError(f"`{path}` has no `{part}` on the way to `{key}`: {_listed(place)}", "correct --key")
-        place = place[part]
-    return place
+    content = loaded
+    for step in [key] if isinstance(loaded, Mapping) and key in loaded else key.split("."):
+        if not isinstance(content, Mapping) or step not in content:
+            fact = f"`{path}` has no `{step}` on the way to `{key}`: {_listed(content)}"
+            raise CheckpointError(fact, "correct --key")
+        content = content[step]
+    return content
 
 
 def _at_usual_key(loaded: Any, path: str) -> Any:
-    """Return what is under the one usual key that holds tensors; where none does, all that was loaded."""
+    """Return what is under the one usual key with tensors or, if there is none, everything that was loaded."""
     usual = [key for key in _USUAL_KEYS if isinstance(loaded, Mapping) and _named_tensors(loaded.get(key))]
     if len(usual) > 1:
         first, second = usual[:2]
@@ -149,24 +150,24 @@ def _at_usual_key(loaded: Any, path: str) -> Any:
     return loaded[usual[0]] if usual else loaded
 
 
-def _named_tensors(place: Any) -> dict[str, Tensor]:
-    items = place.items() if isinstance(place, Mapping) else ()
+def _named_tensors(content: Any) -> dict[str, Tensor]:
+    items = content.items() if isinstance(content, Mapping) else ()
     return {name: item for name, item in items if isinstance(name, str) and isinstance(item, Tensor)}
 
 
-def _listed(place: Any) -> str:
-    if not isinstance(place, Mapping):
-        return f"there is a {type(place).__name__}"
-    keys = ", ".join(f"`{key}` ({type(item).__name__})" for key, item in list(place.items())[:8])
-    more = f" and {len(place) - 8} more" if len(place) > 8 else ""
+def _listed(content: Any) -> str:
+    if not isinstance(content, Mapping):
+        return f"there is a {type(content).__name__}"
+    keys = ", ".join(f"`{key}` ({type(item).__name__})" for key, item in list(content.items())[:8])
+    more = f" and {len(content) - 8} more" if len(content) > 8 else ""
     return f"its keys are {keys}{more}" if keys else "it is empty"
 
 
 def _plain(name: str, tensor: Tensor, path: str) -> Tensor:
-    """Return a tensor that shares nothing with those of other names but memory, each entry at its own place."""
+    """Return a plain dense tensor, each entry of which has memory of its own."""
     if is_sharded(tensor) or type(tensor) not in (Tensor, nn.Parameter):
         raise CheckpointError(
-            f"`{name}` of `{path}` is a {type(tensor).__name__}, of which the file may hold a part only",
+            f"`{name}` of `{path}` is a {type(tensor).__name__}, of which the file may hold only a shard",
             "save the full state_dict: torch.distributed.checkpoint.state_dict.get_model_state_dict gathers it",
         )
     if tensor.is_nested or tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:

@@ -1,4 +1,4 @@
-"""What is claimed of a checkpoint's tensors, and what of it is found to hold."""
+"""Claims about a checkpoint's tensors, and findings on whether they hold."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _TOLD: Final = "{}: found {}, expected {}"
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What is claimed of one tensor.
+    """A claim about what entries of one tensor hold.
 
     Attributes:
-        said: By what, such as a rule.
-        where: Of which entries.
-        expected: What they are to hold; at other entries it may hold anything.
+        said: The source of the claim, such as a rule.
+        where: The mask of the entries.
+        expected: A tensor with what they should hold; its other entries do not matter.
     """
 
     said: str
@@ -35,7 +35,7 @@ class Claim:
 
     @staticmethod
     def by(constraint: Constraint, tensor: Tensor, rule: str = "") -> Claim:
-        """Return what a constraint claims of a tensor; `rule` is the text of its rule, where it knows a better one."""
+        """Return the claim of a constraint; `rule` is a text to show instead of that of the constraint's own rule."""
         held = tensor.clone()
         constraint.impose_(held)
         return Claim(f"`{rule or constraint.rule}`", constraint.decided(tensor.device), held)
@@ -43,14 +43,14 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was found of one tensor.
+    """What was found in one tensor.
 
     Attributes:
-        name: Its name.
+        name: The tensor's name.
         entries: How many of its entries were looked at.
         broken: How many of them do not hold.
-        claims: By what something was claimed, each with what it looked at.
-        fact: Why it, or part of it, cannot be compared entry by entry, which is a no; empty where it can.
+        claims: The comparison for each claim, by the source of the claim.
+        fact: Why some of it cannot be compared entry by entry, which counts as a no; empty otherwise.
     """
 
     name: str
@@ -61,14 +61,14 @@ class Finding:
 
     @staticmethod
     def of(name: str, tensor: Tensor, claims: Sequence[Claim], limit: int, fact: str = "") -> Finding:
-        """Compare a tensor with what is claimed of it; `limit`: how many entries of each claim are listed."""
+        """Check claims about a tensor, and list at most `limit` entries for each."""
         found = {claim.said: compare(tensor, claim.expected, limit, claim.where) for claim in claims}
         seen = int(reduce(torch.logical_or, (claim.where for claim in claims)).sum())
         broken = reduce(torch.logical_or, (differ(tensor, claim.expected) & claim.where for claim in claims))
         return Finding(name, seen, int(broken.sum()), found, fact)
 
     def lines(self) -> Iterator[str]:
-        """Yield what is said of it."""
+        """Yield the lines to print."""
         if self.fact:
             yield f"NO  {shown(self.name)}: {self.fact}"
         if self.entries and not self.broken:

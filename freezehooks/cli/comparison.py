@@ -1,4 +1,4 @@
-"""Two tensors side by side, bit for bit: how many entries differ, which, and by how much."""
+"""Compares two tensors bit for bit: how many entries differ, which, and by how much."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .._entries.bits import differ
 from .output import shown
 
 _AT_ONCE: Final = 1 << 20
-"""How many entries are compared at once: what a comparison takes beyond the two tensors does not grow with them."""
+"""How many entries are compared at once, which bounds the memory that a comparison needs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry that differs: where it lies, and what either tensor holds there, as exact text."""
+    """One entry that differs: its index, and what each tensor holds there, as exact text."""
 
     index: tuple[int, ...]
     found: str
     expected: str
 
     def told(self, name: str, form: str) -> str:
-        """Return a text with the entry as a rule would name it, what was found, and what was expected."""
-        place = f"[{', '.join(map(str, self.index))}]" if self.index else ""
-        return form.format(shown(name) + place, self.found, self.expected)
+        """Fill a format string with the entry as a rule would name it, what was found, and what was expected."""
+        index = f"[{', '.join(map(str, self.index))}]" if self.index else ""
+        return form.format(shown(name) + index, self.found, self.expected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,10 @@ class Comparison:
 
     Attributes:
         count: How many entries differ.
-        compared: Of how many.
-        examples: The first of them.
-        worst: The one that differs most, or None where none does.
-        gap: By how much it does; infinite where either holds nan.
+        compared: How many entries were compared.
+        examples: The first entries that differ.
+        worst: The entry that differs most, or None if none does.
+        gap: By how much that entry differs; infinite if either tensor holds nan there.
     """
 
     count: int
@@ -50,7 +50,7 @@ class Comparison:
     gap: float
 
     def listed(self, name: str, form: str) -> Iterator[str]:
-        """Yield a line for each example, as `Entry.told` has it, and one that says how many differ beside these."""
+        """Yield a line for each example, as `Entry.told` formats it, and one with the number of all others."""
         yield from (f"    {entry.told(name, form)}" for entry in self.examples)
         left = self.count - len(self.examples)
         if left and self.examples:
@@ -58,20 +58,20 @@ class Comparison:
 
 
 def all_alike(numbers: Tensor) -> bool:
-    """Return whether the numbers in a row, one at least, are the same, bit for bit."""
+    """Return whether all numbers of a flat tensor that is not empty are the same, bit for bit."""
     return not bool(differ(numbers, numbers[:1].expand_as(numbers)).any())
 
 
 def compare(found: Tensor, expected: Tensor, limit: int, where: Tensor | None = None) -> Comparison:
-    """Compare two tensors of one shape and dtype.
+    """Compare two tensors of the same shape and dtype.
 
     Args:
-        found: The one.
-        expected: The other.
+        found: The tensor to check.
+        expected: What it should hold.
         limit: How many examples to return.
-        where: True where they are compared. Left out: everywhere.
+        where: The mask of the entries to compare. Left out: all.
     """
-    if found.dtype == getattr(torch, "float4_e2m1fn_x2", None):  # Python reads two numbers in one byte as the byte
+    if found.dtype == getattr(torch, "float4_e2m1fn_x2", None):  # two numbers in each byte: compare the bytes
         found, expected = found.view(torch.uint8), expected.view(torch.uint8)
     ours, theirs, asked = found.reshape(-1), expected.reshape(-1), None if where is None else where.reshape(-1)
     wide = torch.complex128 if found.is_complex() else torch.float64
@@ -95,13 +95,13 @@ def compare(found: Tensor, expected: Tensor, limit: int, where: Tensor | None = 
 def _entry(found: Tensor, expected: Tensor, place: int) -> Entry:
     index = _index(place, found.shape)
     ours, theirs = repr(found[index].item()), repr(expected[index].item())
-    if ours == theirs:  # two kinds of nan
+    if ours == theirs:  # different bit patterns of nan
         ours, theirs = (f"{text} ({_hex(t[index])})" for text, t in ((ours, found), (theirs, expected)))
     return Entry(index, ours, theirs)
 
 
 def _index(place: int, shape: Sequence[int]) -> tuple[int, ...]:
-    """Return a position in the flattened tensor as an index: for one number, far quicker than torch does."""
+    """Convert a position in the flat tensor to an index, far quicker than torch does for a single number."""
     index: list[int] = []
     for size in reversed(shape):
         place, along = divmod(place, size)

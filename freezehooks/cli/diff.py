@@ -1,4 +1,4 @@
-"""The command `diff`: which entries of two checkpoints differ, and the rules that say which do not."""
+"""The command `diff`: which entries of two checkpoints differ, and rules for those that do not."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _NO_RULES: Final = "# No entry that a rule can name stayed as it was."
 
 @dataclass(frozen=True, slots=True)
 class _Difference:
-    """In what a tensor of B, under all of its names, differs from the one in A: in words, and entry by entry."""
+    """How a tensor of B, under all of its names, differs from the one in A: as facts, and entry by entry."""
 
     names: list[str]
     facts: list[str]
@@ -80,7 +80,7 @@ def _difference(names: list[str], a: Tensor, b: Tensor, limit: int) -> _Differen
 
 
 def _said(differing: Sequence[_Difference], tensors: str) -> Iterator[str]:
-    """Yield of how many tensors something differs, how much of each, and the entries that are to be listed."""
+    """Yield the lines to print: how many tensors differ, how many entries of each, and the listed entries."""
     said = counted(len(differing), f"of {tensors} differs", f"of {tensors} differ")
     yield said if differing else f"nothing differs: {tensors}"
     for each in differing:

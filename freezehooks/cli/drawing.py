@@ -1,4 +1,4 @@
-"""Which entries are frozen, as a drawing of a few lines of text."""
+"""Draws which entries are frozen as a few lines of text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .._counted import counted
 
 _ROWS: Final = 24
 _COLUMNS: Final = 64
-"""At most so many cells."""
+"""The most cells that a drawing has in either direction."""
 
 _MOST_KINDS: Final = 4
 
@@ -20,12 +20,12 @@ _LEGEND: Final = {"#": "frozen", "·": "free", "+": "some of both"}
 
 
 def draw(frozen: Tensor, spatial: int | None = None) -> str:
-    """Draw a bool tensor: kernels that are alike once, large ones in cells that stand for several entries.
+    """Draw a bool tensor: equal kernels only once, and large ones in cells of several entries.
 
     Args:
         frozen: True where an entry is frozen.
-        spatial: How many of the last dimensions are drawn as one, 2 at most. Left out: those of a kernel or a plane
-            of it, and all of a vector or a matrix.
+        spatial: How many of the last dimensions make up a drawing, at most 2. Left out: those of a kernel or a plane
+            of it, or all of a vector or a matrix.
 
     Returns:
         Lines of text: each kernel under its heading, what a cell stands for, and a legend.
@@ -49,7 +49,7 @@ def draw(frozen: Tensor, spatial: int | None = None) -> str:
 
 
 def _lines(kernels: Tensor, lead: torch.Size) -> Iterator[str]:
-    """Yield the kernels, of whose tensor `lead` is the shape without their own dimensions."""
+    """Yield the lines of all kernels; `lead` is the shape of the tensor without the kernels' own dimensions."""
     one, several = {1: ("matrix", "matrices"), 2: ("kernel", "kernels")}.get(len(lead), ("plane", "planes"))
     kinds, rest = _kinds(kernels)
     scale = [
@@ -68,9 +68,9 @@ def _lines(kernels: Tensor, lead: torch.Size) -> Iterator[str]:
 
 
 def _kinds(kernels: Tensor) -> tuple[list[tuple[int, int]], int]:
-    """Return the first few different kernels, each with how many more are like it, and how many are like none."""
+    """Return the first few distinct kernels, each with the number of its duplicates, and how many are left over."""
     rows = kernels.flatten(1) if kernels.ndim > 1 else kernels[:, None]
-    if len(rows) == 1 or bool((rows == rows[:1]).all()):  # by far the most common, and worth no index
+    if len(rows) == 1 or bool((rows == rows[:1]).all()):  # by far the most common case
         return [(0, len(rows) - 1)], 0
     left = torch.arange(len(rows))
     kinds: list[tuple[int, int]] = []
@@ -85,17 +85,17 @@ def _kinds(kernels: Tensor) -> tuple[list[tuple[int, int]], int]:
 def _heading(position: int, others: int, lead: torch.Size, one: str, several: str) -> str:
     if others + 1 == lead.numel():
         return f"all {'x'.join(map(str, lead))} {several}:" if others else f"the one {one}:"
-    where = ", ".join(str(int(place)) for place in torch.unravel_index(torch.tensor(position), lead))
+    where = ", ".join(str(int(index)) for index in torch.unravel_index(torch.tensor(position), lead))
     more = f" and {others:,} more" if others else ""
     return f"{one} [{where}]{more}:"
 
 
 def _drawn(kernel: Tensor, scale: list[int]) -> Iterator[str]:
-    """Yield the rows of a kernel, a sign a cell."""
+    """Yield the rows of a kernel, with a sign for each cell."""
     every, some = kernel, kernel
     for dimension, size in enumerate(scale):
-        every = torch.stack([part.all(dimension) for part in every.split(size, dimension)], dimension)
-        some = torch.stack([part.any(dimension) for part in some.split(size, dimension)], dimension)
+        every = torch.stack([cell.all(dimension) for cell in every.split(size, dimension)], dimension)
+        some = torch.stack([cell.any(dimension) for cell in some.split(size, dimension)], dimension)
     signs = torch.full(every.shape, ord("+"))
     signs[~some], signs[every] = ord("·"), ord("#")
     rows = signs.reshape(-1, signs.shape[-1] if scale else 1)

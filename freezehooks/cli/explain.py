@@ -30,7 +30,7 @@ _MOST_ENTRIES: Final = 2**31  # a bool takes a byte for each
 
 BRIEF: Final = "what a rule means: in a sentence, counted and drawn"
 ABOUT: Final = """\
-Say what a rule means; with --shape also how many entries of such a tensor it freezes, and which.
+Explain what a rule means; with --shape, also how many entries of such a tensor it freezes, and which.
 No model and no checkpoint is needed."""
 EXAMPLES: Final = """\
   freezehooks explain "conv.weight[~cross] = 0"
@@ -38,9 +38,9 @@ EXAMPLES: Final = """\
   freezehooks explain "conv.weight[~cross] = 0" --shape 64,32,3,3
       and how many of the 18,432 entries that are, with a drawing of the kernel
   freezehooks explain "wte[~50257:]" "bn.weight = 1"
-      two rules, one after the other; quote each, for the shell has its own use for * and [ ]
+      two rules, one after the other; quote each, since * and [ ] are special in a shell
 
-Each rule is explained by itself. `freezehooks --help` has the language of rules."""
+Each rule is explained by itself. `freezehooks --help` shows the syntax of rules."""
 ARGUMENTS: Final = ("rule_texts", "--shape", "--quiet", "--json")
 
 _SHAPE: Final = re.compile(r"\d{1,18}(\s*[,x]\s*\d{1,18})*", re.ASCII)
@@ -70,7 +70,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _explained(rule: Rule, shape: tuple[int, ...] | None) -> dict[str, str]:
-    """Return a rule, what it means, and of a tensor of that shape how many entries it freezes, and a drawing."""
+    """Return a rule and what it means and, for a given shape, the count of frozen entries and a drawing."""
     told = {"rule": str(rule), "means": in_words(rule)}
     if shape is not None:
         with error_context(f"rule `{rule}`", f"shape {shape}"):
@@ -86,7 +86,7 @@ def _in_lines(told: dict[str, str]) -> str:
 
 
 def in_words(rule: Rule) -> str:
-    """Return a rule as a sentence, and what the patterns in it mean; an index is shown as it is written.
+    """Describe a rule in a sentence, with the meaning of its patterns; an index is shown as it is written.
 
     Example:
         >>> from freezehooks import parse_rule
@@ -112,7 +112,7 @@ def in_words(rule: Rule) -> str:
 
 
 def _signed(region: Region) -> tuple[Region, bool]:
-    """Return what stands behind the signs `~` of a region, and whether it is the others that are meant."""
+    """Strip the signs `~` from a region, and return the rest and whether the region is its complement."""
     outside = False
     while isinstance(region, Not):
         region, outside = region.operand, not outside
@@ -125,30 +125,30 @@ def _tied(tie: Tie, shape: tuple[int, ...]) -> str:
 
 
 def _frozen(region: Region, shape: tuple[int, ...]) -> str:
-    """Return how many entries of a tensor a region freezes, and a drawing of them."""
+    """Describe how many entries of a tensor a region freezes, with a drawing."""
     if prod(shape) > _MOST_ENTRIES:
         raise RegionError(
             f"`--shape` of {prod(shape):,} entries is too large to count here, which takes {_MOST_ENTRIES:,}",
             "give a smaller shape of the same kind, or leave it out for words alone",
         )
-    tensor = torch.zeros(()).expand(shape)  # no number is looked at, so none needs memory
+    tensor = torch.zeros(()).expand(shape)  # only its shape is used, so it needs no memory
     if chosen_by_numbers(region):
         drawn = "Which entries these are depends on the numbers: there is nothing to draw."
         return f"{_share(_count_by_numbers(region, tensor), prod(shape))}\n\n{drawn}"
     frozen = select(region, tensor)
-    # triangles are those of the last two dimensions, also where these are no kernel
+    # matrix patterns apply to the last two dimensions, even of three that would be drawn as kernels of one
     matrices = len(shape) == 3 and any(isinstance(leaf, MatrixPattern) for leaf in region.leaves())
-    count = int(frozen.count_nonzero())  # `sum` would make integers of all of them first
+    count = int(frozen.count_nonzero())  # `sum` would first convert all of them to integers
     return f"{_share(count, prod(shape))}\n\n{draw(frozen, spatial=2 if matrices else None)}"
 
 
 def _count_by_numbers(region: Region, tensor: Tensor) -> int | None:
-    """Return how many entries a region chosen by numbers freezes, or None where that depends on them too."""
-    for part in region.leaves():  # all must fit the shape
-        if isinstance(part, Pattern):
-            part.check(tensor.shape)
+    """Count the entries of a region that depends on what a tensor contains, or return None if even the count does."""
+    for leaf in region.leaves():  # all must fit the shape
+        if isinstance(leaf, Pattern):
+            leaf.check(tensor.shape)
         else:
-            select(part | WHOLE, tensor)  # alone it may select nothing
+            select(leaf | WHOLE, tensor)  # joined with the whole, since by itself it may select nothing
     leaf, outside = _signed(region)
     count = leaf.count(tensor.numel()) if isinstance(leaf, Pattern) else None
     if not tensor.numel() or count == (tensor.numel() if outside else 0):

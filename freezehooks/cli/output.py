@@ -1,4 +1,4 @@
-"""What the command line writes: the one place that does."""
+"""All output of the command line."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, TextIO
 
 _IN_ASCII: Final = str.maketrans(
-    # U+00D7 is the sign of multiplication, U+2013 and U+2014 are dashes
+    # U+00D7 is the multiplication sign, U+2013 and U+2014 are dashes
     {"■": "#", "█": "#", "●": "#", "□": ".", "░": ".", "·": ".", "○": ".", "\u00d7": "x", "\u2013": "-", "\u2014": "-"}
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a command has found.
+    """The answer of a command.
 
     Attributes:
         code: The exit code.
-        lines: What it says.
-        found: The same for programs: what dataclasses, lists and dicts with text as keys are made of.
+        lines: The lines to print.
+        found: The same for programs, made of dataclasses, lists and dicts with text keys.
     """
 
     code: int
@@ -31,22 +31,22 @@ class Answer:
     found: dict[str, Any]
 
     def to_json(self) -> str:
-        """Return what was found, with the exit code before it, as JSON."""
+        """Return the exit code and what was found as JSON."""
         return json.dumps({"code": self.code, **self.found}, indent=2, allow_nan=False, default=_builtins)
 
 
 def _builtins(found: Any) -> dict[str, Any]:
-    """Return a dataclass as builtins; None stands for an infinite number, which JSON does not have."""
+    """Convert a dataclass to builtins, with None for an infinite number, which JSON does not have."""
     return asdict(found, dict_factory=lambda items: {key: None if item == math.inf else item for key, item in items})
 
 
 def say(text: str) -> None:
-    """Write a line, or several, to the standard output."""
+    """Print one or more lines to the standard output."""
     _write(text, sys.stdout)
 
 
 def complain(text: str) -> None:
-    """Write an error to the standard error, as one line; where nobody can read that, the exit code still says it."""
+    """Print an error to the standard error as one line; if that is closed, the exit code still tells."""
     line = " ".join(text.split())
     try:
         _write(f"freezehooks: error: {line}", sys.stderr)
@@ -55,19 +55,19 @@ def complain(text: str) -> None:
 
 
 def _write(text: str, stream: TextIO | None) -> None:
-    if stream is not None:  # as Python has it in a process that was started with the stream closed
-        stream.write(_sayable(text, stream) + "\n")
+    if stream is not None:  # None if the process was started with the stream closed
+        stream.write(_printable(text, stream) + "\n")
 
 
 def silence(stream: TextIO) -> None:
-    """Let what Python still wants to write there when it ends go nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+    """Redirect a stream to the null device, so that flushing it when Python exits raises no error."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
-def _sayable(text: str, stream: TextIO) -> str:
-    """Return a text with nothing in it that the stream cannot encode, or that would command a terminal."""
+def _printable(text: str, stream: TextIO) -> str:
+    """Replace what the stream cannot encode, and escape what a terminal would interpret."""
     plain = "\n".join(map(shown, text.split("\n")))
     encoding = stream.encoding or "utf-8"
     try:
@@ -78,7 +78,7 @@ def _sayable(text: str, stream: TextIO) -> str:
 
 
 def shown(name: str) -> str:
-    """Return a name from a file as text that stays on its line: an escape sequence in it would otherwise be obeyed."""
+    """Escape a name from a file so that it stays on one line, and a terminal does not interpret it."""
     if name.isprintable():
         return name
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in name)

@@ -1,4 +1,4 @@
-"""Two files side by side: which tensor of one is which of the other, names of wrappers and tied names aside."""
+"""Pairs the tensors of two files, regardless of names of wrappers and of shared tensors with several names."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .._held.names import unwrapped
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """What two files have in common, and what one of them has alone.
+    """The tensors that two files have in common, and those that only one of them has.
 
-    A tensor that one file has under more names than the other is in both all the same.
+    A tensor that has more names in one file than in the other still counts as being in both.
 
     Attributes:
-        pairs: The tensors of both, in the order of the one file: its first name there, and its name in the other.
-        also: Its further names in the one file, where it is tied in both.
-        alone: The names that the one file has alone.
-        missing: Those that the other file has alone.
+        pairs: The common tensors, in the order of the first file: the first name there, and the name in the other.
+        also: The further names in the first file of tensors that are shared in both, by the first name.
+        alone: The names that only the first file has.
+        missing: The names that only the other file has.
     """
 
     pairs: dict[str, str]
@@ -35,7 +35,7 @@ class Pairing:
         """Pair the tensors of two files.
 
         Raises:
-            CheckpointError: Without the names of wrappers, two names of a file are one.
+            CheckpointError: Two names of a file are the same without the names of wrappers.
         """
         names, ours, theirs = counterparts(tensors, others), first_names(tensors), first_names(others)
         groups: dict[tuple[str, str], list[str]] = {}
@@ -47,27 +47,27 @@ class Pairing:
 
 
 def _unpaired(first: Mapping[str, str], paired: Iterable[str]) -> tuple[str, ...]:
-    """Return the tensors, by their first names, of which no name is in `paired`."""
+    """Return the first names of the tensors that have no name in `paired`."""
     known = {first[name] for name in paired}
     return tuple(dict.fromkeys(name for name in first.values() if name not in known))
 
 
 def first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return for each name the first name of the same tensor: another one where it is tied."""
+    """Map each name to the first name of the same tensor, which is another one if the tensor is shared."""
     firsts: dict[object, str] = {}
-    return {name: firsts.setdefault(_place(tensor) or name, name) for name, tensor in tensors.items()}
+    return {name: firsts.setdefault(_memory(tensor) or name, name) for name, tensor in tensors.items()}
 
 
-def _place(tensor: Tensor) -> object:
-    """Return where a tensor lies in memory, and how; None where it has no entry."""
+def _memory(tensor: Tensor) -> object:
+    """Return the address and layout of a tensor in memory, or None if it is empty."""
     return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else None
 
 
 def counterparts(tensors: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, str]:
-    """Pair the names of two files: each name of the first that the second knows, perhaps but for names of wrappers.
+    """Map each name of one file to the name of the same tensor in the other, with or without names of wrappers.
 
     Raises:
-        CheckpointError: Without the names of wrappers, two names of a file are one.
+        CheckpointError: Two names of a file are the same without the names of wrappers.
     """
     ours, theirs = _by_core(tensors, others), _by_core(others, tensors)
     paired = {name: name for name in tensors if name in others}
@@ -82,7 +82,7 @@ def counterparts(tensors: Mapping[str, Any], others: Mapping[str, Any]) -> dict[
 
 
 def _by_core(tensors: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the names that one file alone has, under what they are without the names of wrappers."""
+    """Return the names that only one file has, by what they are without the names of wrappers."""
     found: dict[str, list[str]] = {}
     for name in tensors:
         if name not in others:

@@ -1,4 +1,4 @@
-"""Read rules for the command line: from a text file, from YAML, and from its own arguments."""
+"""Reads rules for the command line from text files, from YAML, and from the arguments."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .._rules.spec import rules_of
 _FORMS: Final = "write a list of rules, or `target: region` or `target: [region, value]` a line"
 
 _TAGS: Final = {"scalar": "str", "sequence": "seq", "mapping": "map"}
-"""What YAML tags a node of each kind with where no tag is written."""
+"""The tag that YAML gives to a node of each kind if none is written."""
 
 
-def asked_rules(options: argparse.Namespace) -> list[Rule]:
-    """Return the rules that the arguments speak of, those of the files first, each once.
+def given_rules(options: argparse.Namespace) -> list[Rule]:
+    """Return the rules that the arguments give, those in files first, each once.
 
     Raises:
-        FreezeError: A file or a rule that cannot be read; a file without rules.
+        FreezeError: A file or a rule cannot be read, or a file has no rules.
     """
     files = (rule for path in options.rules for rule in read_rules(path))
     return list(dict.fromkeys([*files, *rules_of(options.rule)]))
@@ -31,17 +31,17 @@ def read_rules(path: str) -> list[Rule]:
     """Return the rules in a file.
 
     Args:
-        path: YAML where it ends in .yaml or .yml; any other file is text, one rule a line.
+        path: The path; a file that ends in .yaml or .yml is YAML, any other is text with one rule a line.
 
     Raises:
-        FreezeError: The file cannot be read, or holds no rule; the message names the file, and the rule.
+        FreezeError: The file cannot be read, or has no rules; the message names the file and the rule.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise SpecError(f"the rules file `{path}` cannot be read ({error.strerror})", "check --rules") from None
     except ValueError:
-        raise RuleSyntaxError(f"the rules file `{path}` is no text in UTF-8", "check --rules") from None
+        raise RuleSyntaxError(f"the rules file `{path}` is not text in UTF-8", "check --rules") from None
     with error_context(f"`{path}`"):
         rules = list(_rules_in(_rules_of_yaml(text) if path.endswith((".yaml", ".yml")) else text))
         if not rules:
@@ -50,7 +50,7 @@ def read_rules(path: str) -> list[Rule]:
 
 
 def _rules_in(content: Any, expected: str = "rules") -> Iterator[Rule]:
-    """Yield the rules of a text, a mapping, or a list of these; an error says where in it they stand."""
+    """Yield the rules of a text, a mapping, or a list of these; an error names the line, target or item."""
     match content:
         case str():
             for number, line in enumerate(content.splitlines(), 1):
@@ -69,11 +69,11 @@ def _rules_in(content: Any, expected: str = "rules") -> Iterator[Rule]:
 
 
 def _region_and_value(what: Any) -> Any:
-    parts = what if isinstance(what, list) else [what]
-    for part in parts:
-        if not isinstance(part, str):
-            raise SpecError(f"expected text, found {_kind(part)}", _FORMS)
-        if not part:
+    texts = what if isinstance(what, list) else [what]
+    for text in texts:
+        if not isinstance(text, str):
+            raise SpecError(f"expected text, found {_kind(text)}", _FORMS)
+        if not text:
             raise SpecError("the region or the value is empty", "write `...` for the whole tensor")
     return what
 
@@ -83,20 +83,20 @@ def _kind(content: Any) -> str:
 
 
 def _rules_of_yaml(text: str) -> Any:
-    """Return what YAML says, every scalar as the text that it was; of a mapping of `rules` or `spec` alone, its item.
+    """Parse YAML, with every scalar as text; a mapping whose only key is `rules` or `spec` is replaced by its item.
 
     Raises:
-        RuleSyntaxError: It is no YAML, or says more than texts, lists and mappings.
+        RuleSyntaxError: It is not YAML, or contains more than text, lists and mappings.
     """
     try:
         import yaml
     except ImportError:
         raise SpecError(
-            "to read YAML takes the package PyYAML, which is not installed",
+            "reading YAML needs the package PyYAML, which is not installed",
             'run `pip install "freezehooks[cli]"`, or write the rules into a text file, one a line',
         ) from None
     try:
-        node = yaml.compose(text, yaml.BaseLoader)  # a tree of nodes: no object is made of what the tags ask for
+        node = yaml.compose(text, yaml.BaseLoader)  # a tree of nodes, in which tags create no objects
         content = None if node is None else _plain(node, set())
     except (yaml.YAMLError, ValueError) as error:
         raise RuleSyntaxError(f"the YAML cannot be read ({' '.join(str(error).split())})", _FORMS) from None
@@ -108,9 +108,9 @@ def _rules_of_yaml(text: str) -> Any:
 
 
 def _plain(node: Any, seen: set[int]) -> Any:
-    """Return a node as text, list or dict.
+    """Convert a node to text, a list or a dict.
 
-    A nest of aliases would expand without end, and of two equal keys YAML silently drops the first.
+    Aliases are rejected since nested ones could expand without end, and equal keys since YAML drops the first silently.
     """
     where = f"in line {node.start_mark.line + 1}"
     if id(node) in seen:
@@ -122,5 +122,5 @@ def _plain(node: Any, seen: set[int]) -> Any:
         return node.value if node.id == "scalar" else [_plain(item, seen) for item in node.value]
     keys = [_plain(key, seen) for key, _ in node.value]
     if not all(isinstance(key, str) for key in keys) or len(set(keys)) < len(keys):
-        raise ValueError(f"a key is no text, or is written twice, {where}")
+        raise ValueError(f"a key is not text, or is written twice, {where}")
     return dict(zip(keys, (_plain(item, seen) for _, item in node.value), strict=True))

@@ -1,4 +1,4 @@
-"""What a handle has saved, as claims: the file says regions and values itself, also those that no text can say."""
+"""Turns the saved state of a handle into claims, including regions and values that have no text form."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .selection import tie_of
 
 
 def saved_claims(path: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, list[Claim]]]:
-    """Yield what the states of handles in a file claim of a checkpoint's tensors, one after another.
+    """Yield the claims of the handles' states in a file about a checkpoint's tensors, tensor by tensor.
 
     Args:
-        path: A file with what `FrozenEntries.state_dict` returned, perhaps among other things, such as a checkpoint
-            of Lightning with the callback's state in it.
+        path: A file with what `FrozenEntries.state_dict` returned, possibly among other things, such as a Lightning
+            checkpoint with the callback's state in it.
         tensors: The tensors of the checkpoint.
 
     Raises:
-        CheckpointError: The file cannot be read, holds no such state, or is of a model that the checkpoint is not of.
+        CheckpointError: The file cannot be read, has no such state, or is of another model than the checkpoint.
         StateMismatchError: A state has another format, or cannot be read.
     """
     states = list(_states_in(load_file(path)))
@@ -48,22 +48,22 @@ def saved_claims(path: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str
 
 
 def _states_in(loaded: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield the states of handles in a nest of dicts, in which a dict may hold itself."""
+    """Yield the states of handles in nested dicts, which may contain themselves."""
     seen: set[int] = set()
     left = [loaded]
     while left:
-        place = left.pop()
-        if not isinstance(place, Mapping) or id(place) in seen:
+        each = left.pop()
+        if not isinstance(each, Mapping) or id(each) in seen:
             continue
-        seen.add(id(place))
-        if "format" in place and isinstance(place.get("parameters"), Mapping):
-            yield place
+        seen.add(id(each))
+        if "format" in each and isinstance(each.get("parameters"), Mapping):
+            yield each
         else:
-            left += [*place.values()][::-1]
+            left += [*each.values()][::-1]
 
 
 def _named(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Any]]:
-    """Yield what was saved of each parameter, by the checkpoint's name for it."""
+    """Yield what was saved for each parameter, by its name in the checkpoint."""
     names = counterparts(saved, tensors)
     for name, item in saved.items():
         if name not in names:
@@ -92,7 +92,7 @@ def _claims(item: Mapping[str, Any], name: str, tensor: Tensor) -> Iterator[Clai
 
 
 def _rule(saved: Mapping[str, Any], name: str) -> Rule:
-    """Return the rule that was saved; of one that text shows but cannot say, what the rest of the state knows."""
+    """Return the rule that was saved; if its text cannot be parsed, build one from the rest of the state."""
     try:
         (rule,) = rules_of(saved["rule"])
     except RuleSyntaxError:  # a mask, a function, a tensor as the value, or labels

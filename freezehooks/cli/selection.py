@@ -1,4 +1,4 @@
-"""Which parameters of a checkpoint the rules speak of, and what they freeze of one of them."""
+"""Finds the parameters of a checkpoint that rules name, and what the rules freeze in each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .checkpoints import is_freezable
 
 
 class Names:
-    """The tensors of a file, by what rules call them.
+    """The tensors of a file, to be found by the targets of rules.
 
     Args:
         tensors: The tensors, by name.
@@ -32,24 +32,24 @@ class Names:
         self._targets = Targets(tensors)
 
     def matching(self, rule: Rule) -> list[str]:
-        """Return the tensors that a rule speaks of.
+        """Return the names of the tensors that a rule matches.
 
         Raises:
-            TargetError: It speaks of none.
+            TargetError: It matches none.
         """
         target = rule.target
         for name in () if {"*", "?"} & set(target) else (target, f"{target}.weight"):
-            if name in self._tensors:  # most rules say a name, and some files hold thousands
+            if name in self._tensors:  # a shortcut: most rules have a plain name, and some files thousands of tensors
                 return [name]
         with error_context(f"rule `{shortened(rule)}`"):
             return self._targets.find(target)
 
     def freezable(self, rule: Rule) -> list[str]:
-        """Return the parameters that a rule speaks of, without integers such as the counters of batch norms.
+        """Return the names that a rule matches, without integer tensors such as the counters of batch norms.
 
         Raises:
-            TargetError: It speaks of no tensor.
-            UnsupportedParameterError: It speaks of integers alone.
+            TargetError: It matches no tensor.
+            UnsupportedParameterError: It matches only integer tensors.
         """
         names = self.matching(rule)
         numbers = [name for name in names if is_freezable(self._tensors[name])]
@@ -63,11 +63,11 @@ class Names:
 
 
 def rules_by_name(tensors: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, list[Rule]]:
-    """Return for each parameter that a rule speaks of, in the order of the file, the rules that do.
+    """Return the rules for each parameter that a rule matches, in the order of the file.
 
     Raises:
-        TargetError: A rule speaks of no parameter.
-        UnsupportedParameterError: A rule names integers alone, or what no mechanism here can hold.
+        TargetError: A rule matches no parameter.
+        UnsupportedParameterError: A rule matches only integer tensors, or an unsupported parameter.
     """
     found: dict[str, list[Rule]] = {}
     names = Names(tensors)
@@ -80,9 +80,9 @@ def rules_by_name(tensors: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[
 
 
 def constraints_by(rules: Iterable[Rule], name: str, tensor: Tensor) -> list[Constraint]:
-    """Return what rules hold of one parameter, and keep what it holds.
+    """Return the constraints of rules on one parameter, with `keep` taken from that tensor.
 
-    Copies that are to be one may differ here: it is for the caller to find out.
+    Tied entries may differ here: the caller is to check that.
 
     Raises:
         FreezeError: A rule does not fit the parameter, or two disagree.
@@ -92,21 +92,21 @@ def constraints_by(rules: Iterable[Rule], name: str, tensor: Tensor) -> list[Con
         with error_context(f"rule `{shortened(rule)}`", f"parameter `{name}` of shape {tuple(tensor.shape)}"):
             constraints.append(tie_of(rule, tensor) or FixedEntries.resolve(rule, tensor))
     if len(constraints) > 1:
-        FrozenParameter([name], tensor, constraints)  # refuses rules that disagree
+        FrozenParameter([name], tensor, constraints)  # raises for rules that disagree
     return constraints
 
 
 def tie_of(rule: Rule, tensor: Tensor) -> Constraint | None:
-    """Return what a rule ties of a tensor, whose copies may differ; None where it ties nothing."""
+    """Return the constraint of a rule that ties, even if the copies differ; None for any other rule."""
     tie = rule.value
     return TiedEntries.resolve(rule, tie.starting_from("first"), tensor) if isinstance(tie, Tie) else None
 
 
 def frozen_by(rules: Iterable[Rule], name: str, tensor: Tensor) -> FrozenParameter:
-    """Return what rules freeze of one parameter, as `constraints_by` does."""
+    """Return what rules freeze in one parameter; see `constraints_by`."""
     return FrozenParameter([name], tensor, constraints_by(rules, name, tensor))
 
 
 def chosen_by_numbers(region: Region) -> list[str]:
-    """Return the names of the patterns in a region that look at a parameter's numbers, not at its shape alone."""
+    """Return the names of the patterns in a region that depend on what a parameter contains."""
     return sorted({pattern.name for pattern in patterns_in(region) if pattern.depends_on_numbers})

@@ -1,4 +1,4 @@
-"""The command `show`: what rules select of a checkpoint, or what is in it."""
+"""The command `show`: what rules select in a checkpoint, or what is in it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .._rules.rule import Rule
 from .checkpoints import open_checkpoint
 from .comparison import all_alike, compare
 from .output import Answer, shown
-from .rules_file import asked_rules
+from .rules_file import given_rules
 from .selection import frozen_by, rules_by_name
 
-BRIEF: Final = "what rules select of a checkpoint, or what is in it"
+BRIEF: Final = "what rules select in a checkpoint, or what is in it"
 ABOUT: Final = (
     "Show which entries of a checkpoint some rules select, and what these hold now. Without rules: what is in the file."
 )
@@ -37,7 +37,7 @@ ARGUMENTS: Final = ("checkpoint", "--rules", "--rule", "--key", "--quiet", "--js
 
 def run(options: argparse.Namespace) -> Answer:
     """Run the command."""
-    rules = asked_rules(options)
+    rules = given_rules(options)
     tensors = open_checkpoint(options.checkpoint, options.key)
     return _selected(tensors, rules) if rules else _listed(tensors)
 
@@ -80,7 +80,7 @@ def _held(parameter: FrozenParameter, tensor: Tensor) -> str:
 
 
 def _range(numbers: Tensor) -> str:
-    """Say what some entries hold: the one number, or the lowest to the highest."""
+    """Describe what some entries hold: one number, or a range."""
     if all_alike(numbers):
         return repr(numbers[0].item())
     size = numbers.abs() if numbers.is_complex() else numbers

@@ -1,4 +1,4 @@
-"""Whether some entries alone were trained: of two checkpoints, everything else is the same."""
+"""Checks that only some entries were trained: everything else is the same in two checkpoints."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .selection import Names
 def trained_alone(
     rules: Sequence[Rule], tensors: Mapping[str, Tensor], others: Mapping[str, Tensor], limit: int
 ) -> Iterator[Finding]:
-    """Yield of each tensor whether the entries that no rule names are those of the base.
+    """Yield a finding for each tensor: whether the entries that no rule names equal those of the base.
 
     Args:
         rules: What was trained.
         tensors: The tensors of the checkpoint.
-        others: Those of the base.
+        others: The tensors of the base.
         limit: How many entries of each tensor are listed.
 
     Raises:
@@ -34,7 +34,7 @@ def trained_alone(
     pairing, firsts = Pairing.of(tensors, others), first_names(tensors)
     trained: dict[str, list[Rule]] = {}
     for rule, name in _named(rules, Names(tensors), Names(others)):
-        trained.setdefault(firsts[name], []).append(rule)  # which stands for all names of a tied tensor
+        trained.setdefault(firsts[name], []).append(rule)  # by the first name, for all names of a shared tensor
     for name, other in pairing.pairs.items():
         yield _compared(name, tensors[name], others[other], trained.get(firsts[name], ()), limit)
     yield from (Finding(name, fact="only in the checkpoint") for name in pairing.alone)
@@ -48,7 +48,7 @@ def _named(rules: Sequence[Rule], names: Names, base_names: Names) -> Iterator[t
         try:
             yield from ((rule, name) for name in names.matching(rule))
         except TargetError:
-            base_names.matching(rule)  # else what it names is missing, which is an answer
+            base_names.matching(rule)  # a tensor that only the base has is a finding, not an error
 
 
 def _compared(name: str, now: Tensor, before: Tensor, rules: Sequence[Rule], limit: int) -> Finding:
@@ -72,7 +72,7 @@ def _compared(name: str, now: Tensor, before: Tensor, rules: Sequence[Rule], lim
 
 
 def _free(name: str, now: Tensor, before: Tensor, rules: Sequence[Rule]) -> Tensor:
-    """Return where the rules say that a tensor was trained: by numbers, where they say so by those of the base."""
+    """Return the mask of the entries that rules name; regions that depend on numbers use those of the base."""
     free = torch.zeros(now.shape, dtype=torch.bool)
     for rule in rules:
         with error_context(f"rule `{shortened(rule)}`", f"`{name}` of shape {tuple(now.shape)}"):

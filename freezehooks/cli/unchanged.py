@@ -1,4 +1,4 @@
-"""Two checkpoints -> the rules that say which entries did not change."""
+"""Writes rules for the entries that are the same in two checkpoints."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from .comparison import all_alike
 from .output import shown
 
 _LONGEST: Final = 120
-"""The longest text of a region that is still worth reading."""
+"""The longest text of a region that is still readable."""
 
 
 def unchanged_rules(
     first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: Mapping[str, str]
 ) -> Iterator[str]:
-    """Yield rules, a line each, that freeze exactly the entries of the second file that the first holds too.
+    """Yield rules, one a line, that freeze exactly the entries that are the same in both files.
 
-    A comment stands in for a rule that cannot be written.
+    If there is no short rule for a tensor, a comment is written instead.
 
     Args:
         first: The tensors of one file.
-        second: Those of the other: the rules speak of its names.
-        names: For names of the second file those of the first.
+        second: The tensors of the other file, whose names the rules use.
+        names: The names in the first file, by those in the second.
     """
     for name, now in second.items():
         before = first[names[name]] if name in names else None
         if before is None or before.dtype != now.dtype or before.ndim != now.ndim:
             continue
-        if not is_freezable(now) or now.element_size() == 1:  # no rule can be about it
+        if not is_freezable(now) or now.element_size() == 1:  # no rule can freeze it
             continue
         same, box = torch.zeros(now.shape, dtype=torch.bool), overlap(before, now)
         same[box] = ~differ(before[box], now[box])
@@ -58,7 +58,7 @@ def _rule(name: str, before: Tensor, now: Tensor, same: Tensor) -> str:
 
 
 def _one_number(numbers: Tensor) -> float | Keep:
-    """Return the number that all entries hold, bit for bit, in as few digits as say it; else that they keep theirs."""
+    """Return the number that all entries hold, bit for bit, in as few digits as are exact, or else `keep`."""
     number: Any = numbers[0].item()
     number = number.real if isinstance(number, complex) else number
     if not math.isfinite(number) or not all_alike(numbers):
@@ -71,10 +71,10 @@ def _one_number(numbers: Tensor) -> float | Keep:
 
 
 def region_of(wanted: Tensor) -> Region | None:
-    """Return all of a tensor, a box of it or all but a box: what is exactly True there; None where none is short.
+    """Return a region for exactly the True entries: the whole tensor, a box, or all but a box; None if not short.
 
     Args:
-        wanted: A bool tensor with something True in it.
+        wanted: A bool tensor with at least one True entry.
 
     Example:
         >>> str(region_of(torch.tensor([[False, True, True], [False, True, True]])))
@@ -89,7 +89,7 @@ def region_of(wanted: Tensor) -> Region | None:
 
 
 def _box(wanted: Tensor) -> Index | None:
-    """Return the index of what is True: every combination of some positions along each dimension, one list at most."""
+    """Return an index of the True entries if they are a product of positions, with at most one list, or None."""
     every = range(wanted.ndim)
     hits = [wanted.any(dim=[d for d in every if d != along]) if wanted.ndim > 1 else wanted for along in every]
     positions = [hit.nonzero().flatten().tolist() for hit in hits]
@@ -108,7 +108,7 @@ _ALL: Final = Slice(None, None, None)
 
 
 def _item(taken: list[int], size: int) -> IndexItem:
-    """Return the positions along a dimension as an integer, a slice or a list."""
+    """Write the positions along a dimension as an integer, a slice or a list."""
     first, end = taken[0], taken[-1] + 1
     if len(taken) == 1 and size > 1:
         return first

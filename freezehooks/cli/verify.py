@@ -18,7 +18,7 @@ from .checkpoints import open_checkpoint
 from .claims import Claim, Finding
 from .output import Answer
 from .pairs import first_names
-from .rules_file import asked_rules
+from .rules_file import given_rules
 from .saved_state import saved_claims
 from .selection import chosen_by_numbers, constraints_by, rules_by_name
 from .trained import trained_alone
@@ -49,24 +49,24 @@ ARGUMENTS: Final = (
 )
 
 _LISTED: Final = 10
-"""How many entries of each parameter are listed where nobody says."""
+"""How many entries of each parameter are listed by default."""
 
 
 def run(options: argparse.Namespace) -> Answer:
     """Run the command."""
-    rules, trained = asked_rules(options), rules_of(options.train_only)
+    rules, trained = given_rules(options), rules_of(options.train_only)
     _check_asked(options, rules, trained)
     tensors, others = open_checkpoint(options.checkpoint, options.key), None
     if options.against is not None:
         others = open_checkpoint(options.against, options.key if options.against_key is None else options.against_key)
     found = list(_findings(options, rules, trained, tensors, others))
-    if not any(each.entries or each.fact for each in found):  # as of copies of which there is one alone
+    if not any(each.entries or each.fact for each in found):  # such as a tie of a single slice
         raise RegionError("the rules freeze no entry of the checkpoint: there is nothing to verify", "correct them")
     return _answer(found, list(_notes(rules)) if others is None else [], _not_looked_at(tensors, found))
 
 
 def _check_asked(options: argparse.Namespace, rules: Sequence[Rule], trained: Sequence[Rule]) -> None:
-    """Refuse arguments that together ask nothing, or more than one question."""
+    """Reject arguments that together ask no question, or more than one."""
     asked = {"a rule": rules, "--train-only": trained, "--frozen": options.frozen}
     first, *more = [name for name, what in asked.items() if what] or [""]
     if more:
@@ -102,7 +102,7 @@ def _by_rules(
     rules: Sequence[Rule], tensors: Mapping[str, Tensor], others: Mapping[str, Tensor] | None, limit: int
 ) -> Iterator[Finding]:
     base, selected = Base(tensors, others), rules_by_name(tensors, rules)
-    base.check(selected)  # what can be told without numbers comes before the first of them is looked at
+    base.check(selected)  # check everything that needs no data before reading any
     for name, own in selected.items():
         yield Finding.of(name, tensors[name], _claims(own, name, tensors[name], base.reference(name, own)), limit)
 
@@ -111,17 +111,17 @@ def _claims(rules: Sequence[Rule], name: str, tensor: Tensor, base: Tensor) -> l
     if len(rules) > 1 or rules[0].value is not keep:
         return [Claim.by(constraint, tensor) for constraint in constraints_by(rules, name, base)]
     with error_context(f"rule `{shortened(rules[0])}`", f"parameter `{name}` of shape {tuple(tensor.shape)}"):
-        return [Claim(f"`{rules[0]}`", select(rules[0].region, base), base)]  # the most common, and the quickest
+        return [Claim(f"`{rules[0]}`", select(rules[0].region, base), base)]  # a shortcut for the most common case
 
 
 def _notes(rules: Sequence[Rule]) -> Iterator[str]:
     for rule in rules:
         for name in chosen_by_numbers(rule.region):
-            yield f"`{rule}`: `{name}` was chosen on the checkpoint itself, for want of --against BASE"
+            yield f"`{rule}`: `{name}` was chosen on the checkpoint itself, since there is no --against BASE"
 
 
 def _not_looked_at(tensors: Mapping[str, Tensor], found: Sequence[Finding]) -> list[str]:
-    """Return the tensors, a tied one by its first name, of which no entry was looked at."""
+    """Return the first names of the tensors that were not looked at."""
     firsts = first_names(tensors)
     known = {firsts[each.name] for each in found if each.entries or each.fact if each.name in firsts}
     return list(dict.fromkeys(name for name in firsts.values() if name not in known))
@@ -146,5 +146,5 @@ def _verdict(found: Sequence[Finding]) -> str:
     broken, strange = [each.broken for each in found if each.broken], sum(bool(each.fact) for each in found)
     of = f"of {entries}, in {len(broken):,} of {parameters},"
     no = [counted(sum(broken), f"{of} does not hold", f"{of} do not hold")] if broken else []
-    no += [counted(strange, "tensor", "tensors") + " came, went, or changed shape or dtype"] if strange else []
+    no += [counted(strange, "tensor", "tensors") + " added, removed, or changed in shape or dtype"] if strange else []
     return f"NOT verified: {'; '.join(no)}" if no else f"verified {entries} of {parameters}"

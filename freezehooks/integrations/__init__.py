@@ -1,1 +1,1 @@
-"""Callbacks for training frameworks, a file each over a base that they share; importing freezehooks imports none."""
+"""Callbacks for training frameworks, one file each over a shared base; `import freezehooks` imports none of them."""

@@ -1,4 +1,4 @@
-"""What callbacks log of frozen entries while they train, whichever framework calls them."""
+"""The figures that callbacks of all frameworks log about frozen entries during training."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _PREFIX: Final = "freezehooks"
 
 
 def figures(model: nn.Module, *, before_step_of: Optimizer | None = None) -> dict[str, float]:
-    """Return what to log of a model's frozen entries now: gradients before a step, or drift after it.
+    """Return figures on a model's frozen entries: norms of gradients before a step, or drift after it.
 
     Args:
-        model: The module by whose names the parameters are logged.
-        before_step_of: The optimizer that is about to step; of the parameters that it steps and that have a gradient
-            the norms are returned, over the frozen entries and over the free ones. Left out: of every parameter with
-            frozen entries the drift, as it is after a step.
+        model: The module whose names for the parameters are used.
+        before_step_of: The optimizer that is about to step: the figures are the gradient norms, over frozen and over
+            free entries, of the parameters that it steps. Left out: the figures are the drift of every parameter
+            with frozen entries.
 
     Returns:
         Numbers by the names under which every framework logs them: ``freezehooks/<name>/drift``,
@@ -30,11 +30,11 @@ def figures(model: nn.Module, *, before_step_of: Optimizer | None = None) -> dic
     """
     watched = _watched(model)
     if before_step_of is None:
-        return {f"{_PREFIX}/{name}/drift": drift(parts, parameter) for name, parts, parameter in watched}
+        return {f"{_PREFIX}/{name}/drift": drift(held, parameter) for name, held, parameter in watched}
     found: dict[str, float] = {}
     stepped = stepped_by(before_step_of)
-    for name, parts, parameter in watched:
-        norms = gradient_norms(parts, parameter) if id(parameter) in stepped else None
+    for name, held, parameter in watched:
+        norms = gradient_norms(held, parameter) if id(parameter) in stepped else None
         if norms is not None:
             found[f"{_PREFIX}/{name}/gradient_norm_frozen"] = norms.frozen
             found[f"{_PREFIX}/{name}/gradient_norm_free"] = norms.free
@@ -42,10 +42,10 @@ def figures(model: nn.Module, *, before_step_of: Optimizer | None = None) -> dic
 
 
 def _watched(model: nn.Module) -> list[tuple[str, list[FrozenParameter], Tensor]]:
-    """Return the model's parameters that have frozen entries, with what each handle freezes of them."""
+    """Return the name of each parameter with frozen entries, what each handle freezes in it, and the parameter."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    parts: dict[Tensor, list[FrozenParameter]] = {}
+    held: dict[Tensor, list[FrozenParameter]] = {}
     for handle in FrozenEntries.of(model):
-        for part, parameter in handle.held():
-            parts.setdefault(parameter, []).append(part)
-    return [(names.get(parameter, found[0].name), found, parameter) for parameter, found in parts.items()]
+        for frozen, parameter in handle.held():
+            held.setdefault(parameter, []).append(frozen)
+    return [(names.get(parameter, found[0].name), found, parameter) for parameter, found in held.items()]

@@ -15,10 +15,10 @@ from .._rules.region import Region
 
 
 class _MaskedConv(nn.modules.conv._ConvNd):
-    """What the masked convolutions of 1, 2 and 3 dimensions share.
+    """The base class of the masked convolutions of 1, 2 and 3 dimensions.
 
-    The mask is a plain attribute and no buffer: a checkpoint of a plain convolution loads strictly, and averages of
-    models, which sum buffers, meet no bool tensor.
+    The mask is a plain attribute rather than a buffer, so that a plain convolution's checkpoint loads strictly, and
+    model averaging, which sums buffers, finds no bool tensor.
     """
 
     mask: Tensor
@@ -49,9 +49,9 @@ class _MaskedConv(nn.modules.conv._ConvNd):
         self._scale_to_taps()
 
     def reset_parameters(self) -> None:
-        """Draw weight and bias as a plain convolution does, scaled to the number of taps that exist."""
+        """Initialize weight and bias as a plain convolution does, scaled to the number of taps that exist."""
         super().reset_parameters()
-        if hasattr(self, "mask"):  # the base class calls this before there is one
+        if hasattr(self, "mask"):  # the base class calls this before the mask is set
             self._scale_to_taps()
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class _MaskedConv(nn.modules.conv._ConvNd):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that convolutions give it
         """Convolve with the taps that the mask has, and add the bias where `bias_at` says."""
-        # `where` rather than a product: an inf in an absent tap's gradient must not become a nan
+        # `where` and not a product, in which an inf in an absent tap's gradient would become nan
         weight = torch.where(self.mask.to(self.weight.device), self.weight, self.weight.new_zeros(()))
         if self.bias is None or (isinstance(self.bias_at, str) and self.bias_at == "everywhere"):
             return self._conv_forward(input, weight, self.bias)
@@ -77,7 +77,7 @@ class _MaskedConv(nn.modules.conv._ConvNd):
         bias = self.bias.to(output.dtype).view(-1, *[1] * len(self.kernel_size))
         if isinstance(self.bias_at, Tensor):
             return output + torch.where(self._positions(self.bias_at, output), bias, bias.new_zeros(()))
-        # An empty neighborhood gives exactly 0, however the convolution rounds; its gradient stays the convolution's.
+        # An empty neighborhood gives exactly 0, however the convolution rounds, with the convolution's gradient.
         return torch.where(self._responds(input), output + bias, output - output.detach())
 
     def _positions(self, bias_at: Tensor, output: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class _MaskedConv(nn.modules.conv._ConvNd):
         return bias_at.to(output.device)
 
     def _responds(self, input: Tensor) -> Tensor:  # noqa: A002
-        """Return where the taps that exist see some input that is not 0.
+        """Return the output positions where at least one existing tap sees an input that is not 0.
 
         Shape:
             ``(batch, out, *positions)``, or without the batch dimension, bool.
@@ -100,10 +100,10 @@ class _MaskedConv(nn.modules.conv._ConvNd):
         return seen > 0.5
 
     def extra_repr(self) -> str:
-        """Add the taps and the bias's place to what a plain convolution shows."""
+        """Return what a plain convolution shows, with the number of taps and `bias_at`."""
         taps = f"taps={int(self.mask.sum())}/{self.mask.numel()}"
-        place = "positions" if isinstance(self.bias_at, Tensor) else repr(self.bias_at)
-        return f"{super().extra_repr()}, {taps}, bias_at={place}"
+        bias_at = "positions" if isinstance(self.bias_at, Tensor) else repr(self.bias_at)
+        return f"{super().extra_repr()}, {taps}, bias_at={bias_at}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -126,7 +126,7 @@ class _MaskedConv(nn.modules.conv._ConvNd):
 
 
 def _full_mask(mask: Any, weight: Tensor) -> Tensor:
-    """Return the mask as a bool tensor of the weight's shape."""
+    """Convert a mask or a region to a bool tensor of the weight's shape."""
     if isinstance(mask, Region | str):
         return select(parse_region(mask) if isinstance(mask, str) else mask, weight)
     if not isinstance(mask, Tensor):
@@ -159,20 +159,20 @@ def _checked_positions(bias_at: Any) -> str | Tensor:
     )
 
 
-_DOCUMENTATION = """Convolve with a kernel of which only some taps exist.
+_DOCUMENTATION = """Convolve with a kernel that has only some of its taps.
 
     The output is that of the plain convolution whose weight is ``where(mask, weight, 0)``. An absent tap contributes
-    nothing, its gradient is exactly 0, and it stays 0 under every optimizer, with no wrapper around it: it starts at 0
-    and its moments and its decay are 0. The parameter stays the one that was made, so an optimizer may be made first.
+    nothing, its gradient is exactly 0, and it stays 0 under every optimizer without any wrapper: it starts at 0, and
+    its moments and its decay are 0. The parameter is never replaced, so the optimizer may be created at any time.
 
     Args:
         in_channels: As for `torch.nn.{plain}`, and so are out_channels, kernel_size, stride, padding, dilation, groups,
-            bias, padding_mode, device and dtype. Weight and bias are drawn as there, scaled to the taps that exist.
+            bias, padding_mode, device and dtype. Weight and bias are initialized as there, scaled to the taps that
+            exist.
         mask: Which taps exist: a tensor of zeros and ones (1 = tap present) of the kernel's shape or of the weight's, a
             region (`cross`, `~center`, `entries[...]`), or a region's text.
-        bias_at: Where the bias is added: "everywhere"; "response", at output positions where a tap that exists sees
-            some input that is not 0, so that an empty neighborhood gives exactly 0; or a bool tensor of output
-            positions.
+        bias_at: Where the bias is added: "everywhere"; "response", at output positions where an existing tap sees an
+            input that is not 0, so that an empty neighborhood gives exactly 0; or a bool tensor of output positions.
 
     Shape:
         - mask: ``(*kernel)`` or ``(out, in/groups, *kernel)``.
@@ -180,8 +180,9 @@ _DOCUMENTATION = """Convolve with a kernel of which only some taps exist.
         - Input and output as for `torch.nn.{plain}`.
 
     Raises:
-        RegionError: The mask has another shape, other values or no tap; `cross` or `center` on an even kernel.
-        SpecError: The mask is neither tensor nor region, or `bias_at` none of the three.
+        RegionError: The mask has another shape, other values or no tap; or it is `cross` or `center` and the kernel is
+            even.
+        SpecError: The mask is neither a tensor nor a region, or `bias_at` is none of the three.
 
     Example:
         >>> import torch
@@ -195,7 +196,7 @@ _DOCUMENTATION = """Convolve with a kernel of which only some taps exist.
     """
 
 
-class MaskedConv1d(_MaskedConv, nn.Conv1d):  # below
+class MaskedConv1d(_MaskedConv, nn.Conv1d):
     __doc__ = _DOCUMENTATION.format(plain="Conv1d", name="MaskedConv1d", taps=2, ones=", 5", shape=", 3")
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class _SharedKernelConv(nn.modules.conv._ConvNd):
-    """What the shared-kernel convolutions of 1, 2 and 3 dimensions share."""
+    """The base class of the shared-kernel convolutions of 1, 2 and 3 dimensions."""
 
     _plain: type[Any]
 
@@ -43,14 +43,14 @@ class _SharedKernelConv(nn.modules.conv._ConvNd):
         return self.in_channels
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that convolutions give it
-        """Convolve every channel with the one kernel."""
+        """Convolve every channel with the shared kernel."""
         spatial, channels = len(self.kernel_size), self.groups
         if input.ndim <= spatial or input.shape[-spatial - 1] != channels:
             raise RegionError(
                 f"an input of shape {tuple(input.shape)} has no {channels} channels before {spatial} dimensions",
                 f"give (batch, {channels}, *positions), or make the layer for other `channels`",
             )
-        # a view, no copies: autograd sums the gradients of all channels on the one kernel
+        # a view without copies: autograd sums the gradients of all channels on the shared kernel
         weight, bias = self.weight.expand(self._copies), self.bias
         return self._conv_forward(input, weight, bias if bias is None else bias.expand(channels))
 
@@ -59,7 +59,7 @@ class _SharedKernelConv(nn.modules.conv._ConvNd):
         """Make the layer from a plain depthwise convolution whose kernels are all equal.
 
         Raises:
-            SpecError: It is no depthwise convolution of these dimensions.
+            SpecError: It is not a depthwise convolution of this number of dimensions.
             FrozenValueError: Its kernels, or its biases, are not all equal.
         """
         depthwise = isinstance(conv, cls._plain) and conv.groups == conv.in_channels == conv.out_channels
@@ -80,7 +80,7 @@ class _SharedKernelConv(nn.modules.conv._ConvNd):
         return layer
 
     def to_conv(self) -> Any:
-        """Make the plain depthwise convolution, with a kernel of its own for every channel, all equal."""
+        """Make a plain depthwise convolution with an equal kernel for every channel."""
         options = {name: getattr(self, name) for name in ("stride", "padding", "dilation", "padding_mode", "groups")}
         like = {"device": self.weight.device, "dtype": self.weight.dtype}
         channels = self.channels, self.channels
@@ -91,7 +91,7 @@ class _SharedKernelConv(nn.modules.conv._ConvNd):
         return conv
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take the one kernel of a plain depthwise convolution's checkpoint too, where all of its kernels are equal."""
+        """Also accept the checkpoint of a plain depthwise convolution, if all of its kernels are equal."""
         *_, error_messages = args
         for name, parameter in self.named_parameters(recurse=False):
             found = state_dict.get(prefix + name)
@@ -111,29 +111,29 @@ def _disagreement(name: str, slices: Tensor) -> FrozenValueError:
     gap = (slices - slices[:1]).detach().abs().max().item()
     return FrozenValueError(
         f"`{name}` differs between its {len(slices)} channels, by up to {gap:g}",
-        "share one kernel, its mean say, first",
+        "make them equal first, for instance to their mean",
     )
 
 
 _DOCUMENTATION = """Convolve every channel with one kernel and add one bias.
 
-    ``output[:, c] = bias + kernel * input[:, c]`` for every channel c: the depthwise `torch.nn.{plain}` whose kernels
-    are all one. It runs as a grouped convolution over an expanded view, without copies; the gradient of the kernel is
-    the sum over the channels, equal to ``conv.weight.grad.sum(0, keepdim=True)`` of the repeated convolution.
+    ``output[:, c] = bias + kernel * input[:, c]`` for every channel c, as in a depthwise `torch.nn.{plain}` whose
+    kernels are all the same. It runs as a grouped convolution over an expanded view, without copies; the gradient of
+    the kernel is the sum over the channels, equal to ``conv.weight.grad.sum(0, keepdim=True)`` of the plain one.
 
     Args:
-        channels: The number of channels, of input and output alike.
+        channels: The number of channels of both input and output.
         kernel_size: As for `torch.nn.{plain}`.
-        stride: As there, and so are padding, dilation, bias, padding_mode, device and dtype. Weight and bias are drawn
-            as those of a depthwise `torch.nn.{plain}`.
+        stride: As there, and so are padding, dilation, bias, padding_mode, device and dtype. Weight and bias are
+            initialized as those of a depthwise `torch.nn.{plain}`.
 
     Shape:
-        - weight: ``(1, 1, *kernel)``; bias: ``(1,)``. A checkpoint of a plain depthwise convolution loads where its
+        - weight: ``(1, 1, *kernel)``; bias: ``(1,)``. A checkpoint of a plain depthwise convolution loads if its
           kernels are all equal.
         - Input and output: ``(batch, channels, *positions)`` or ``(channels, *positions)``.
 
     Raises:
-        SpecError: `channels` is no positive integer.
+        SpecError: `channels` is not a positive integer.
         RegionError: An input has another number of channels.
 
     Example:
@@ -147,7 +147,7 @@ _DOCUMENTATION = """Convolve every channel with one kernel and add one bias.
     """
 
 
-class SharedKernelConv1d(_SharedKernelConv, nn.Conv1d):  # below
+class SharedKernelConv1d(_SharedKernelConv, nn.Conv1d):
     __doc__ = _DOCUMENTATION.format(plain="Conv1d", name="SharedKernelConv1d", ones=", 5", numel=3)
     _plain = nn.Conv1d
 

@@ -1,4 +1,4 @@
-"""Convolutions whose kernel is the output of a network, and any module run with given parameters."""
+"""Convolutions whose kernel is the output of a network, and a function to run any module with given parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .._rules.parser import parse_region
 
 
 class _SynthesizedConv(nn.Module):
-    """What the synthesized convolutions of 1, 2 and 3 dimensions share."""
+    """The base class of the synthesized convolutions of 1, 2 and 3 dimensions."""
 
     _plain: type[Any]
 
@@ -34,8 +34,8 @@ class _SynthesizedConv(nn.Module):
         frozen: tuple[Any, Any] | None = None,
     ) -> None:
         super().__init__()
-        # A plain convolution without numbers checks and normalizes the arguments, and shows them; in a tuple it is no
-        # submodule, so that it has no part in `state_dict()` or `parameters()`.
+        # A plain convolution on the meta device checks, normalizes and shows the arguments. Inside a tuple it is not
+        # registered as a submodule, so that it is not in `state_dict()` or `parameters()`.
         as_plain = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         self._shape_of = (self._plain(*as_plain, device="meta"),)
         self.generator = generator
@@ -45,7 +45,7 @@ class _SynthesizedConv(nn.Module):
 
     @property
     def _conv(self) -> Any:
-        """The plain convolution whose shapes and options these are."""
+        """The plain convolution on the meta device, for its shapes and options."""
         return self._shape_of[0]
 
     @property
@@ -54,10 +54,10 @@ class _SynthesizedConv(nn.Module):
         return torch.Size(self._conv.weight.shape)
 
     def forward(self, input: Tensor, code: Tensor) -> Tensor:  # noqa: A002  # the name that convolutions give it
-        """Convolve the input with the kernel that the generator makes of the code.
+        """Convolve the input with the kernel that the generator computes from the code.
 
         Args:
-            input: What to convolve.
+            input: The input.
             code: One code for the whole batch, or one for each sample.
 
         Shape:
@@ -66,7 +66,7 @@ class _SynthesizedConv(nn.Module):
             - output: ``(batch, out, *positions)``.
 
         Raises:
-            RegionError: The generator's output has another width, or there are neither one nor `batch` codes.
+            RegionError: The generator's output has another width, or there is neither one code nor one for each sample.
         """
         channels, spatial = self._conv.in_channels, len(self._conv.kernel_size)
         if input.ndim not in (spatial + 1, spatial + 2) or input.shape[-spatial - 1] != channels:
@@ -84,16 +84,16 @@ class _SynthesizedConv(nn.Module):
         return self._convolve_each(input, weight, bias)
 
     def _convolve_each(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
-        """Convolve every sample with its own kernel: the samples side by side as groups of one convolution."""
+        """Convolve every sample with its own kernel, with the samples as groups of one convolution."""
         batch = len(input)
-        if not batch:  # no groups at all; any kernel gives the shape
+        if not batch:  # a convolution needs groups; any kernel gives the right shape
             return self._convolve(input, weight.sum(0), None if bias is None else bias.sum(0), self._conv.groups)
         kernels, biases = weight.flatten(0, 1), None if bias is None else bias.flatten()
         output = self._convolve(input.flatten(0, 1).unsqueeze(0), kernels, biases, batch * self._conv.groups)
         return torch.squeeze(output.unflatten(1, (batch, self._conv.out_channels)), 0)
 
     def synthesize_kernel(self, code: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the kernel, frozen entries included, and the bias that the generator makes of a code, or of several.
+        """Return the kernel, with its frozen entries, and the bias that the generator computes from one or more codes.
 
         Shape:
             - code: ``(features,)`` or ``(batch, features)``.
@@ -124,7 +124,7 @@ class _SynthesizedConv(nn.Module):
     _function: Callable[..., Tensor]
 
     def _check_generator(self) -> None:
-        """Refuse a generator of another width now, where its last layer tells; else the first use does."""
+        """Reject a generator of another width if its last layer shows it; otherwise the first forward does."""
         last = list(self.generator.children())[-1] if isinstance(self.generator, nn.Sequential) else self.generator
         if isinstance(last, nn.Linear) and last.out_features != self.width:
             raise self._wrong_width(f"has {last.out_features} outputs")
@@ -138,7 +138,7 @@ class _SynthesizedConv(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Show what a plain convolution shows."""
+        """Return what a plain convolution shows."""
         return str(self._conv.extra_repr())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -151,7 +151,7 @@ class _SynthesizedConv(nn.Module):
 
 
 def _constants(frozen: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Return where the synthesized kernel is constant, and a tensor of its shape with the constants."""
+    """Return the mask of the constant entries of the kernel, and a tensor of the kernel's shape with the constants."""
     if not isinstance(frozen, tuple) or len(frozen) != 2:
         raise SpecError(f"`frozen` must be a region and a value, found {frozen!r}", "write frozen=(center, 0)")
     region, value = frozen
@@ -170,20 +170,20 @@ def _constants(frozen: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
 def synthesize(module: nn.Module, parameters: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
     """Run a module with given tensors in place of some of its parameters.
 
-    It is `torch.func.functional_call` with the names and shapes checked first. Gradients reach the tensors, and
-    whatever network computed them; the module's own parameters are left alone.
+    It is `torch.func.functional_call` with names and shapes checked first. Gradients flow to the tensors and to the
+    network that computed them; the module's own parameters are left alone.
 
     Args:
         module: Any module.
-        parameters: Tensors by the names of the parameters that they stand in for, of the same shapes.
-        args: What the module is called with.
-        kwargs: What the module is called with by name.
+        parameters: Tensors by the names of the parameters that they replace, of the same shapes.
+        args: The positional arguments of the module.
+        kwargs: The keyword arguments of the module.
 
     Returns:
         What the module returns.
 
     Raises:
-        TargetError: A name is not a parameter of the module.
+        TargetError: A name is not that of a parameter of the module.
         RegionError: A tensor has another shape than the parameter.
 
     Example:
@@ -207,37 +207,38 @@ def synthesize(module: nn.Module, parameters: Mapping[str, Tensor], *args: Any, 
                 f"`{name}` has shape {tuple(own[name].shape)}, found a tensor of shape {tuple(tensor.shape)}",
                 "give a tensor of the parameter's shape",
             )
-    # views: hooks take another module's parameter for a replaced one of this module, and would write into it
+    # as views: hooks would mistake another module's parameter for a replacement in this one, and write into it
     given = {name: tensor.view_as(tensor) for name, tensor in parameters.items()}
     return torch.func.functional_call(module, given, args, kwargs)
 
 
-_DOCUMENTATION = """Convolve with a kernel, and add a bias, that a network computes from a code.
+_DOCUMENTATION = """Convolve with a kernel and a bias that a network computes from a code.
 
-    ``output = conv(input, where(frozen, value, generator(code)))``. Gradients reach the generator, the code and the
+    ``output = conv(input, where(frozen, value, generator(code)))``. Gradients flow to the generator, the code and the
     input. With one code for each sample the batch runs as one grouped convolution, not as a loop.
 
     Args:
         generator: A network from a code to ``width`` numbers: the entries of the weight, row by row, then those of the
-            bias. With bias=False there is none.
+            bias, unless bias=False.
         in_channels: As for `torch.nn.{plain}`.
         out_channels: As there.
         kernel_size: As there.
-        frozen: A region and a value, for entries of the kernel that are constants: exact in the kernel used, and
-            without a gradient to the generator. The value is a number or a tensor of the weight's shape.
+        frozen: A region and a value, for entries of the kernel that are constant: they hold the value exactly, and
+            pass no gradient to the generator. The value is a number or a tensor of the weight's shape.
         stride: As there, and so are padding, dilation, groups, bias and padding_mode. Device and dtype are the
             generator's.
 
     Attributes:
-        width: How many numbers the generator must make.
+        width: How many numbers the generator must return.
 
     Shape:
         - input: ``(batch, in, *positions)``; code: ``(features,)`` or ``(batch, features)``.
         - output: ``(batch, out, *positions)``.
 
     Raises:
-        RegionError: The generator's width is another, now or at the first use; the region does not fit the kernel.
-        SpecError: `frozen` holds no region.
+        RegionError: The generator has another width, found now or in the first forward; or the region does not fit
+            the kernel.
+        SpecError: `frozen` is not a region and a value.
 
     Example:
         >>> import torch
@@ -248,7 +249,7 @@ _DOCUMENTATION = """Convolve with a kernel, and add a bias, that a network compu
     """
 
 
-class SynthesizedConv1d(_SynthesizedConv):  # below
+class SynthesizedConv1d(_SynthesizedConv):
     __doc__ = _DOCUMENTATION.format(plain="Conv1d", name="SynthesizedConv1d", width=9, ones=", 4")
     _plain = nn.Conv1d
     _function = staticmethod(nn.functional.conv1d)
