@@ -195,7 +195,7 @@ CASES = [
           "of shape (8, 2, 3, 4)", "; write the entries as an index")),
     Case("center of a matrix", "linear", "bad[center] = 0", RegionError,
          ("rule `bad[center] = 0`: pattern `center` needs a convolution weight (out, in/groups, *kernel), found 2 ",
-          "; name the convolutions alone, or write an index")),
+          "; name only the convolutions, or write an index")),
     Case("triu of a vector", "linear", "bad.bias[triu(1)] = 0", RegionError,
          ("rule `bad.bias[triu(1)] = 0`: pattern `triu` needs a tensor of 2 or more dimensions, found 1",)),
     # values

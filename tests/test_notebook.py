@@ -183,7 +183,7 @@ def test_a_handle_of_which_all_was_replaced_says_removed_and_holds_nothing() -> 
     assert not earlier.attached
     assert len(earlier) == 0
     assert repr(earlier) == str(earlier.report()) == "removed: another handle has thawed all of it"
-    with pytest.raises(UnguardedError, match=r"^removed: another handle has thawed all of it; freeze anew$"):
+    with pytest.raises(UnguardedError, match=r"^removed: another handle has thawed all of it; freeze again$"):
         earlier.assert_frozen()
     for leave in (earlier.remove, earlier.impose, lambda: earlier.__exit__(None, None, None)):
         leave()  # as a callback does when its epoch has come

@@ -120,7 +120,7 @@ def test_two_adapters_are_two_parameters() -> None:
     model = _adapted(_Net())
     model.add_adapter("second", peft.LoraConfig(target_modules=["body"], modules_to_save=["head"]))
     with pytest.raises(
-        TargetError, match=r"`head` may be `.*default\.weight` or `.*second\.weight`; write the whole name"
+        TargetError, match=r"`head` may be `.*default\.weight` or `.*second\.weight`; write the full name"
     ):
         freeze_entries(model, "head[0] = 0.5")
 

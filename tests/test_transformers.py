@@ -313,7 +313,7 @@ def test_regions_chosen_by_numbers_come_from_the_checkpoint(folder: str, moved: 
 def test_a_checkpoint_without_its_file_is_refused(tmp_path: Path) -> None:
     _trainer(_gpt2(), tmp_path, FreezeEntriesCallback(SMALLEST), **SAVING).train()
     checkpoint = Path(shutil.move(tmp_path / "checkpoint-3", tmp_path / "moved"))
-    with pytest.raises(StateMismatchError, match=r"is not in .*checkpoint-3; say where it is, as in TrainingArguments"):
+    with pytest.raises(StateMismatchError, match=r"is not in .*checkpoint-3; name its folder, as in TrainingArguments"):
         _resume(tmp_path, checkpoint)
 
 

@@ -67,7 +67,7 @@ def _select(region: Any, parameter: Tensor) -> Tensor:
     raise SpecError(
         f"a region is an index, a pattern, a bool tensor or a function, found {type(region).__name__}",
         "write `freezehooks.entries[...]` for an index, convert an array with torch.as_tensor, "
-        "and give a function that takes the parameter alone",
+        "and give a function that takes only the parameter",
     )
 
 

@@ -150,7 +150,7 @@ class HeldParameters:
             if isinstance(site.owner, nn.Module) and site.owner not in modules:
                 raise ParameterChangedError(
                     f"the {type(site.owner).__name__} that owned `{name}` is no longer in the model",
-                    "call remove() before a module is replaced or converted, and freeze anew after",
+                    "call remove() before a module is replaced or converted, and freeze again afterwards",
                 )
 
     def rebuilt(self) -> dict[nn.Module, nn.Module]:

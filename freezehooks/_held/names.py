@@ -119,7 +119,7 @@ class Targets:
         for name in found:
             other = firsts.setdefault(unwrapped(name), name)
             if self._aliases.get(name) != self._aliases.get(other):
-                raise TargetError(f"`{target}` may be `{other}` or `{name}`", "write the whole name")
+                raise TargetError(f"`{target}` may be `{other}` or `{name}`", "write the full name")
         return found
 
     def _of_classes(self, target: str, known: list[str]) -> list[str]:

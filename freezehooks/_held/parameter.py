@@ -256,7 +256,7 @@ class FrozenParameter:
         if parameter.shape != self.shape:
             raise ParameterChangedError(
                 f"`{self.name}` had shape {tuple(self.shape)} when it was frozen and has {tuple(parameter.shape)} now",
-                "remove the frozen entries before the parameter is replaced, and freeze anew after",
+                "remove the frozen entries before the parameter is replaced, and freeze again afterwards",
             )
 
     # Imposing

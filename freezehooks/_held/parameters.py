@@ -25,8 +25,8 @@ class FrozenParameters:
     Attributes:
         by_name: The frozen parameters, in a plain dict since compiled code reads it.
         released: The names of those that are not held now.
-        changes: A counter of changes, including parameters found at another address; planned writes are planned anew
-            when it moves.
+        changes: A counter of changes, including parameters found at another address; writes are planned again when it
+            moves.
         guards: Weak references to the optimizer hooks that guard these parameters.
         skips_gradients: Whether to skip computing the gradients of frozen rows, in modules that support it.
         skipped: How many parameters each rule with wildcards skipped because its region is empty, by the rule's text.

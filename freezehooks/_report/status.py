@@ -147,7 +147,7 @@ def check_complete(mechanisms: Mapping[str, Mechanisms], *, guarded: bool, remov
     missing = f"missing is {said(gaps)}" if any(gaps.values()) else ""
     if removal:
         fact = ", so ".join(filter(None, [removal, missing]))
-        raise UnguardedError(fact, "hold the entries again with frozen.attach()" if mechanisms else "freeze anew")
+        raise UnguardedError(fact, "hold the entries again with frozen.attach()" if mechanisms else "freeze again")
     if missing:
         raise UnguardedError(f"frozen entries are held only in part: {missing}", _remedy(gaps.values()))
 

@@ -129,7 +129,7 @@ def _frozen(region: Region, shape: tuple[int, ...]) -> str:
     if prod(shape) > _MOST_ENTRIES:
         raise RegionError(
             f"`--shape` of {prod(shape):,} entries is too large to count here, which takes {_MOST_ENTRIES:,}",
-            "give a smaller shape of the same kind, or leave it out for words alone",
+            "give a smaller shape of the same kind, or leave it out for words only",
         )
     tensor = torch.zeros(()).expand(shape)  # only its shape is used, so it needs no memory
     if chosen_by_numbers(region):

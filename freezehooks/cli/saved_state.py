@@ -40,7 +40,7 @@ def saved_claims(path: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str
         )
     claims: dict[str, list[Claim]] = {}
     for state in states:
-        with error_context(f"`{path}`"), readable("the state", "save it anew: torch.save(frozen.state_dict(), path)"):
+        with error_context(f"`{path}`"), readable("the state", "save it again: torch.save(frozen.state_dict(), path)"):
             check_format("the state", state)
             for name, item in _named(state["parameters"], tensors):
                 claims.setdefault(name, []).extend(_claims(item, name, tensors[name]))

@@ -1,4 +1,4 @@
-"""What every callback that freezes entries does, whichever framework calls it; no framework is imported here."""
+"""The base class of the callbacks that freeze entries. It imports no framework."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from .._rules.spec import Spec, rules_of
 
 
 class FreezingCallback(ABC):
-    """The part of a callback that no framework has a say in: settings, release, removal, report and refusals.
+    """The part of a callback that does not depend on the framework: settings, thawing, removal, logging and checks.
 
     A framework's callback inherits from this class first and from the framework's own second. Its event methods freeze
     the entries, keep the handle in `frozen`, and call the methods below. Several of these take `training`: the object
     in which the framework keeps epoch and rank, such as Lightning's `Trainer`.
 
     Args:
-        spec: The rules, as for `freeze_entries`; None where `train_only` is given.
-        train_only: What is to train alone, as for `freezehooks.train_only`; None where `spec` is given.
-        from_epoch: The epoch, counted from 0, before whose first step the entries are frozen. None: from the start on.
-        until_epoch: The epoch, counted from 0, at whose start all entries are let go. None: never.
-        compact: Whether the optimizers hold and step the free entries alone.
-        skip_gradients: Whether no gradient is computed for frozen rows, as `freeze_entries` says.
+        spec: The rules, as for `freeze_entries`; None if `train_only` is given.
+        train_only: What trains, as for `freezehooks.train_only`; None if `spec` is given.
+        from_epoch: The epoch, counted from 0, before whose first step the entries are frozen. None: at the start.
+        until_epoch: The epoch, counted from 0, at whose start all entries are thawed. None: never.
+        compact: Whether the optimizers hold and step only the free entries.
+        skip_gradients: Whether gradients are skipped for frozen rows of `nn.Linear` layers; see `freeze_entries`.
 
     Attributes:
-        frozen: The handle of the latest training; None before any, and where all entries were let go.
+        frozen: The handle of the latest training; None before any, and if all entries were thawed.
 
     Raises:
-        RuleSyntaxError: Text that is no rule.
+        RuleSyntaxError: Some text is not a rule.
         SpecError: Anything else that cannot be read as rules; both of `spec` and `train_only`, or neither; epochs that
-            are none, or in the wrong order.
+            are invalid or in the wrong order.
     """
 
     _word_for_training: ClassVar[str]
-    """What the framework's users call a training, in messages."""
+    """What messages call a training run in this framework."""
 
     def __init__(
         self,
@@ -65,46 +65,46 @@ class FreezingCallback(ABC):
 
     @property
     def state_key(self) -> str:
-        """The name of this callback's state in a checkpoint: it says the rules, and the epochs where there are any."""
+        """The name of this callback's state in a checkpoint: the rules, and the epochs if there are any."""
         epochs = {"from_epoch": self.from_epoch, "until_epoch": self.until_epoch}
         given = [f"{name}={epoch}" for name, epoch in epochs.items() if epoch is not None]
         return f"{self.rules_key}({', '.join(given)})" if given else self.rules_key
 
     @property
     def rules_key(self) -> str:
-        """The part of `state_key` that says the rules alone."""
+        """The part of `state_key` with the rules only."""
         kind = ".train_only" if self.trains_rules else ""
         return f"{type(self).__qualname__}{kind}{[str(rule) for rule in self.rules]}"
 
-    # What the framework knows
+    # What the framework provides
 
     @abstractmethod
     def _epoch(self, training: Any) -> int:
-        """Return the present epoch, counted from 0."""
+        """Return the current epoch, counted from 0."""
 
     @abstractmethod
     def _log(self, training: Any, message: str) -> None:
-        """Log a message at level INFO, in one process, under the framework's own logger."""
+        """Log a message at level INFO, in one process, with the framework's own logger."""
 
     # From the start of a training to its end
 
     def _forget(self) -> None:
-        """Forget an earlier training, and let go what it still holds if it broke off."""
+        """Forget an earlier training, and remove what it still holds if it was interrupted."""
         self._remove()
         self.frozen, self._released = None, False
 
-    def _shall_freeze(self, training: Any) -> bool:
-        """Return whether this training starts with frozen entries, and warn where only the checkpoint says no."""
+    def _starts_frozen(self, training: Any) -> bool:
+        """Return whether this training starts with frozen entries, and warn if only the checkpoint prevents it."""
         if self._released and self.until_epoch is None:
             warnings.warn(
-                f"{type(self).__name__}: the checkpoint was saved after `until_epoch` had let all entries go; nothing "
-                f"is frozen in this run either. To freeze again start a new {self._word_for_training} from its weights "
-                "alone.",
+                f"{type(self).__name__}: the checkpoint was saved after `until_epoch` had thawed all entries; nothing "
+                f"is frozen in this run either. To freeze again, start a new {self._word_for_training} from its "
+                "weights alone.",
                 stacklevel=3,
             )
         return not self._released and self._is_stage(training)
 
-    def _shall_begin(self, training: Any) -> bool:
+    def _begins_now(self, training: Any) -> bool:
         """Return whether a stage that begins in the middle of a training begins now."""
         is_waiting = self.from_epoch is not None and self.frozen is None and not self._released
         return is_waiting and self._is_stage(training)
@@ -114,12 +114,12 @@ class FreezingCallback(ABC):
         return has_begun and not self._is_due(training)
 
     def _hold(self, model: nn.Module, saved: dict[str, Any] | None) -> FrozenEntries:
-        """Freeze what the rules say, or all but that where they say what is to train."""
+        """Freeze what the rules name or, with `train_only`, everything else."""
         hold = train_only if self.trains_rules else freeze_entries
         return hold(model, self.rules, state=saved, skip_gradients=self.skip_gradients)
 
     def _report(self, training: Any, model: nn.Module, frozen: FrozenEntries) -> None:
-        """Log how many entries are frozen, and which."""
+        """Log how many entries are frozen, and the table of the handle."""
         total = sum(parameter.numel() for parameter in model.parameters())
         told = share_of(frozen.frozen_count, total, "is frozen", "are frozen")
         self._log(training, f"{type(self).__name__}: {told}\n{frozen}")
@@ -128,60 +128,60 @@ class FreezingCallback(ABC):
         return self.until_epoch is not None and self._epoch(training) >= self.until_epoch
 
     def _release_if_due(self, training: Any) -> None:
-        """Let the entries go for good, where the epoch for it has come."""
+        """Thaw all entries for good if the epoch for it has come."""
         if self._is_due(training) and not self._released:
             self._released = True
             self._remove()
             self._log(training, f"{type(self).__name__}: all entries train from epoch {self._epoch(training)} on")
 
     def _holding(self) -> FrozenEntries | None:
-        """Return the handle while it holds the entries."""
+        """Return the handle if it holds the entries now, or None."""
         return self.frozen if self.frozen is not None and self.frozen.attached else None
 
     def _check(self) -> None:
         """Check that every frozen entry holds its value, and that the model's hooks are in place.
 
         Raises:
-            DriftError: An entry does not.
-            UnguardedError: All do, but a hook is gone.
+            DriftError: An entry does not hold its value.
+            UnguardedError: All entries do, but a hook is missing.
         """
         frozen = self._holding()
         if frozen is not None:
             frozen.assert_frozen(guarded=False)
 
     def _finish(self) -> None:
-        """Take the hooks off, after imposing once more: other callbacks may have written averages into the model."""
+        """Remove the hooks, after imposing once more: other callbacks may have written averages into the model."""
         self._impose()
-        self._break_off()
+        self._abort()
 
     def _impose(self) -> None:
-        """Write the values into the frozen entries, where they are held."""
+        """Write the values into the frozen entries, if they are held now."""
         frozen = self._holding()
         if frozen is not None:
             frozen.impose()
 
-    def _break_off(self) -> None:
-        """Take the hooks off for good: training is over, or came to an error."""
+    def _abort(self) -> None:
+        """Remove the hooks for good, when training is over or has failed."""
         if self.frozen is not None:
             self.frozen._unguard()
         self._remove()
 
     def _remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         if self.frozen is not None:
             self.frozen.remove()
 
     # Checkpoints
 
     def _check_saved_rules(self, saved: Iterable[Any], present: Collection[str] = ()) -> None:
-        """Refuse a checkpoint that knows other rules and not those of this callback.
+        """Reject a checkpoint that has other rules and not those of this callback.
 
         Args:
             saved: The keys of all callbacks' states in the checkpoint.
-            present: The keys of callbacks that run beside this one; what was saved under them is theirs.
+            present: The keys of the callbacks in this run; what was saved under them belongs to them.
 
         Raises:
-            StateMismatchError: It does.
+            StateMismatchError: The checkpoint was saved under other rules.
         """
         kinds = f"{type(self).__qualname__}[", f"{type(self).__qualname__}.train_only["
         ours = [key for key in map(str, saved) if key.startswith(kinds)]
@@ -194,15 +194,15 @@ class FreezingCallback(ABC):
             )
 
     def _write_state(self, frozen: dict[str, Any] | None) -> dict[str, Any]:
-        """Return the callback's state as every checkpoint holds it.
+        """Return the callback's state for a checkpoint.
 
         Args:
-            frozen: What `FrozenEntries.state_dict` returned; None where nothing is frozen or it is kept elsewhere.
+            frozen: What `FrozenEntries.state_dict` returned; None if nothing is frozen, or if it is saved elsewhere.
         """
         return {"format": FORMAT, "released": self._released, "frozen": frozen}
 
     def _read_state(self, state: Any) -> tuple[bool, dict[str, Any] | None]:
-        """Return whether the entries were let go already, and what `FrozenEntries.state_dict` had returned.
+        """Return whether the entries were thawed already, and what `FrozenEntries.state_dict` had returned.
 
         Raises:
             StateMismatchError: The state has another format, or cannot be read.
@@ -231,21 +231,21 @@ def _check_epochs(from_epoch: Any, until_epoch: Any) -> None:
     if None not in (from_epoch, until_epoch) and from_epoch >= until_epoch:
         raise SpecError(
             f"`from_epoch` must come before `until_epoch`, found {from_epoch} and {until_epoch}",
-            "entries are frozen before the first step of the one, and let go at the start of the other",
+            "entries are frozen before the first step of `from_epoch`, and thawed at the start of `until_epoch`",
         )
 
 
 def check_whole_number(name: str, value: Any, meaning: str, *, least: int) -> None:
-    """Refuse an argument that is neither None nor a whole number of at least `least`.
+    """Reject an argument that is neither None nor a whole number of at least `least`.
 
     Args:
-        name: What the argument is called.
-        value: What was given for it.
-        meaning: What it counts, in the words of the message.
+        name: The name of the argument.
+        value: The argument.
+        meaning: What it is, as the message describes it.
         least: The smallest number that is allowed.
 
     Raises:
-        SpecError: It is neither.
+        SpecError: The argument is neither.
     """
     if value is not None and (type(value) is not int or value < least):
         raise SpecError(

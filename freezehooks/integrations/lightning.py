@@ -1,4 +1,4 @@
-"""Freeze entries inside Lightning's Trainer and watch them: callbacks for `lightning.pytorch`, `pytorch_lightning`."""
+"""Callbacks for Lightning that freeze entries during fit and log figures on them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
 
 
 def _callback_bases() -> tuple[type, ...]:
-    """Return the `Callback` of each installed Lightning: a Trainer asks for its own package's."""
+    """Return the `Callback` class of each installed Lightning package, since a Trainer requires that of its own."""
     installed = [name for name in _PACKAGES if importlib.util.find_spec(name.split(".")[0]) is not None]
     if not installed:
         raise ModuleNotFoundError(
@@ -36,36 +36,35 @@ _Callback: Any = type("_Callback", _callback_bases(), {})
 class FreezeEntries(FreezingCallback, _Callback):
     """Hold some entries of the module's parameters through `Trainer.fit`.
 
-    At the start of every fit the rules are read, the gradient hooks and forward hooks go onto the named layers, and
-    every optimizer that steps one of them is guarded through its own step hooks: it stays the object that
+    At the start of every fit the rules are applied: the named layers get gradient hooks and forward hooks, and every
+    optimizer that steps one of them is guarded through its own step hooks, while it stays the object that
     `configure_optimizers` returned. After the last step of every epoch each frozen entry is compared with its value,
-    bit for bit. At the end of fit every hook comes off again.
+    bit for bit. At the end of fit every hook is removed.
 
-    The rules, the regions they chose and the values go into the checkpoint. A run resumed from it takes them from
-    there.
+    The rules, the regions they selected and the values are saved in the checkpoint. A run that resumes from it restores
+    them.
 
-    For stages give the Trainer several callbacks, each with its epochs: what one lets go at the start of an epoch the
-    next may hold in it, in whatever order they stand.
+    For stages, give the Trainer several callbacks, each with its epochs: entries that one thaws at the start of an
+    epoch may be frozen by another in the same epoch, whatever the order of the callbacks.
 
     Args:
         spec: The rules, as for `freeze_entries`; names are those of the LightningModule's parameters.
-        train_only: In place of `spec`, what is to train alone, as for `freezehooks.train_only`.
-        from_epoch: The epoch, counted from 0, before whose first step the entries are frozen, at what they hold then.
-            Left out: from the start on.
-        until_epoch: The epoch, counted from 0, at whose start all entries are let go. Left out: never.
-        compact: Whether the optimizers hold and step the free entries alone, as `MaskedOptimizer` says.
-            Checkpoints hold their state in the plain shapes.
-        skip_gradients: Whether no gradient is computed for rows of an `nn.Linear` that are frozen whole, as
-            `freeze_entries` says.
+        train_only: Instead of `spec`, what trains, as for `freezehooks.train_only`.
+        from_epoch: The epoch, counted from 0, before whose first step the entries are frozen; `keep` is what they hold
+            then. Left out: at the start.
+        until_epoch: The epoch, counted from 0, at whose start all entries are thawed. Left out: never.
+        compact: Whether the optimizers hold and step only the free entries; see `MaskedOptimizer`. Checkpoints still
+            contain their state in the parameters' shapes.
+        skip_gradients: Whether gradients are skipped for frozen rows of `nn.Linear` layers; see `freeze_entries`.
 
     Attributes:
-        frozen: The handle of the latest fit, detached after it; None before any, and where all entries were let go.
+        frozen: The handle of the latest fit, removed at its end; None before any, and if all entries were thawed.
 
     Raises:
-        FreezeError: Text that is no rule, when the callback is made; anything else, at the start of fit.
-        DriftError: After the last step of an epoch, where a frozen entry does not hold its value.
-        UnguardedError: After the last step of an epoch, where all do, but a hook that holds them was stripped.
-        StateMismatchError: On resuming from a checkpoint that was saved under other rules, or in another format.
+        FreezeError: When the callback is made, for text that is not a rule; at the start of fit, for anything else.
+        DriftError: After the last step of an epoch, if a frozen entry does not hold its value.
+        UnguardedError: After the last step of an epoch, if all of them do, but a hook that holds them is missing.
+        StateMismatchError: When resuming from a checkpoint that was saved under other rules, or in another format.
 
     Example:
         >>> from freezehooks.integrations.lightning import FreezeEntries
@@ -77,7 +76,7 @@ class FreezeEntries(FreezingCallback, _Callback):
 
     _word_for_training: ClassVar[str] = "fit"
 
-    def __init__(  # its annotations are what Lightning's command line reads
+    def __init__(  # Lightning's command line reads these annotations
         self,
         spec: str | list[Any] | dict[str, Any] | Any | None = None,
         *,
@@ -101,14 +100,14 @@ class FreezeEntries(FreezingCallback, _Callback):
 
     @property
     def state_key(self) -> str:
-        """The name of this callback's state in a checkpoint: it says the rules, and the epochs where others share them.
+        """The name of this callback's state in a checkpoint: the rules, with the epochs if other callbacks share them.
 
-        A run may so resume with another `until_epoch`.
+        So a run may resume with another `until_epoch`.
         """
         return self.rules_key if self._is_alone else super().state_key
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Forget an earlier fit: what a checkpoint says of this one is loaded after this."""
+        """Forget an earlier fit; Lightning loads the state from a checkpoint after this."""
         if stage == "fit":
             self._forget()
             self._saved = None
@@ -116,7 +115,7 @@ class FreezeEntries(FreezingCallback, _Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Freeze the entries and guard the optimizers that step them."""
-        if self._shall_freeze(trainer):
+        if self._starts_frozen(trainer):
             self._freeze(trainer, pl_module)
 
     def _freeze(self, trainer: Any, pl_module: Any) -> None:
@@ -132,39 +131,39 @@ class FreezeEntries(FreezingCallback, _Callback):
         if frozen is None:
             return
         for optimizer in optimizers:
-            with suppress(OptimizerMismatchError):  # the optimizer of another part of the module
+            with suppress(OptimizerMismatchError):  # it steps other parameters of the module
                 frozen.guard(optimizer, compact=compact)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Guard an optimizer that was made, or given frozen parameters, since the start of fit."""
-        self._guard([optimizer])  # in the middle of its step: too late to be compact in this one
+        """Guard an optimizer that was created, or given frozen parameters, since the start of fit."""
+        self._guard([optimizer])  # its step has begun: too late for compact mode in this one
 
     def _guard_compactly(self, trainer: Any) -> None:
-        """Have optimizers that were made since the start of fit hold the free entries alone, between two steps."""
+        """Switch optimizers that were created since the start of fit to compact mode, between two steps."""
         late = [each for each in trainer.optimizers if not is_compact(each)] if self.compact else []
         self._guard(late, compact=True)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Let the entries go, where the epoch for it has come."""
+        """Thaw the entries if the epoch for it has come."""
         self._release_if_due(trainer)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Freeze the entries, where the epoch for it has come, once all callbacks have let go what they were to.
+        """Freeze the entries if the epoch for it has come, after all callbacks have thawed what is due.
 
-        A resumed run may have begun its epoch without the hook for its start.
+        They are asked again here since a resumed run may skip `on_train_epoch_start` of its first epoch.
         """
         for stage in _stages(trainer):
             stage._release_if_due(trainer)
-        if self._shall_begin(trainer):
+        if self._begins_now(trainer):
             self._freeze(trainer, pl_module)
         if batch_idx == 0:
             self._hold_statistics(trainer, pl_module)
         self._guard_compactly(trainer)
 
     def _hold_statistics(self, trainer: Any, pl_module: Any) -> None:
-        """Impose on the buffers that SWA has put in the place of those whose statistics it is about to gather anew.
+        """Impose on the buffers that SWA has assigned, to collect the statistics of BatchNorm again.
 
-        `keep` would take the numbers of a tensor that is put in another's place.
+        Otherwise `keep` would adopt what those contain, as it does for any tensor that was replaced.
         """
         frozen = self._holding()
         if frozen is not None and any(getattr(callback, "momenta", None) for callback in trainer.callbacks):
@@ -173,35 +172,35 @@ class FreezeEntries(FreezingCallback, _Callback):
                     frozen[name].impose(buffer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Check after the last step of an epoch that every frozen entry holds its value, and its hooks are in place."""
+        """Check after the last step of an epoch that every frozen entry holds its value and no hook is missing."""
         self._guard_compactly(trainer)
         if trainer.is_last_batch:
             self._check()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Impose before a callback puts its average in the place of the weights that are validated."""
+        """Impose before a callback replaces the weights by their average for validation."""
         self._impose()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Impose, whether a callback has copied its average into the module already or is about to."""
+        """Impose on the module and on averages, as a callback may copy the average into the module before or after."""
         self._impose()
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Impose once more and take the hooks off."""
+        """Impose once more and remove the hooks."""
         self._finish()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Take the hooks off."""
-        self._break_off()
+        """Remove the hooks."""
+        self._abort()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return rules, regions and values, and whether the entries were let go already."""
+        """Return rules, regions and values, and whether the entries were thawed already."""
         return self._write_state(self._saved if self.frozen is None else self.frozen.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take regions and values from a checkpoint, at once or at the start of fit."""
+        """Restore regions and values from a checkpoint, now or at the start of fit."""
         self._released, self._saved = self._read_state(state_dict)
-        if self.frozen is not None and self._saved is not None:  # strategies that load after the start of fit
+        if self.frozen is not None and self._saved is not None:  # some strategies load after the start of fit
             if self._released:
                 self._remove()
             else:
@@ -209,7 +208,7 @@ class FreezeEntries(FreezingCallback, _Callback):
                     frozen.load_state_dict(self._saved)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume training from a checkpoint that was saved under other rules."""
+        """Raise if training would resume from a checkpoint that was saved under other rules."""
         if trainer.state.fn == "fit":
             present = {callback.state_key for callback in trainer.callbacks}
             self._check_saved_rules(checkpoint.get("callbacks", {}), present)
@@ -229,7 +228,7 @@ class FreezeEntries(FreezingCallback, _Callback):
         return int(training.current_epoch)
 
     def _log(self, training: Any, message: str) -> None:
-        """Log a message once, under the package that the trainer comes from."""
+        """Log a message in one process, with the logger of the trainer's package."""
         if training.is_global_zero:
             modules = [cls.__module__ for cls in type(training).__mro__]
             package = next(name for name in _PACKAGES if any(module.startswith(name) for module in modules))
@@ -241,32 +240,32 @@ def _stages(trainer: Any) -> list[FreezeEntries]:
 
 
 def _averages(trainer: Any) -> list[nn.Module]:
-    """Return the averages of the module that Lightning's callbacks form: copies made before anything was frozen."""
+    """Return the averages of the module that Lightning's callbacks keep, which were copied before freezing."""
     found = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # it has no public name
     return [each.module if isinstance(each, AveragedModel) else each for each in found if each is not None]
 
 
 class FrozenEntriesMonitor(_Callback):
-    """Log how far frozen entries drifted, and the norms of their gradients, to every logger of the trainer.
+    """Log the drift of frozen entries and the norms of their gradients to every logger of the trainer.
 
-    For each parameter of the module with frozen entries, be they frozen by a `FreezeEntries` callback or by hand:
+    These are logged for each parameter with entries frozen by a `FreezeEntries` callback or by hand:
 
     - ``freezehooks/<name>/drift``: the largest absolute difference of a frozen entry from its value, after the step.
-      0 at every step, or something writes to them.
+      It is 0 at every step, unless something writes to them.
     - ``freezehooks/<name>/gradient_norm_frozen``: the 2-norm of the gradient over the frozen entries, as the optimizer
-      is about to see it: unscaled, and not yet clipped. 0 at every step.
-    - ``freezehooks/<name>/gradient_norm_free``: the same over the free entries. 0 at every step is a layer that does
-      not learn.
+      is about to see it: unscaled, and not yet clipped. It is 0 at every step.
+    - ``freezehooks/<name>/gradient_norm_free``: the same over the free entries. If it is 0 at every step, the layer
+      does not learn.
 
-    A parameter without a gradient has no norms, and one that was let go is logged no more. Steps that are not logged
-    cost nothing. Of a parameter that is spread over ranks, the numbers are of the first rank's part.
+    A parameter without a gradient has no norms, and one that was thawed is not logged any more. Steps that are not
+    logged cost nothing. For a sharded parameter, the figures are those of the first rank's shard.
 
     Args:
-        every_n_steps: After how many steps the next is logged. Left out: as the trainer's `log_every_n_steps` says.
+        every_n_steps: How many steps apart figures are logged. Left out: the trainer's `log_every_n_steps`.
 
     Raises:
-        SpecError: `every_n_steps` is no such number, when the callback is made; the trainer has no logger, at the
-            start of training.
+        SpecError: When the callback is made, if `every_n_steps` is not a positive integer; at the start of training,
+            if the trainer has no logger.
 
     Example:
         >>> from freezehooks.integrations.lightning import FreezeEntries, FrozenEntriesMonitor
@@ -282,16 +281,16 @@ class FrozenEntriesMonitor(_Callback):
         self._metrics: dict[str, float] = {}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse a trainer that has nowhere to log to, and forget an earlier fit."""
+        """Reject a trainer without loggers, and forget an earlier fit."""
         self._has_stepped, self._metrics = False, {}
         if not trainer.loggers:
             raise SpecError(
                 "`FrozenEntriesMonitor` needs a logger, and the Trainer has none",
-                "make it with Trainer(logger=True) or a logger of your own, or leave the callback out",
+                "give it one with Trainer(logger=True) or a logger of your own, or leave the callback out",
             )
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Take the norms of the gradients that this optimizer is about to step with."""
+        """Record the norms of the gradients with which this optimizer is about to step."""
         if not self._is_due(trainer):
             return
         self._has_stepped = True
@@ -302,7 +301,7 @@ class FrozenEntriesMonitor(_Callback):
         return every > 0 and (_steps_so_far(trainer) + 1) % every == 0
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log, where this batch came to a step that is due."""
+        """Log the figures if this batch ended in a step that is due."""
         if not self._has_stepped:
             return
         self._metrics |= figures(pl_module)
@@ -313,6 +312,6 @@ class FrozenEntriesMonitor(_Callback):
 
 
 def _steps_so_far(trainer: Any) -> int:
-    """Return what Lightning's own metrics and monitors are logged at: it has no public name."""
+    """Return the step at which Lightning logs its own metrics, which has no public name."""
     steps: int = trainer.fit_loop.epoch_loop._batches_that_stepped
     return steps

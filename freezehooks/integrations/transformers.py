@@ -25,44 +25,44 @@ except ModuleNotFoundError as error:
     ) from error
 
 _FILE: Final = "freezehooks.pt"
-"""What a checkpoint folder has beside the Trainer's own files: regions and values, which its JSON cannot hold."""
+"""The file with regions and values in a checkpoint folder; the Trainer's own JSON file cannot contain them."""
 
 
 class FreezeEntriesCallback(FreezingCallback, TrainerCallback):
     """Hold some entries of the model's parameters through `Trainer.train`.
 
-    At the start of every training the rules are read, the gradient hooks and forward hooks go onto the named layers,
-    and the optimizer is guarded through its own step hooks: it stays the object that the Trainer made or was given. At
-    the end of every epoch each frozen entry is compared with its value, bit for bit. At the end of training every hook
-    comes off again.
+    At the start of every training the rules are applied: the named layers get gradient hooks and forward hooks, and
+    the optimizer is guarded through its own step hooks, while it stays the object that the Trainer made or was given.
+    At the end of every epoch each frozen entry is compared with its value, bit for bit. At the end of training every
+    hook is removed.
 
-    Regions and values go into the file `freezehooks.pt` of every checkpoint folder. A run resumed from it takes them
-    from there.
+    Regions and values are saved in the file `freezehooks.pt` in every checkpoint folder. A run that resumes from it
+    restores them.
 
-    For stages give the Trainer several callbacks, each with its epochs: what one lets go at the start of an epoch the
-    next may hold in it, in whatever order they stand.
+    For stages, give the Trainer several callbacks, each with its epochs: entries that one thaws at the start of an
+    epoch may be frozen by another in the same epoch, whatever the order of the callbacks.
 
     Args:
         spec: The rules, as for `freeze_entries`; names are those of the model's parameters.
-        train_only: In place of `spec`, what is to train alone, as for `freezehooks.train_only`.
-        from_epoch: The epoch, counted from 0, before whose first step the entries are frozen, at what they hold then.
-            Left out: from the start on.
-        until_epoch: The epoch, counted from 0, at whose start all entries are let go. Left out: never.
-        compact: Keep the optimizer's state for the free entries alone, as `FrozenEntries.guard` does when it is asked.
-        skip_gradients: Whether no gradient is computed for rows of an `nn.Linear` that are frozen whole, as
-            `freeze_entries` says.
+        train_only: Instead of `spec`, what trains, as for `freezehooks.train_only`.
+        from_epoch: The epoch, counted from 0, before whose first step the entries are frozen; `keep` is what they hold
+            then. Left out: at the start.
+        until_epoch: The epoch, counted from 0, at whose start all entries are thawed. Left out: never.
+        compact: Whether the optimizer holds and steps only the free entries; see `FrozenEntries.guard`.
+        skip_gradients: Whether gradients are skipped for frozen rows of `nn.Linear` layers; see `freeze_entries`.
 
     Attributes:
-        frozen: The handle of the latest training, detached after it; None before any, and where all entries were let
-            go. The Trainer tells no callback of an exception: where training broke off the entries are still held,
-            until `frozen.remove()` or the next training of this callback.
+        frozen: The handle of the latest training, removed at its end; None before any, and if all entries were thawed.
+            The Trainer does not tell callbacks about exceptions: after one, the entries are held until
+            `frozen.remove()` is called or the callback's next training starts.
 
     Raises:
-        FreezeError: Text that is no rule, when the callback is made; anything else, at the start of training.
-        DriftError: At the end of an epoch, where a frozen entry does not hold its value.
-        UnguardedError: At the end of an epoch, where all do, but a hook that holds them was stripped.
-        StateMismatchError: On resuming from a checkpoint that was saved under other rules or in another format, or
-            whose `freezehooks.pt` is nowhere to be found.
+        FreezeError: When the callback is made, for text that is not a rule; at the start of training, for anything
+            else.
+        DriftError: At the end of an epoch, if a frozen entry does not hold its value.
+        UnguardedError: At the end of an epoch, if all of them do, but a hook that holds them is missing.
+        StateMismatchError: When resuming from a checkpoint that was saved under other rules or in another format, or
+            whose `freezehooks.pt` cannot be found.
 
     Example:
         >>> from freezehooks.integrations.transformers import FreezeEntriesCallback
@@ -97,22 +97,22 @@ class FreezeEntriesCallback(FreezingCallback, TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Freeze the entries and guard the optimizer, after the Trainer has loaded what it resumes from."""
+        """Freeze the entries and guard the optimizer, after the Trainer has loaded any checkpoint."""
         self._forget()
         self._run = uuid.uuid4().hex
         key = self._key_in(state.stateful_callbacks)
-        entry = state.stateful_callbacks.get(key)  # None in a fresh run, or after one that froze nothing
+        entry = state.stateful_callbacks.get(key)  # None in a new run, or if the saved run froze nothing
         if entry is not None:
             self._released, _ = self._read_state(entry)
-        if self._shall_freeze(state):
+        if self._starts_frozen(state):
             saved = self._saved(args, state, key, entry) if entry is not None and entry.get("begun", True) else None
             self._freeze(state, model, optimizer, saved)
 
     def _key_in(self, saved: dict[str, Any]) -> str:
-        """Return the key of this callback's state in a checkpoint: perhaps of the same rules with other epochs.
+        """Return the key of this callback's state in a checkpoint, which may have the same rules with other epochs.
 
         Raises:
-            StateMismatchError: The checkpoint knows other rules and not those of this callback.
+            StateMismatchError: The checkpoint has other rules and not those of this callback.
         """
         others = [key for key in saved if key.startswith(self.rules_key)]
         if self.state_key not in saved and len(others) == 1:
@@ -121,12 +121,13 @@ class FreezeEntriesCallback(FreezingCallback, TrainerCallback):
         return self.state_key
 
     def _saved(self, args: Any, state: Any, key: str, entry: dict[str, Any]) -> dict[str, Any] | None:
-        """Return regions and values from the checkpoint that the run resumes from.
+        """Return regions and values from the checkpoint from which the run resumes.
 
-        The Trainer does not say which folder that is: it is looked for where it may be and known by the run's mark.
+        The Trainer does not tell callbacks its folder. Every folder that it may be is searched for a file with the
+        identifier of the run.
 
         Raises:
-            StateMismatchError: It is in none of them.
+            StateMismatchError: There is no such file.
         """
         folders = [_checkpoint(args.output_dir, state), _checkpoint(entry["output_dir"], state)]
         if isinstance(args.resume_from_checkpoint, str):
@@ -134,11 +135,13 @@ class FreezeEntriesCallback(FreezingCallback, TrainerCallback):
         for folder in folders:
             saved = _read(folder).get(key, {})
             if saved.get("run") == entry["run"]:
-                _, frozen = self._read_state(saved)  # whether it was let go the entry says: the file may be a later one
+                _, frozen = self._read_state(
+                    saved
+                )  # the entry tells whether it was thawed: the file may be a later one
                 return frozen
         raise StateMismatchError(
             f"the `{_FILE}` of the checkpoint is not in {', '.join(dict.fromkeys(map(str, folders)))}",
-            "say where it is, as in TrainingArguments(resume_from_checkpoint=folder), or copy the file from another "
+            "name its folder, as in TrainingArguments(resume_from_checkpoint=folder), or copy the file from another "
             "checkpoint of the same run",
         )
 
@@ -154,44 +157,44 @@ class FreezeEntriesCallback(FreezingCallback, TrainerCallback):
         self._report(state, model, frozen)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let the entries go, where the epoch for it has come."""
+        """Thaw the entries if the epoch for it has come."""
         self._release_if_due(state)
-        self._note(args, state)  # not before: at the start of training other callbacks read what the checkpoint says
+        self._note(args, state)  # not at the start of training, when other callbacks still read the checkpoint's state
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Freeze the entries, where the epoch for it has come, once all callbacks have let go what they were to."""
-        if self._shall_begin(state):
+        """Freeze the entries if the epoch for it has come, after all callbacks have thawed what is due."""
+        if self._begins_now(state):
             self._freeze(state, model, optimizer, None)
             self._note(args, state)
 
     def _note(self, args: Any, state: Any) -> None:
-        """Write into the state of the Trainer what a checkpoint is to say."""
+        """Write into the Trainer's state what its checkpoints are to contain."""
         state.stateful_callbacks[self.state_key] = {
-            **self._write_state(None),  # it becomes JSON: what is frozen is in the file
+            **self._write_state(None),  # this becomes JSON: what is frozen goes into the file
             "begun": self.frozen is not None,
             "run": self._run,
             "output_dir": str(Path(args.output_dir).resolve()),
         }
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check that every frozen entry holds its value, and that the hooks that hold it are in place."""
+        """Check that every frozen entry holds its value, and that no hook is missing."""
         try:
             self._check()
         except FreezeError:
-            self._break_off()
+            self._abort()
             raise
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write regions and values beside the weights, in the processes that write weights."""
+        """Write regions and values beside the weights, in the processes that save weights."""
         folder = _checkpoint(args.output_dir, state)
         if args.should_save and folder.is_dir() and self.frozen is not None:
             saved = {**self._write_state(self.frozen.state_dict()), "run": self._run}
             _write(folder, {**_read(folder), self.state_key: saved})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Impose once more and take the hooks off."""
+        """Impose once more and remove the hooks."""
         self._finish()
 
     def _epoch(self, training: Any) -> int:
@@ -268,18 +271,18 @@ def _unwrapped(optimizer: Any) -> Any:
 
 
 def _checkpoint(output_dir: str, state: Any) -> Path:
-    """Return the folder in which the Trainer keeps the checkpoint of the present step."""
+    """Return the folder of the Trainer's checkpoint for the current step."""
     return Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """Return what the callbacks wrote into a checkpoint folder: an item each; nothing where there is none."""
+    """Return what the callbacks wrote into a checkpoint folder, by their keys; an empty dict without a file."""
     path = folder / _FILE
     return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
 
 
 def _write(folder: Path, items: dict[str, Any]) -> None:
-    """Write all of the file or nothing: a process that is killed here leaves no half of it."""
+    """Write the file atomically, so that a process that is killed leaves no unfinished one."""
     unfinished = folder / f"{_FILE}.tmp"
     torch.save(items, unfinished)
     unfinished.replace(folder / _FILE)

@@ -25,7 +25,7 @@ class KernelPattern(Pattern):
             found = counted(len(shape), "dimension", "dimensions")
             raise RegionError(
                 f"pattern `{self.name}` needs a convolution weight (out, in/groups, *kernel), found {found}",
-                "name the convolutions alone, or write an index",
+                "name only the convolutions, or write an index",
             )
 
     def _check_odd(self, kernel: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ def check_matrix(pattern: Pattern, shape: Sequence[int]) -> None:
     if len(shape) < 2:
         raise RegionError(
             f"pattern `{pattern.name}` needs a tensor of 2 or more dimensions, found {len(shape)}",
-            "name the matrices alone, or write an index",
+            "name only the matrices, or write an index",
         )
 
 
