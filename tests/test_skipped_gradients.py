@@ -327,7 +327,7 @@ def test_two_threads_in_one_module(skips: list[Any]) -> None:
         barrier.wait()
 
     model[2].register_forward_pre_hook(meet)
-    weight = model[2].weight
+    weight: Any = model[2].weight
 
     def work() -> None:
         output = model(whole_numbers(5, 3))
@@ -357,7 +357,7 @@ def test_an_error_in_the_forward_leaves_nothing_behind() -> None:
 # Over ranks
 
 
-def _spread(model: nn.Sequential, how: str, **options: Any) -> nn.Module:
+def _spread(model: nn.Sequential, how: str, **options: Any) -> Any:
     if how == "replicated":
         return DistributedDataParallel(model, **options)
     for layer in model if how == "layers" else ():
@@ -390,15 +390,10 @@ def test_over_ranks_gradients_are_the_usual_ones(how: str, first: str, **options
     else:
         called = _spread(model, how, **options)
         freeze_entries(model, spec, skip_gradients=True)
-    made: list[Any] = []
-    real = skipped._gradient_of_weight
-    skipped._gradient_of_weight = lambda *args: made.append(args) or real(*args)
-    try:
+    with pytest.MonkeyPatch.context() as patch, counted(skipped, "_gradient_of_weight", patch) as made:
         for _ in range(2):
             found = [getattr(each, "full_tensor", lambda each=each: each)() for each in gradients(model, call=called)]
             assert all(map(same_bits, expected, found))
-    finally:
-        skipped._gradient_of_weight = real
     assert len(made) == 4
 
 
@@ -526,7 +521,7 @@ def test_a_subclass_with_the_same_forward_skips(skips: list[Any]) -> None:
     assert len(skips) == 1
 
 
-def pruned_layer() -> nn.Module:
+def pruned_layer() -> Any:
     return prune.random_unstructured(nn.Linear(3, 4), "weight", 2)
 
 

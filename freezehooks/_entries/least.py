@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
 from typing import Final, TypeAlias
 
 import torch
@@ -78,7 +79,8 @@ def _threshold(chunks: Chunks, width: int, count: int) -> tuple[int, int]:
     """Return the largest of the `count` least numbers, found digit by digit, and how many are below it."""
     found, below = 0, 0
     for shift in range(width - _DIGIT, -1, -_DIGIT) if width > _DIGIT else [0]:
-        counts = sum(_counts(chunk, found, shift, shift + _DIGIT < width) for chunk in chunks()).cumsum(0)
+        counted = (_counts(chunk, found, shift, shift + _DIGIT < width) for chunk in chunks())
+        counts = reduce(torch.add, counted).cumsum(0)
         digit = int((counts < count - below).sum())
         below += int(counts[digit - 1]) if digit else 0
         found = found << _DIGIT | digit

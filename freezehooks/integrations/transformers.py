@@ -260,7 +260,7 @@ class FrozenEntriesMonitor(TrainerCallback):  # type: ignore[misc]  # untyped
 def _is_logged(args: Any, state: Any, step: int) -> bool:
     """Return whether the Trainer logs a step, as its own callback for that decides."""
     is_first = step == 1 and args.logging_first_step
-    return is_first or (args.logging_strategy == "steps" and step % state.logging_steps == 0)
+    return bool(is_first or (args.logging_strategy == "steps" and step % state.logging_steps == 0))
 
 
 def _unwrapped(optimizer: Any) -> Any:
