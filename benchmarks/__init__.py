@@ -1,1 +1,1 @@
-"""Measurements; nothing here is a test."""
+"""Benchmarks. They are not tests."""

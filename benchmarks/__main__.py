@@ -1,23 +1,23 @@
 """Measure what freezing entries costs, against plain training and against other ways to do it.
 
 In each scenario all subjects start from the same weights, see the same data, and take turns in one process, in
-another order each round. A round gives each subject's time over the plain one's in that very round; printed are
-medians, with quartiles in brackets, over the rounds after the first few.
+another order each round. Each round compares a subject's time with that of plain training in the same round. The table
+shows medians, with quartiles in parentheses, over all rounds but the first few.
 
-  ms, x reference, added ms   the time of a training step; over the reference's; beyond the reference's
-  fastest x                   the fastest round over the reference's fastest: steadier where others use the machine too
-  step x                      the optimizer's step alone (with what comes right before and after) over the reference's
-  state, kept, peak           bytes of the optimizer's state; that freezing keeps beside model and optimizer; that a
-                              step has at once of what it allocates
+  ms, x reference, added ms   the time of a training step; divided by the reference's; minus the reference's
+  fastest x                   the fastest round over the reference's fastest: steadier if others use the machine too
+  step x                      the optimizer's step only (with what comes right before and after) over the reference's
+  state, kept, peak           bytes of the optimizer's state; bytes that freezing keeps in addition; the most bytes
+                              allocated at once in a step
   frozen entries              whether they held
-  claims                      what must hold of this row, and whether it did, by the medians
+  claims                      the claims about this row, and whether the medians confirm them
 
-The reference is the first row; a difference means something where it exceeds that of `plain again`. Claims that do
-not hold are counted at the end; the exit status is 0 either way: a benchmark is no test.
+The reference is the first row; a difference is meaningful if it exceeds that of `plain again`. Claims that do not hold
+are counted at the end; the exit status is 0 in any case, since a benchmark is not a test.
 
-`--device cuda` measures models of the size for which people have a GPU, several training steps a turn; the GPU is
-waited for before a turn and after it, not in between, except where the optimizer's step is timed alone. `--tiny` runs
-these scenarios too, on the CPU.
+`--device cuda` measures larger models, with several training steps in a turn; the GPU is synchronized before and after
+a turn but not in between, except to time the optimizer's step separately. `--tiny` runs these scenarios too, on the
+CPU.
 
     python -m benchmarks                          the scenarios for the CPU
     python -m benchmarks --device cuda --quick    those for a GPU, in a few minutes
@@ -94,7 +94,7 @@ def _description(name: str) -> str:
 
 
 def _chosen(arguments: argparse.Namespace) -> list[str]:
-    """Return the scenarios that were named, or those for the device; of tiny models all."""
+    """Return the scenarios that were named, or those for the device; all of them with --tiny."""
     of_device = ON_CUDA if arguments.device.type == "cuda" else ON_CPU
     return arguments.scenario or list(SCENARIOS if arguments.tiny else of_device)
 
@@ -118,11 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("--scenario", action="append", choices=SCENARIOS, help="run this one; may be repeated (all for the device)")
-    add("--list", action="store_true", help="say what the scenarios are and what must hold in each, and do nothing")
-    add("--rounds", type=_positive, help="rounds that count, in every comparison (as many as each needs)")
-    add("--quick", action="store_true", help="five rounds after two: a first impression, not a measurement")
-    add("--tiny", action="store_true", help="all scenarios, on models of a few entries: to see that everything runs")
+    add("--scenario", action="append", choices=SCENARIOS, help="run this scenario; repeatable (default: all)")
+    add("--list", action="store_true", help="list the scenarios with their claims, and run nothing")
+    add("--rounds", type=_positive, help="rounds that count in each comparison (as many as it needs)")
+    add("--quick", action="store_true", help="two rounds to warm up and five that count: a rough estimate")
+    add("--tiny", action="store_true", help="run all scenarios on tiny models, to see that everything works")
     add("--device", type=torch.device, default="cpu", help="where to train: cpu or cuda (%(default)s)")
     add("--threads", type=_positive, default=1, help="threads of torch (%(default)s)")
     add(

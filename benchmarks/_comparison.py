@@ -22,7 +22,7 @@ NOTHING = Spread.of([])
 """A figure that was not measured."""
 
 _INTEGERS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""What has as many bits as a floating-point number of so many bytes."""
+"""The integer dtype with as many bits as a floating-point number, by its size in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class Options:
 
     Attributes:
         device: Where the models are.
-        rounds: How many rounds count, or None for what each scenario needs.
-        warm_up: How many come first and do not.
+        rounds: How many rounds count, or None for the number that each scenario needs.
+        warm_up: How many rounds come first and do not count.
         sizes: How large the models are.
     """
 
@@ -43,17 +43,17 @@ class Options:
 
     @property
     def steps(self) -> int:
-        """Return how many training steps a turn has at least: several on CUDA, where the host runs ahead."""
+        """Return the least number of training steps in a turn: several on CUDA, where the host runs ahead."""
         return 5 if self.device.type == "cuda" else 1
 
     def turns(self, usual: int) -> tuple[int, int]:
-        """Return the rounds of a scenario that needs so many, and those to warm up."""
+        """Return the rounds that count in a scenario, and those to warm up."""
         return (usual if self.rounds is None else self.rounds), self.warm_up
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What must hold of a row, and whether it does, by the medians."""
+    """A claim about a row, and whether the medians confirm it."""
 
     text: str
     held: bool
@@ -74,10 +74,10 @@ class Row:
         fastest: The time of the fastest round over that of the reference's fastest.
         step: The time of the optimizer's step alone over the reference's.
         state: Bytes of the optimizer's state; None where there is no optimizer.
-        extra: Bytes that freezing keeps beside model and optimizer.
-        peak: How many bytes a step has at once of what it allocates.
+        extra: Bytes that freezing keeps in addition to model and optimizer.
+        peak: The most bytes allocated at once in a step.
         entries: Whether the frozen entries held.
-        claims: What must hold.
+        claims: The claims about this row.
     """
 
     name: str
@@ -93,15 +93,15 @@ class Row:
     claims: list[Claim] = field(default_factory=list)
 
     def claim(self, text: str, held: bool) -> None:
-        """Note what must hold of this row."""
+        """Add a claim about this row."""
         self.claims.append(Claim(text, held))
 
     def claim_ratio(self, limit: float) -> None:
-        """Note that the whole may take at most so many times the plain one's time."""
+        """Claim that the whole step takes at most `limit` times as long as the plain one."""
         self.claim(f"at most {limit:g} x plain", self.ratio.median <= limit)
 
     def claim_step(self, limit: float) -> None:
-        """Note that the optimizer's step may take at most so many times the plain one's time."""
+        """Claim that the optimizer's step takes at most `limit` times as long as the plain one."""
         self.claim(f"step at most {limit:g} x plain", self.step.median <= limit)
 
 
@@ -119,26 +119,26 @@ class Case:
     rows: dict[str, Row]
     notes: list[str] = field(default_factory=list)
 
-    def claim_less_than_peers(self, peers: Iterable[type[Plain]]) -> None:
-        """Note beside each peer that this library must add less time than it does."""
+    def claim_less_than_alternatives(self, alternatives: Iterable[type[Plain]]) -> None:
+        """Claim that this library adds less time than each alternative."""
         ours = self.rows[FreezeHooks.name]
-        for peer in peers:
-            row = self.rows[peer.name]
+        for alternative in alternatives:
+            row = self.rows[alternative.name]
             row.claim(f"{ours.name} adds less", ours.added.median < row.added.median)
 
-    def claim_not_above(self, peer: type[Plain]) -> None:
-        """Note that this library may take at most the peer's time."""
-        ours, its = self.rows[FreezeHooks.name], self.rows[peer.name]
-        ours.claim(f"not above {peer.name}", ours.ratio.median <= its.ratio.median)
+    def claim_not_above(self, other: type[Plain]) -> None:
+        """Claim that this library takes at most the time of an alternative."""
+        ours, its = self.rows[FreezeHooks.name], self.rows[other.name]
+        ours.claim(f"not above {other.name}", ours.ratio.median <= its.ratio.median)
 
-    def claim_added(self, peer: type[Plain], times: float) -> None:
-        """Note that this library may add at most so many times the time that the peer adds."""
-        ours, its = self.rows[FreezeHooks.name], self.rows[peer.name]
-        ours.claim(f"adds at most {times:g} x {peer.name}", ours.added.median <= times * its.added.median)
+    def claim_added(self, other: type[Plain], times: float) -> None:
+        """Claim that this library adds at most `times` the time that an alternative adds."""
+        ours, its = self.rows[FreezeHooks.name], self.rows[other.name]
+        ours.claim(f"adds at most {times:g} x {other.name}", ours.added.median <= times * its.added.median)
 
 
 def rows_of(timings: Mapping[str, list[Timing]], reference: str) -> dict[str, Row]:
-    """Sum up timings, each round against the reference's time in it."""
+    """Summarize timings, comparing each round with the reference's time in the same round."""
     base = timings[reference]
     return {name: _row(name, found, base) for name, found in timings.items()}
 
@@ -158,11 +158,11 @@ def compare(
 
     Args:
         title: What is compared.
-        kinds: The subjects; those that are missing here or refuse the task are left out with a note.
+        kinds: The subjects; those that are not installed or do not support the task are left out with a note.
         task: What they train.
         options: How to measure.
         rounds: How many rounds this comparison needs.
-        parts: Whether the optimizer's step must be timed by itself on every device.
+        parts: Whether the optimizer's step must be timed separately on every device.
     """
     subjects, notes = _built(kinds, task)
     clock = Clock(options.device, parts)
@@ -189,7 +189,7 @@ def _built(kinds: Iterable[type[Plain]], task: Task) -> tuple[dict[str, Plain], 
 
 
 def _look_at(subject: Plain, row: Row, step: Callable[[], object], device: torch.device) -> None:
-    """Fill in what is not a time: bytes, and whether the subject did its work."""
+    """Fill in what is not a time: bytes, and whether the frozen entries held."""
     row.state, row.extra = state_bytes(subject.optimizer), subject.extra_bytes()
     row.entries, exact = whether_held(subject)
     subject.optimizer.zero_grad()
@@ -199,7 +199,7 @@ def _look_at(subject: Plain, row: Row, step: Callable[[], object], device: torch
 
 
 def whether_held(subject: Plain) -> tuple[str, bool]:
-    """Return how the frozen entries of a subject fared, in words, and whether they hold bit for bit everywhere."""
+    """Describe the state of a subject's frozen entries, and return whether they hold bit for bit everywhere."""
     if not subject.freezes:
         return "not frozen", False
     seen, stored = _gaps(subject, subject.computed), _gaps(subject, subject.parameter)

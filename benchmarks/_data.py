@@ -14,7 +14,7 @@ from torch.optim import AdamW, Optimizer
 Loss = Callable[[nn.Module, Any], Tensor]
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
 Labeled = list[tuple[Tensor, Tensor]]
-"""Batches of inputs, and what is to be said of them."""
+"""Batches of inputs, with their labels or targets."""
 
 ADAMW: Final[dict[str, MakeOptimizer]] = {"AdamW": AdamW, "AdamW(fused=True)": partial(AdamW, fused=True)}
 BATCHES: Final = 4
@@ -48,23 +48,23 @@ def new_tokens(shape: Sequence[int], device: torch.device, vocabulary: int) -> L
 
 
 def classify(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the loss of a model that tells images apart."""
+    """Return the loss of a model that classifies images."""
     images, labels = batch
     return functional.cross_entropy(model(images), labels)
 
 
 def predict(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the loss of a model that says which token comes next."""
+    """Return the loss of a model that predicts the next token."""
     tokens, following = batch
     return functional.cross_entropy(model(tokens).flatten(0, 1), following.flatten())
 
 
 def regress(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the loss of a model that comes close to targets."""
+    """Return the loss of a model that regresses targets."""
     inputs, targets = batch
     return functional.mse_loss(model(inputs), targets)
 
 
 def reproduce(model: nn.Module, rows: Tensor) -> Tensor:
-    """Return the loss of a model that says what it was told."""
+    """Return the loss of a model that reconstructs its input."""
     return functional.mse_loss(model(rows), rows)

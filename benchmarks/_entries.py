@@ -1,4 +1,4 @@
-"""Which entries the scenarios hold."""
+"""Chooses the entries that the scenarios hold."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def random_entries(model: nn.Module, fraction: float) -> list[Held]:
 
 
 def spec_of(held: Iterable[Held]) -> dict[str, Any]:
-    """Return what a user of this library writes to hold these entries."""
+    """Return the spec with which a user of this library would hold these entries."""
     return {entries.name: (entries.index, entries.value) for entries in held}
 
 
 def centers(model: nn.Module) -> tuple[list[Held], dict[str, Any]]:
-    """Return the centers of all 3x3 kernels, and what a user of this library writes to hold them at 0."""
+    """Return the centers of all 3x3 kernels, and the spec with which a user would hold them at 0."""
     modules = model.named_modules()
     names = [f"{name}.weight" for name, m in modules if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     return [Held(name, (slice(None), slice(None), 1, 1)) for name in names], dict.fromkeys(names, (center, 0))

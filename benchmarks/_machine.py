@@ -1,4 +1,4 @@
-"""What the figures depend on besides the code: allocator, threads, device. Fixed where it can be, printed always."""
+"""The environment that figures depend on: allocator, threads, device. It is fixed if possible, and always printed."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Final
 import torch
 
 _KEPT_MEMORY: Final = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": "67108864"}
-"""glibc otherwise hands every big temporary back to the system, and the next one page-faults its way in again: for an
-embedding's gradient that takes ten times as long as to fill it, and falls on whoever allocates the more."""
+"""Otherwise glibc returns every big temporary to the system, and the next one causes page faults: for an embedding's
+gradient they take ten times as long as filling it, which penalizes the subject that allocates more."""
 
 _CUDA_ALLOCATOR: Final = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 _QUIET: Final = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-"""torch's profiler, which counts the bytes of a step, otherwise writes a few lines between those of each table."""
+"""Otherwise torch's profiler, which counts the bytes of a step, prints a few lines between those of each table."""
 
 
 def restart(device: torch.device, keep_memory: bool) -> None:
-    """Start this process anew, with the same arguments, under the environment that measuring needs.
+    """Restart this process with the same arguments, in the environment that measuring needs.
 
-    Variables that are set already stay as they are; where none is missing this returns.
+    Variables that are set already stay as they are; if none is missing, this returns.
 
     Args:
         device: Where the models will be.
-        keep_memory: Whether to make the allocator keep its memory. On the CPU that takes glibc.
+        keep_memory: Whether to make the allocator keep its memory. On the CPU this works with glibc only.
     """
     wanted = dict(_QUIET)
     if keep_memory:
@@ -40,7 +40,7 @@ def restart(device: torch.device, keep_memory: bool) -> None:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Return what was measured on, in words."""
+    """Describe the machine."""
     prefixes = ("MALLOC_", "PYTORCH_", "GLIBC_TUNABLES", "LD_PRELOAD")
     variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(prefixes)]
     return {

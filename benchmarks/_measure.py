@@ -1,4 +1,4 @@
-"""Time subjects against one another: in turns, so that whatever disturbs the machine disturbs all of them."""
+"""Times subjects against one another, in turns, so that any disturbance of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Median and quartiles of some numbers; all nan where there are none."""
+    """Median and quartiles of some numbers; all nan if there are none."""
 
     low: float
     median: float
@@ -24,7 +24,7 @@ class Spread:
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> Spread:
-        """Sum up some numbers."""
+        """Return the median and quartiles of some numbers."""
         if len(numbers) < 2:
             only = numbers[0] if numbers else math.nan
             return cls(only, only, only)
@@ -37,7 +37,7 @@ class Timing:
 
     Attributes:
         whole: All that the subject does in a round.
-        step: The optimizer's step alone; nan where it was not timed.
+        step: The optimizer's step only; nan if it was not timed.
     """
 
     whole: float
@@ -45,12 +45,12 @@ class Timing:
 
 
 class Clock:
-    """Reads the time when the device has done all that it was given so far.
+    """Reads the time once the device has finished all work so far.
 
     Args:
         device: The device.
-        parts: Whether to time the optimizer's step by itself where that makes the whole slower: on CUDA, which has to
-            be waited for before and after it.
+        parts: Whether to time the optimizer's step separately even if that makes the whole step slower: on CUDA, which
+            has to be synchronized before and after it.
     """
 
     def __init__(self, device: torch.device, parts: bool = False) -> None:
@@ -64,12 +64,12 @@ class Clock:
         return time.perf_counter()
 
     def between(self) -> float:
-        """Return the time between two parts of a training step, or nan where they are not to be told apart."""
+        """Return the time between two parts of a training step, or nan if they are not timed separately."""
         return self() if self._parts else math.nan
 
 
 Turn = Callable[[int], Timing]
-"""What a subject does in the round of that number."""
+"""What a subject does in the round of a given number."""
 
 
 def interleave(subjects: Mapping[str, Turn], rounds: int, warm_up: int) -> dict[str, list[Timing]]:
@@ -78,10 +78,10 @@ def interleave(subjects: Mapping[str, Turn], rounds: int, warm_up: int) -> dict[
     Args:
         subjects: What is timed, by name.
         rounds: How many rounds count.
-        warm_up: How many more come first and do not.
+        warm_up: How many more come first and do not count.
 
     Returns:
-        The timings of each subject, one a round: the n-th of two subjects are of the same round.
+        The timings of each subject, one for each round, in the same order.
     """
     shuffled = random.Random(0)  # noqa: S311  # no secret
     timings: dict[str, list[Timing]] = {name: [] for name in subjects}
@@ -98,7 +98,7 @@ def interleave(subjects: Mapping[str, Turn], rounds: int, warm_up: int) -> dict[
 @contextmanager
 def _collecting_between_rounds() -> Iterator[Callable[[], object]]:
     gc.collect()
-    gc.freeze()  # what is there now stays: a collection then takes no time to speak of
+    gc.freeze()  # exclude existing objects, so that garbage collections take next to no time
     gc.disable()
     try:
         yield gc.collect

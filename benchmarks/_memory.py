@@ -1,4 +1,4 @@
-"""Count bytes: what an object holds in tensors, and what a step has at once."""
+"""Counts bytes: those of an object's tensors, and the most allocated at once in a step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from freezehooks import FrozenEntries
 
 
 def held_bytes(frozen: FrozenEntries) -> int:
-    """Return how many bytes a handle holds beyond its model: positions, bits and values."""
+    """Return how many bytes a handle keeps in addition to its model: positions, bits and values."""
     return frozen.nbytes
 
 
@@ -26,7 +26,7 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 
 def tensor_bytes(root: object, beyond: Iterable[Tensor] = ()) -> int:
-    """Return the bytes of all tensors that an object leads to, each storage once.
+    """Return the bytes of all tensors that are reachable from an object, each storage once.
 
     Args:
         root: A tensor, a container, or an object with attributes.
@@ -38,7 +38,7 @@ def tensor_bytes(root: object, beyond: Iterable[Tensor] = ()) -> int:
 
 
 def tensors(root: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Yield the tensors that an object leads to; what lies behind functions and classes is not looked at."""
+    """Yield the tensors that are reachable from an object, without looking into functions and classes."""
     seen = set() if seen is None else seen
     if id(root) in seen or isinstance(root, type | ModuleType | FunctionType | str | bytes):
         return
@@ -61,9 +61,9 @@ def _insides(root: Any) -> Iterable[Any]:
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """Return how many bytes a step has at once of what it allocates.
+    """Return the most bytes allocated at once in a step.
 
-    What was there before the step and is freed in it makes room on CUDA, and is not seen on the CPU.
+    Memory from before the step that is freed in it counts as negative on CUDA, and is not seen on the CPU.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -77,7 +77,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 
 
 def _allocations(profiled: profile) -> Iterator[int]:
-    """Yield what the CPU allocator gave, positive, and took back, negative, in the order of time."""
+    """Yield what the CPU allocator allocated, as positive numbers, and freed, as negative ones, in order of time."""
     results: Any = profiled.profiler
     events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):

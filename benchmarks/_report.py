@@ -28,7 +28,7 @@ _HEADER = (
 
 
 def table(case: Case) -> str:
-    """Return a comparison as text: a title, a row for each subject, notes. Columns without figures are left out."""
+    """Format a comparison: a title, a row for each subject, and notes. Columns without figures are left out."""
     lines = [_cells(row) for row in case.rows.values()]
     used = [n for n, title in enumerate(_HEADER) if not title or any(line[n].strip("-") for line in lines)]
     rows = [[line[n] for n in used] for line in (_HEADER, *lines)]
@@ -78,13 +78,13 @@ def _size(count: int | None) -> str:
 
 
 def write_json(path: Path, environment: Mapping[str, str], found: Mapping[str, Iterable[Case]]) -> None:
-    """Write all figures to a file; what was not measured is null."""
+    """Write all figures to a file, with null for what was not measured."""
     scenarios = {name: [_plain(dataclasses.asdict(case)) for case in cases] for name, cases in found.items()}
     path.write_text(json.dumps({"environment": environment, "scenarios": scenarios}, indent=1) + "\n")
 
 
 def _plain(item: Any) -> Any:
-    """Return the item with None for nan, which JSON does not know."""
+    """Replace nan by None, since JSON has no nan."""
     if isinstance(item, dict):
         return {key: _plain(inside) for key, inside in item.items()}
     if isinstance(item, list):

@@ -1,4 +1,4 @@
-"""GPT-2, written out: what is measured must not depend on a library of models."""
+"""GPT-2, written out so that figures do not depend on a library of models."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.nn import functional
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """The sizes of a GPT-2; by default those of the one with 124 million parameters.
+    """The sizes of a GPT-2; the defaults are those of the model with 124 million parameters.
 
     Attributes:
         vocabulary: How many tokens there are.
         context: The longest sequence.
         width: Features of a token.
-        heads: Attention heads, which share the width.
+        heads: Attention heads, among which the width is divided.
         layers: How many blocks.
     """
 
@@ -38,7 +38,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Let every token look at those before it."""
+        """Let every token attend to those before it."""
         query, key, value = (self._split(part) for part in self.c_attn(tokens).chunk(3, dim=-1))
         seen = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         output: Tensor = self.c_proj(seen.transpose(1, 2).flatten(2))
@@ -49,7 +49,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each after a layer norm and beside a shortcut."""
+    """Attention and a perceptron, each with a layer norm before it and a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -59,14 +59,14 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Add to the tokens what attention and perceptron see."""
+        """Add the outputs of attention and perceptron to the tokens."""
         tokens = tokens + self.attn(self.ln_1(tokens))
         output: Tensor = tokens + self.mlp(self.ln_2(tokens))
         return output
 
 
 class GPT2(nn.Module):
-    """GPT-2 without dropout; the embedding is the head's weight too."""
+    """GPT-2 without dropout; embedding and head share their weight."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()

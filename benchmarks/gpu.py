@@ -1,4 +1,4 @@
-"""The scenarios that train models of the size for which people have a GPU."""
+"""The scenarios with larger models, for a GPU."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.optim import SGD, AdamW
 from ._comparison import Case, Options, compare
 from ._data import ADAMW, classify, images, predict, reproduce, rows, sentences
 from ._entries import centers, random_entries, spec_of
+from .alternatives import MaskAroundStep, Parametrize, Prune
 from .gpt2 import GPT2
 from .models import Head, perceptron
-from .peers import MaskAroundStep, Parametrize, Prune
 from .resnet50 import resnet
 from .subjects import FreezeHooks, FreezeHooksCompact, Plain, PlainAgain, Task
 from .training import compare_rows
@@ -27,7 +27,7 @@ def gpt2(options: Options) -> Iterator[Case]:
     """A random half of every matrix of GPT-2, 124 million parameters in bfloat16, is held at 0.
 
     Must hold: a step takes at most 1.03 times as long as a plain one, with the default AdamW and with the fused one;
-    with `compact` the optimizer's step alone takes at most 1.3 times as long as that of a plain fused AdamW.
+    with `compact` the optimizer's step by itself takes at most 1.3 times as long as that of a plain fused AdamW.
     """
     sizes, device = options.sizes, options.device
     model = GPT2(sizes.gpt2).to(device, torch.bfloat16)
@@ -38,7 +38,7 @@ def gpt2(options: Options) -> Iterator[Case]:
         yield _whole(
             f"half of every matrix, GPT-2, bfloat16, {name}", replace(task, optimizer=optimizer), options, 1.03
         )
-    yield _step_alone("the optimizer's step alone, GPT-2, AdamW(fused=True)", replace(task, optimizer=_FUSED), options)
+    yield _step_alone("the optimizer's step only, GPT-2, AdamW(fused=True)", replace(task, optimizer=_FUSED), options)
 
 
 def resnet50(options: Options) -> Iterator[Case]:
@@ -80,7 +80,7 @@ def wide_rows(options: Options) -> Iterator[Case]:
 
 
 def _whole(title: str, task: Task, options: Options, limit: float) -> Case:
-    """Compare whole training steps, of which ours may take at most so many times the plain one's time."""
+    """Compare whole training steps, and claim that ours take at most a given multiple of the plain one's time."""
     kinds = [Plain, PlainAgain, FreezeHooks, Prune, Parametrize, MaskAroundStep]
     case = compare(title, kinds, task, options, rounds=20)
     case.rows[FreezeHooks.name].claim_ratio(limit)
@@ -88,7 +88,7 @@ def _whole(title: str, task: Task, options: Options, limit: float) -> Case:
 
 
 def _step_alone(title: str, task: Task, options: Options) -> Case:
-    """Compare the optimizer's part of a step, which the device is waited for before and after."""
+    """Compare the optimizer's part of a step, with the device synchronized before and after it."""
     case = compare(title, [Plain, PlainAgain, FreezeHooks, FreezeHooksCompact], task, options, rounds=20, parts=True)
     if FreezeHooksCompact.name in case.rows:
         case.rows[FreezeHooksCompact.name].claim_step(1.3)

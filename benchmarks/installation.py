@@ -1,4 +1,4 @@
-"""How long it takes to freeze, before anything is trained."""
+"""How long freezing itself takes, before any training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .models import Chain
 
 
 def install(options: Options) -> Iterator[Case]:
-    """A thousand parameters are frozen by one glob, and ten million entries by one mask.
+    """A thousand parameters are frozen by one rule with a wildcard, and ten million entries by one mask.
 
     Must hold: each takes less than a second.
     """
@@ -36,7 +36,7 @@ def install(options: Options) -> Iterator[Case]:
 
 
 class Installation:
-    """Freezes a model, and lets it go again."""
+    """Freezes a model, and removes the handle again."""
 
     def __init__(self, model: nn.Module, spec: Any, clock: Clock) -> None:
         self.model = model

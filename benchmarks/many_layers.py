@@ -1,4 +1,4 @@
-"""What a frozen parameter costs by itself: very little of each of very many small layers is held."""
+"""What each frozen parameter costs: a few entries of each of very many small layers are held."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.optim import SGD, AdamW
 
 from ._comparison import Case, Options, compare
 from ._data import MakeOptimizer, reproduce, rows
+from .alternatives import AT_ZERO, Prune
 from .models import Chain
-from .peers import AT_ZERO, Prune
 from .subjects import OURS, FreezeHooks, Held, Task
 
 _OPTIMIZERS: Final[dict[str, MakeOptimizer]] = {
@@ -21,11 +21,11 @@ _OPTIMIZERS: Final[dict[str, MakeOptimizer]] = {
 
 
 def many(options: Options) -> Iterator[Case]:
-    """One slice of every layer of a chain is held at 0; on CUDA in the longest chain alone.
+    """One slice of every layer of a chain is held at 0; on CUDA, only in the longest chain.
 
-    Must hold: a frozen parameter adds at most 20 microseconds to a step, and in the longest chain not much more (half
-    as much again) than in the one before; there a step takes at most 1.15 times as long as a plain one (1.03 times on
-    CUDA), and no longer than with torch's `prune`.
+    Must hold: a frozen parameter adds at most 20 microseconds to a step, and in the longest chain at most half as much
+    again as in the one before. In the longest chain a step takes at most 1.15 times as long as a plain one (1.03 times
+    on CUDA), and no longer than with torch's `prune`.
     """
     on_cuda = options.device.type == "cuda"
     *shorter, longest = options.sizes.chains
@@ -51,7 +51,7 @@ def _chain(length: int, name: str, optimizer: MakeOptimizer, options: Options) -
 
 
 def _claim_each(case: Case, length: int, before: float | None = None) -> float:
-    """Note what a frozen parameter may add to a step, and in the longest chain beside the one before; return it."""
+    """Claim how much time a frozen parameter adds to a step, also compared with the chain before, and return it."""
     row = case.rows[FreezeHooks.name]
     each = 1e3 * row.added.median / length
     row.claim(f"at most 20 us a parameter, found {each:.1f}", each <= 20)

@@ -1,8 +1,8 @@
-"""What do free entries follow under optimizers whose update of one entry depends on others?
+"""Compare free entries with two references, under optimizers whose update of one entry depends on others.
 
 For each optimizer this trains one layer, half of its weights frozen at 0.5, and prints the largest difference of a free
 entry after all steps, relative to the largest weight, from two references: the same optimizer on a model that computes
-with `where(frozen, value, weight)`, and the same optimizer holding the free entries alone in a flat tensor.
+with `where(frozen, value, weight)`, and the same optimizer on a flat tensor of only the free entries.
 
     python -m benchmarks.mixing_optimizers
 """
@@ -22,7 +22,7 @@ SHAPE, VALUE = (16, 12), 0.5
 FROZEN = torch.rand(SHAPE, generator=torch.Generator().manual_seed(0)) < 0.5
 
 OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
-    "AdamW (works entry by entry)": lambda p: AdamW(p, lr=1e-2, weight_decay=0),
+    "AdamW (elementwise)": lambda p: AdamW(p, lr=1e-2, weight_decay=0),
     "Adafactor": lambda p: Adafactor(p, lr=1e-2),
     "LBFGS, strong Wolfe": lambda p: LBFGS(p, line_search_fn="strong_wolfe"),
     "Muon": lambda p: torch.optim.Muon(p, lr=1e-2, weight_decay=0),
@@ -45,7 +45,7 @@ def train(optimizer: Optimizer, weight: Callable[[], Tensor], steps: int) -> Ten
 
 
 def compare(make: Callable[[list[Tensor]], Optimizer], steps: int) -> dict[str, float]:
-    """Return the largest relative difference of a free entry from each reference; nan where it cannot be built."""
+    """Return the largest relative difference of a free entry from each reference; nan if it cannot be built."""
     start = torch.randn(SHAPE)
     runs: dict[str, Tensor] = {}
     weight = nn.Parameter(start.clone())

@@ -19,13 +19,13 @@ class Sizes:
         widths: Channels of the residual net's stages.
         images: Shape of its batches.
         hidden: Width of the perceptron, which has six layers.
-        wide: Width of the one that is for a GPU.
+        wide: Width of the perceptron for a GPU.
         samples: Rows of their batches.
         vocabulary: Rows of the embedding.
         tokens: Shape of its batches.
         features: Width of an embedded token.
         head: Features and vocabulary of a language model's head.
-        wide_head: The same, of the one that is for a GPU.
+        wide_head: The same for the head for a GPU.
         chains: How many layers the chains have.
         mask: Shape of the parameter that one large mask is installed on.
         gpt2: Vocabulary, context, width, heads and layers of GPT-2.
@@ -74,11 +74,11 @@ TINY = Sizes(
     narrowest=2,
     photos=(2, 3, 32, 32),
 )
-"""So small that figures mean nothing: to see that everything runs."""
+"""Sizes so small that figures mean nothing, to see that everything runs."""
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions with batch norm, beside a shortcut."""
+    """Two 3x3 convolutions with batch norm, and a residual connection."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Residual(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Conv2d(channels, width, 1, stride, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Add what the convolutions see to what the shortcut passes."""
+        """Add the output of the convolutions to that of the shortcut."""
         seen = functional.relu(self.norm1(self.conv1(images)))
         return functional.relu(self.norm2(self.conv2(seen)) + self.shortcut(images))
 
@@ -113,7 +113,7 @@ def perceptron(width: int, layers: int = 6) -> nn.Sequential:
 
 
 class Head(nn.Module):
-    """A language model's head upon a layer that trains."""
+    """A language model's head after a layer that trains."""
 
     def __init__(self, features: int, vocabulary: int) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Chain(nn.Module):
 
 
 class TokenModel(nn.Module):
-    """An embedding, averaged over the tokens and seen through a fixed random projection."""
+    """An embedding, averaged over the tokens and projected by a fixed random matrix."""
 
     projection: Tensor
 

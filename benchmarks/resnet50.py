@@ -1,4 +1,4 @@
-"""ResNet-50, written out: what is measured must not depend on a library of models."""
+"""ResNet-50, written out so that figures do not depend on a library of models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _convolution(channels: int, width: int, size: int, stride: int = 1) -> nn.Se
 
 
 class Bottleneck(nn.Module):
-    """A 3x3 convolution between two 1x1 ones, beside a shortcut."""
+    """A 3x3 convolution between two 1x1 ones, with a residual connection."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Bottleneck(nn.Module):
         self.shortcut = nn.Identity() if same else _convolution(channels, wide, 1, stride)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Add what the convolutions see to what the shortcut passes."""
+        """Add the output of the convolutions to that of the shortcut."""
         seen = functional.relu(self.look(functional.relu(self.narrow(images))))
         return functional.relu(self.widen(seen) + self.shortcut(images))
 
@@ -38,7 +38,7 @@ def resnet(blocks: tuple[int, ...], width: int = 64, classes: int = 1000) -> nn.
     Args:
         blocks: How many bottlenecks each stage has; ResNet-50 has (3, 4, 6, 3).
         width: Width of the first stage; each further one is twice as wide, at half the resolution.
-        classes: How many classes it tells apart.
+        classes: The number of classes.
     """
     layers: list[nn.Module] = [_convolution(3, width, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)]
     channels = width

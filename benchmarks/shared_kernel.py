@@ -1,8 +1,8 @@
-"""Time the shared-kernel layer against the recipes it stands for, forward and backward.
+"""Time the shared-kernel layer against the code that it replaces, forward and backward.
 
-`expand` is the same grouped convolution over an expanded view, written out, and the measure of the others; `repeat`
-copies the kernel for every channel. `--fold` adds folding the channels into the batch of a convolution with one
-channel, which is so much slower that it disturbs the others.
+`expand`, the reference, is the same grouped convolution over an expanded view, written out; `repeat` copies the kernel
+for every channel. `--fold` also folds the channels into the batch of a convolution with one channel, which is so slow
+that it disturbs the others.
 
     python -m benchmarks.shared_kernel [--fold]
 """
@@ -27,19 +27,19 @@ SHAPES = [(8, 3, 64, 7), (8, 16, 32, 3), (8, 64, 32, 5), (8, 128, 16, 3), (1, 3,
 
 
 class Recipe(nn.Module):
-    """One of the recipes, as the module in whose forward people write it."""
+    """One of the alternatives, as the module in whose forward people write it."""
 
     def __init__(self, layer: SharedKernelConv2d, recipe: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> None:
         super().__init__()
         self.weight, self.bias, self.recipe = layer.weight, layer.bias, recipe
 
     def forward(self, images: Tensor) -> Tensor:
-        """Apply the one kernel to every channel."""
+        """Apply the shared kernel to every channel."""
         return self.recipe(images, self.weight, self.bias)
 
 
 def subjects(channels: int, size: int, device: torch.device, folded: bool) -> dict[str, nn.Module]:
-    """Return each way to apply one kernel to all channels, on the same weight and bias."""
+    """Return all ways to apply one kernel to all channels, with the same weight and bias."""
     layer = SharedKernelConv2d(channels, size, padding=size // 2, device=device)
     padding, groups, many = size // 2, channels, (channels, 1, size, size)
 
@@ -71,9 +71,9 @@ def shared(options: Options, folded: bool = False) -> Iterator[Case]:
         turns = {name: partial(_turn, way=way, images=images, clock=clock) for name, way in ways.items()}
         timings = interleave(turns, *options.turns(301))
         case = Case(f"{batch}x{channels}x{side}x{side}, kernel {size}x{size}", rows_of(timings, "expand"))
-        for peer in ("expand", "repeat"):
-            against = rows_of(timings, peer)["layer"].ratio
-            case.rows[peer].claim(f"layer no slower, {against.median:.2f} x", against.low <= 1)
+        for other in ("expand", "repeat"):
+            against = rows_of(timings, other)["layer"].ratio
+            case.rows[other].claim(f"layer no slower, {against.median:.2f} x", against.low <= 1)
         yield case
 
 

@@ -1,4 +1,4 @@
-"""What is compared: a task, plain training of it, and training with this library."""
+"""The subjects of a comparison: a task, plain training, and training with this library."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ._memory import held_bytes
 
 @dataclass(frozen=True)
 class Held:
-    """Entries of one parameter that are to be held.
+    """Entries of one parameter to hold.
 
     Attributes:
         name: The parameter's qualified name.
-        index: The entries, as one would index them: slices, or a bool tensor.
+        index: The entries, as an index of the parameter: slices, or a bool tensor.
         value: A number, or a tensor of the parameter's shape.
     """
 
@@ -45,17 +45,17 @@ class Held:
 
 @dataclass(frozen=True)
 class Task:
-    """What every subject of a comparison trains, each on a copy of its own.
+    """What every subject of a comparison trains, on its own copy of the model.
 
     Attributes:
-        model: The model, with the weights that all start from.
-        batches: The data; round by round they take turns.
-        loss: From the model and a batch to the loss.
-        optimizer: From the parameters to their optimizer.
-        held: What is to be held.
-        spec: The same as a user of this library writes it.
-        steps: How many training steps make a turn: short ones come several at a time, as in training, so that what is
-            measured is not how cold the others left the caches.
+        model: The model, with the initial weights.
+        batches: The data; each round uses the next batch.
+        loss: A function from the model and a batch to the loss.
+        optimizer: A function from the parameters to their optimizer.
+        held: The entries to hold.
+        spec: The same entries as a user of this library would write them.
+        steps: How many training steps make a turn. Short steps come several at a time, as in training, so that the
+            figures do not depend on caches that other subjects left cold.
     """
 
     model: nn.Module
@@ -68,7 +68,7 @@ class Task:
 
 
 class Plain:
-    """Trains with nothing frozen: the measure of the others."""
+    """Trains with nothing frozen, as the reference."""
 
     name = "plain"
     freezes = False
@@ -92,22 +92,22 @@ class Plain:
         """Change the optimizer."""
 
     def before_forward(self) -> None:
-        """Do what comes before each forward."""
+        """Do what the subject does before each forward."""
 
     def step_optimizer(self) -> None:
         """Step the optimizer, with what comes right before and after."""
         self.optimizer.step()
 
     def turn(self, number: int, clock: Clock) -> Timing:
-        """Take a turn's training steps and return how long one took."""
+        """Run the training steps of a turn and return how long one took."""
         batch = self.task.batches[number % len(self.task.batches)]
         start = clock()
         steps = [self._train_on(batch, clock) for _ in range(self.task.steps)]
-        whole = clock() - start  # not read in between: a GPU that is waited for after each step is never kept busy
+        whole = clock() - start  # not read in between: synchronizing after each step would leave a GPU idle
         return Timing(whole / len(steps), sum(steps) / len(steps))
 
     def _train_on(self, batch: Any, clock: Clock) -> float:
-        """Take a training step and return how long the optimizer's part of it took."""
+        """Run a training step and return how long the optimizer's part of it took."""
         self.optimizer.zero_grad()
         self.before_forward()
         self.task.loss(self.model, batch).backward()
@@ -116,7 +116,7 @@ class Plain:
         return clock.between() - start
 
     def extra_bytes(self) -> int:
-        """Return how many bytes freezing keeps beside model and optimizer, between steps."""
+        """Return how many bytes freezing keeps between steps, in addition to model and optimizer."""
         return 0
 
     def parameter(self, held: Held) -> Tensor:
@@ -134,7 +134,7 @@ class Plain:
 
 
 class PlainAgain(Plain):
-    """The same once more: how far it comes out from the first is what differences mean nothing."""
+    """Plain training again: differences no larger than between the two are noise."""
 
     name = "plain again"
 
@@ -161,7 +161,7 @@ class FreezeHooks(Plain):
 
 
 class FreezeHooksCompact(FreezeHooks):
-    """This library, with optimizer state for the free entries alone."""
+    """This library, with optimizer state for the free entries only."""
 
     name = "freezehooks compact"
     options = {"compact": True}  # noqa: RUF012  # read only

@@ -1,4 +1,4 @@
-"""The scenarios that train small models: a step with frozen entries against the same step without."""
+"""The scenarios with small models: a training step with frozen entries against the same step without."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.optim import AdamW
 from ._comparison import Case, Options, compare
 from ._data import ADAMW, Loss, MakeOptimizer, classify, images, new_tokens, regress, reproduce, rows
 from ._entries import centers, random_entries, spec_of
+from .alternatives import AT_VALUES, AT_ZERO, HooksByHand, MaskAroundStep, Parametrize, Prune, TrainableTokens
 from .models import Head, TokenModel, perceptron, residual_net
-from .peers import AT_VALUES, AT_ZERO, ForumRecipe, MaskAroundStep, Parametrize, Prune, TrainableTokens
 from .subjects import (
     OURS,
     FreezeHooks,
@@ -29,22 +29,22 @@ from .subjects import (
 def center(options: Options) -> Iterator[Case]:
     """The center of every 3x3 kernel of a residual net is held at 0.
 
-    Must hold: the step takes at most 1.03 times as long as a plain one, and every peer adds more.
+    Must hold: the step takes at most 1.03 times as long as a plain one, and every alternative adds more.
     """
     model, batches, loss = _residual_net(options)
     task = Task(model, batches, loss, AdamW, *centers(model))
     case = compare("center of every 3x3 kernel, residual net, AdamW", [*OURS, *AT_ZERO], task, options, rounds=100)
     case.rows[FreezeHooks.name].claim_ratio(1.03)
-    case.claim_less_than_peers(AT_ZERO)
+    case.claim_less_than_alternatives(AT_ZERO)
     yield case
 
 
 def half(options: Options) -> Iterator[Case]:
     """A random half of every weight is held at 0, in a residual net and in a perceptron.
 
-    Must hold: every peer adds more time; with `compact` and the default AdamW a step takes less time than a plain one;
-    with the fused AdamW, on the CPU, what is added is at most 1.8 times what the mask around the step adds, which
-    passes over the weights twice instead of three times.
+    Must hold: every alternative adds more time; with `compact` and the default AdamW a step takes less time than a
+    plain one; with the fused AdamW, on the CPU, this library adds at most 1.8 times what the mask around the step adds,
+    which passes over the weights twice instead of three times.
     """
     for net, build in {"residual net": _residual_net, "perceptron": _perceptron}.items():
         model, batches, loss = build(options)
@@ -52,7 +52,7 @@ def half(options: Options) -> Iterator[Case]:
         for name, optimizer in ADAMW.items():
             task = Task(model, batches, loss, optimizer, held, spec_of(held))
             case = compare(f"half of every weight at 0, {net}, {name}", [*OURS, *AT_ZERO], task, options, rounds=30)
-            case.claim_less_than_peers(AT_ZERO)
+            case.claim_less_than_alternatives(AT_ZERO)
             if FreezeHooksCompact.name in case.rows and optimizer is AdamW:
                 row = case.rows[FreezeHooksCompact.name]
                 row.claim("below 1 x plain", row.ratio.median < 1)
@@ -91,7 +91,7 @@ def tokens(options: Options) -> Iterator[Case]:
     held = [Held("wte.weight", slice(None, -16), model.wte.weight.detach().clone())]
     batches = new_tokens(sizes.tokens, options.device, sizes.vocabulary)
     task = Task(model, batches, regress, AdamW, held, "wte[~-16:] = keep")
-    kinds = [*OURS, ForumRecipe, TrainableTokens]
+    kinds = [*OURS, HooksByHand, TrainableTokens]
     case = compare("16 new tokens of an embedding, AdamW", kinds, task, options, rounds=20, parts=True)
     if FreezeHooksCompact.name in case.rows:
         row = case.rows[FreezeHooksCompact.name]
@@ -132,7 +132,7 @@ def compare_rows(options: Options, head: Head, width: int, optimizers: Mapping[s
 
 
 def _compare_kept(title: str, options: Options, optimizers: Mapping[str, MakeOptimizer], task: Task) -> Iterator[Case]:
-    kinds = [*OURS, FreezeHooksSkipping, FreezeHooksSkippingCompact, MaskAroundStep, ForumRecipe]
+    kinds = [*OURS, FreezeHooksSkipping, FreezeHooksSkippingCompact, MaskAroundStep, HooksByHand]
     for name, optimizer in optimizers.items():
         found = compare(f"{title}, {name}", kinds, replace(task, optimizer=optimizer), options, rounds=20, parts=True)
         usual, skipping, both = (
@@ -161,7 +161,7 @@ def value(options: Options) -> Iterator[Case]:
         task = Task(model, batches, loss, optimizer, held, spec_of(held))
         title = f"half of every weight at random numbers, perceptron, {name}"
         case = compare(title, [*OURS, *AT_VALUES], task, options, rounds=30)
-        case.claim_less_than_peers([Parametrize])
+        case.claim_less_than_alternatives([Parametrize])
         yield case
 
 

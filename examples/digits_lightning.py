@@ -1,8 +1,8 @@
-"""Train digits with a dilated convolution whose kernel centre is always 0, through the Lightning callback.
+"""Train digits with a dilated convolution whose kernel center is always 0, through the Lightning callback.
 
 The last 3x3 convolution looks 5 pixels to every side and never at the pixel itself. AdamW with weight decay would
-move a centre that merely starts at 0; the callback holds it there, and the picture shows it. What the run leaves behind
-is for the command line to look into: the weights before and after, and the rule.
+move a center that merely starts at 0; the callback holds it there, and the picture shows it. The run saves the weights
+before and after, and the rule, to look into with the command line.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A fully connected network decides a 1x1 convolution from a style code, one code for each digit of a batch.
+"""A fully connected network computes a 1x1 convolution from a style code, one code for each digit of a batch.
 
-The convolution lights a digit as a relief: its kernel mixes brightness and slopes as the code's angle and amount say.
-The gradient reaches the generator through the convolution, so it learns what no one fixed convolution can do.
+The convolution lights a digit as a relief: its kernel mixes brightness and slopes by the code's angle and amount. The
+gradient reaches the generator through the convolution, so it learns what no single fixed convolution can do.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def relief(features: Tensor, codes: Tensor) -> Tensor:
 
 
 def true_kernels(codes: Tensor) -> Tensor:
-    """Return the three weights that each code stands for; the network is never shown them."""
+    """Return the three true weights for each code, which the network never sees."""
     angle, amount = math.pi * codes[:, 0], codes[:, 1]
     return torch.stack([1 - amount, amount * angle.cos(), amount * angle.sin()], dim=1)
 
 
 def best_fixed_loss(features: Tensor, target: Tensor) -> float:
-    """Return the loss of the best 1x1 convolution that sees no code."""
+    """Return the loss of the best 1x1 convolution that does not depend on the code."""
     columns = nn.functional.pad(features.movedim(1, -1), (0, 1), value=1.0).flatten(0, 2)  # 1 for the bias
     wanted = target.reshape(-1, 1)
     return nn.functional.mse_loss(columns @ torch.linalg.lstsq(columns, wanted).solution, wanted).item()

@@ -47,7 +47,7 @@ def main() -> None:
     report("trained", model)
 
     with freeze_entries(model, "*.weight[smallest(0.8)] = 0"):
-        pass  # imposing has pruned; the zeros stay behind when the hooks come off
+        pass  # imposing has pruned the weights; the zeros stay when the hooks are removed
     report("pruned", model)
 
     plain = copy.deepcopy(model)

@@ -1,7 +1,7 @@
-"""Convolve a sparse volume with a kernel that has only the seven taps of a cross, with the bias in three places.
+"""Convolve a sparse volume with a kernel that has only the seven taps of a cross, with three settings of the bias.
 
-An empty neighbourhood gives the bias, exactly 0, or what a tensor of positions says. Absent taps stay exactly 0 through
-AdamW with no wrapper, while taps of a plain convolution that merely start at 0 drift away.
+An empty neighborhood gives the bias, exactly 0, or the bias at given positions only. Absent taps stay exactly 0 under
+AdamW without a wrapper, while taps of a plain convolution that merely start at 0 drift away.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SIDE = 9
 VOXELS = ((2, 2, 2), (2, 3, 2), (6, 5, 6))
 POSITIONS = {"empty, slice 0": (0, 8, 8), "empty, slice 8": (8, 0, 0), "by a voxel": (2, 2, 1)}
 OFFSETS = torch.arange(-1, 2).abs()
-CROSS = (OFFSETS[:, None, None] + OFFSETS[:, None] + OFFSETS <= 1).int()  # what cross(3) says, as a tensor
+CROSS = (OFFSETS[:, None, None] + OFFSETS[:, None] + OFFSETS <= 1).int()  # the same as cross(3), as a tensor
 
 
 def train(conv: nn.Conv3d, steps: int) -> None:
@@ -35,7 +35,7 @@ def train(conv: nn.Conv3d, steps: int) -> None:
 
 
 def report(name: str, conv: nn.Conv3d, taps: int) -> None:
-    """Print what the convolution makes of a volume with three voxels, and what became of the taps off the cross."""
+    """Print the convolution's output for a volume with three voxels, and the taps off the cross after training."""
     assert conv.bias is not None
     volume = torch.zeros(1, 1, SIDE, SIDE, SIDE)
     volume[0, 0, [z for z, _, _ in VOXELS], [y for _, y, _ in VOXELS], [x for _, _, x in VOXELS]] = 1

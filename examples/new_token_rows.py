@@ -1,4 +1,4 @@
-"""Teach a small GPT-2 new words: the embedding's rows for new tokens learn, every old row stays as it is, bit for bit.
+"""Teach a small GPT-2 new words: the embedding's rows for new tokens train, and every old row keeps its bits.
 
 The text is the opening of Shakespeare's Sonnet 18; three of its words become tokens that the tokenizer has never seen.
 The network has random weights, so that nothing is downloaded; the rules are the same for a pretrained one.
@@ -42,7 +42,7 @@ def trained_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def small_gpt2(rows: int, tied: bool) -> GPT2LMHeadModel:
-    """Make a GPT-2 whose output head is the embedding itself (tied), or a matrix of its own."""
+    """Make a GPT-2 whose output head shares the embedding's weight (tied), or has its own."""
     config = GPT2Config(vocab_size=rows, n_positions=256, n_embd=64, n_layer=2, n_head=4, tie_word_embeddings=tied)
     config.bos_token_id = config.eos_token_id = 0
     model = GPT2LMHeadModel(config)
@@ -51,7 +51,7 @@ def small_gpt2(rows: int, tied: bool) -> GPT2LMHeadModel:
 
 
 def train_new_rows_alone(model: GPT2LMHeadModel, old: int) -> FrozenEntries:
-    """Train the rows from `old` on, in the embedding and, where it is another matrix, in the head, and nothing else."""
+    """Train only the rows from `old` on, in the embedding and, if it has its own weight, in the head."""
     tied = model.lm_head.weight is model.transformer.wte.weight
     matrices = ["transformer.wte"] if tied else ["transformer.wte", "lm_head"]
     return train_only(model, [f"{matrix}[{old}:]" for matrix in matrices])
@@ -62,7 +62,7 @@ def bytes_of_state(optimizer: torch.optim.Optimizer) -> int:
 
 
 def chance_of_new_tokens(model: GPT2LMHeadModel, tokens: Tensor, old: int) -> float:
-    """Return the mean probability of the new tokens where they stand."""
+    """Return the mean probability of the new tokens at their positions in the text."""
     with torch.no_grad():
         chances = model(input_ids=tokens).logits[0, :-1].softmax(-1)
     following = tokens[0, 1:]
@@ -76,7 +76,7 @@ def train_new_rows(tied: bool, steps: int) -> None:
     old = len(tokenizer)
     model = small_gpt2(old, tied)
     tokenizer.add_tokens(list(NEW_TOKENS.values()))
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # puts new matrices in: before freezing
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # replaces the matrices: before freezing
     text = SONNET
     for word, token in NEW_TOKENS.items():
         text = text.replace(word, token)

@@ -1,4 +1,4 @@
-"""Hold one weight of a convolution at 1 while the other 26 train; let it go; hold it again."""
+"""Hold one weight of a convolution at 1 while the other 26 train; thaw it; hold it again."""
 
 from __future__ import annotations
 

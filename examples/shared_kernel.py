@@ -1,7 +1,7 @@
-"""Learn the one kernel that blurred every channel of two photographs, by a layer and by a rule, side by side.
+"""Learn the kernel that blurred every channel of two photographs, by a layer and by a rule, side by side.
 
-`SharedKernelConv2d` has one kernel for all channels; the rule `weight = tied(0)` makes one of the three that a plain
-depthwise convolution has. From the same start the same optimizer takes both to the same kernel, to the last bit.
+`SharedKernelConv2d` has one kernel for all channels; the rule `weight = tied(0)` ties the three kernels of a plain
+depthwise convolution. From the same start the same optimizer takes both to the same kernel, to the last bit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIZE = 7
 def photographs() -> Tensor:
     """Return both photographs at a quarter of their size, less the mean around each pixel, (2, 3, 106, 160).
 
-    Without the large bright and dark areas, which look alike under any blur, the kernel is found in few steps.
+    Without the large bright and dark areas, which look the same under any blur, a few steps find the kernel.
     """
     images = torch.stack([torch.tensor(image) for image in load_sample_images().images])
     images = nn.functional.avg_pool2d(images.movedim(-1, 1).float(), 4)
@@ -34,7 +34,7 @@ def photographs() -> Tensor:
 
 
 def blur_kernel() -> Tensor:
-    """Return a blur along a slanted line, a little off the centre, (7, 7), of sum 1."""
+    """Return a blur along a slanted line, a little off the center, of shape (7, 7) and sum 1."""
     down, right = torch.meshgrid(*[torch.arange(SIZE) - SIZE // 2] * 2, indexing="ij")
     along, across = right - 0.5 * down, down + 0.5 * right
     kernel = torch.exp(-across.square() / 0.8 - (along - 0.5).square() / 5)
@@ -42,7 +42,7 @@ def blur_kernel() -> Tensor:
 
 
 def train(conv: nn.Conv2d, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Fit what the known kernel makes of the photographs."""
+    """Fit the photographs blurred by the known kernel."""
     images = photographs()
     target = nn.functional.conv2d(images, blur_kernel().expand(3, 1, SIZE, SIZE), padding=SIZE // 2, groups=3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -1,4 +1,4 @@
-"""Why a zeroed gradient does not freeze: how far an entry drifts with gradient hooks alone and with MaskedOptimizer."""
+"""Why a zeroed gradient does not freeze: the drift of an entry with gradient hooks only and with MaskedOptimizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 class ZeroGradient:
-    """What most answers suggest, and no more: the gradient of the frozen entries is zero."""
+    """Zero the gradient of the frozen entries, as most answers on the web suggest, and do nothing else."""
 
     def __init__(self, entries: slice) -> None:
         self.entries = entries
@@ -36,7 +36,7 @@ class ZeroGradient:
 
 
 def drift(make: Callable[..., torch.optim.Optimizer], masked: bool, steps: int) -> float:
-    """Warm an optimizer up, freeze half of the weights in mid-training, and return how far they move from there."""
+    """Train for a while, freeze half of the weights, and return how far they move from there."""
     torch.manual_seed(0)
     model = nn.Linear(8, 1)
     optimizer = make(model.parameters())

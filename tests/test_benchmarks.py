@@ -20,10 +20,10 @@ from benchmarks._comparison import Case, Claim, Options, Row, whether_held
 from benchmarks._measure import Clock, Spread, Timing, added_milliseconds, interleave, ratios
 from benchmarks._memory import held_bytes, peak_bytes, state_bytes, tensor_bytes
 from benchmarks._report import broken, table
+from benchmarks.alternatives import AT_VALUES, AT_ZERO, MaskAroundStep, Parametrize, Prune, TrainableTokens
 from benchmarks.gpt2 import GPT2, Architecture
 from benchmarks.many_layers import many
 from benchmarks.models import FULL, TINY
-from benchmarks.peers import AT_VALUES, AT_ZERO, MaskAroundStep, Parametrize, Prune, TrainableTokens
 from benchmarks.resnet50 import resnet
 from benchmarks.subjects import FreezeHooks, FreezeHooksCompact, Held, Plain, Task
 from freezehooks import entries, freeze_entries

@@ -533,7 +533,7 @@ def test_a_hostile_file_is_refused_and_not_executed(folder: Folder, write: Any) 
     for command in (["show"], ["verify", "--rule", "w = 0"], ["diff", str(path)]):
         code, said = folder.run(command[0], str(path), *command[1:])
         assert code == 2
-        assert "and nothing of it was executed; save its tensors alone" in said
+        assert "and nothing of it was executed; save only its tensors" in said
     assert not mark.exists()
     pickle.loads(pickle.dumps(Hostile(mark)))  # what it would have done
     assert mark.exists()

@@ -344,7 +344,7 @@ def test_a_region_chosen_on_the_checkpoint_itself_is_told(folder: Folder, patter
     code, said = _verify(folder, torch.tensor([[0.0, 3.0], [2.0, 0.0]]), f"w[{pattern}] = 0")
     assert code == 0
     name = pattern.split("(")[0]
-    assert f"note: `w[{pattern}] = 0`: `{name}` was chosen on the checkpoint itself, for want of --against" in said
+    assert f"note: `w[{pattern}] = 0`: `{name}` was chosen on the checkpoint itself, since there is no --aga" in said
 
 
 def test_a_dtype_may_differ_where_a_number_is_asked_for(folder: Folder) -> None:

@@ -19,8 +19,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from freezehooks import MaskedOptimizer, RegionError, freeze_entries
 
-from .claims import held_twice
-from .peers import (
+from .alternatives import (
     ROWS,
     WAYS,
     FreezeHooks,
@@ -35,6 +34,7 @@ from .peers import (
     train,
     warm,
 )
+from .claims import held_twice
 
 TESTS: Final = Path(__file__).parent
 PAGE: Final = (TESTS.parent / "docs" / "comparison.md").read_text()

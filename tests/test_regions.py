@@ -552,7 +552,7 @@ def test_an_empty_part_of_a_region_is_no_error_where_the_whole_selects_something
 # --------------------------------------------------------------------------------------------------------------------
 # What is refused
 
-_CONVOLUTION = "needs a convolution weight (out, in/groups, *kernel), found 2 dimensions; name the convolutions alone"
+_CONVOLUTION = "needs a convolution weight (out, in/groups, *kernel), found 2 dimensions; name only the convolutions"
 _TRUE = torch.ones(3, 4, dtype=torch.bool)
 
 _MISFITS: list[tuple[str, Any, tuple[int, ...], str]] = [

@@ -134,7 +134,7 @@ def test_every_file_of_tests_that_is_left_out_exists() -> None:
 
 def test_what_pytest_counted_is_said(tmp_path: Path) -> None:
     results = tmp_path / "results.xml"
-    assert counts(results) == "pytest did not come to an end"
+    assert counts(results) == "pytest did not finish"
     results.write_text('<testsuites><testsuite tests="9" failures="2" errors="1" skipped="1"/></testsuites>')
     assert counts(results) == "5 passed, 3 failed, 1 skipped"
 

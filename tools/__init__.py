@@ -1,1 +1,1 @@
-"""What the project's own work needs and its users do not: checks of pins and of what is published."""
+"""Tools for developing this project: checks of pins, of releases, and on other versions of torch."""

@@ -1,7 +1,7 @@
-"""Check what the built wheel and source archive hold: `python -m tools.check_dist`, after `make wheel`.
+"""Check the contents of the built wheel and source archive: `python -m tools.check_dist`, after `make wheel`.
 
-The wheel holds the package, whole, and nothing else; the source archive all that git tracks but the repository's own
-machinery. With `--release` the version is one to publish, and the changelog speaks of it.
+The wheel must contain the whole package and nothing else, and the source archive all that git tracks except the
+repository's own configuration. With `--release`, the version must be publishable and be in the changelog.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MADE: Final = re.compile(r"PKG-INFO$|[\w.]+\.egg-info/")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what is wrong, and return 1 where something is."""
+    """Print what is wrong, and return 1 if anything is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dist", type=Path, default=ROOT / "dist")
     parser.add_argument("--release", action="store_true", help="check the version and the changelog too")
@@ -49,13 +49,13 @@ def names_in_wheel(wheel: Path) -> set[str]:
 
 
 def names_in_archive(archive: Path) -> set[str]:
-    """Return the files in a source archive, without the folder that they all lie in."""
+    """Return the files in a source archive, without their common folder."""
     with tarfile.open(archive) as files:
         return {member.name.split("/", 1)[1] for member in files if member.isfile()}
 
 
 def wrong_in_wheel(names: Iterable[str], tracked: Iterable[str]) -> list[str]:
-    """Return where a wheel differs from the tracked files of the package, its metadata aside."""
+    """Describe where a wheel differs from the tracked files of the package, except for its metadata."""
     package = {name for name in tracked if name.startswith("freezehooks/")}
     held = set(names)
     metadata = {name for name in held if name.split("/")[0].endswith(".dist-info")}
@@ -64,7 +64,7 @@ def wrong_in_wheel(names: Iterable[str], tracked: Iterable[str]) -> list[str]:
 
 
 def wrong_in_archive(names: Iterable[str], tracked: Iterable[str]) -> list[str]:
-    """Return where a source archive differs from the tracked files, what building makes aside."""
+    """Describe where a source archive differs from the tracked files, except for files made by the build."""
     expected = {name for name in tracked if not _MACHINERY.match(name)}
     return _differences("source archive", {name for name in names if not _MADE.match(name)}, expected)
 
@@ -77,7 +77,7 @@ def _differences(where: str, found: set[str], expected: set[str]) -> list[str]:
 
 
 def wrong_for_release(version: str, changelog: str) -> list[str]:
-    """Return what keeps a version from being published."""
+    """Describe what prevents a version from being published."""
     wrong = [] if re.fullmatch(r"\d+\.\d+\.\d+", version) else [f"{version} is no version to publish"]
     if not re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", changelog, re.MULTILINE):
         wrong.append(f"CHANGELOG.md has no heading `## [{version}] - year-month-day`")

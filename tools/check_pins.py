@@ -1,7 +1,7 @@
-"""Check that one version is named wherever a version is named: `python -m tools.check_pins`.
+"""Check that every file names the same versions: `python -m tools.check_pins`.
 
-The hooks of pre-commit must use the tools that `make check` uses, and `constraints-lowest.txt` the oldest versions that
-`setup.cfg` promises.
+The hooks of pre-commit must use the versions that `make check` uses, and `constraints-lowest.txt` the oldest versions
+that `setup.cfg` allows.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _BOUND: Final = re.compile(r"^\s+([A-Za-z][\w-]*)(?:\[[\w,-]+\])?>=(\d[\w.]*)", 
 
 
 def main() -> int:
-    """Print each disagreement, and return 1 where there is one."""
+    """Print each disagreement, and return 1 if there is any."""
     found = disagreements(ROOT)
     print(*found, sep="\n", end="\n" if found else "")
     return int(bool(found))
 
 
 def disagreements(root: Path) -> list[str]:
-    """Return what disagrees in a checkout, a line each."""
+    """Return the disagreements in a checkout, one a line."""
     pins = dict(_PIN.findall((root / "constraints.txt").read_text()))
     hooks = _PIN.findall((root / ".pre-commit-config.yaml").read_text())
     lowest = _PIN.findall((root / "constraints-lowest.txt").read_text())
@@ -45,7 +45,7 @@ def _differences(name: str, found: list[tuple[str, str]], other: str, expected: 
 
 
 def _release(version: str) -> str:
-    """Return a version without the zeros at its end: 2.6 and 2.6.0 are one."""
+    """Strip the zeros at the end of a version, since 2.6 and 2.6.0 are the same."""
     return re.sub(r"(\.0)+$", "", version)
 
 

@@ -1,7 +1,7 @@
 """Run the core tests on several releases of torch: `python -m tools.run_on_torch`, or `make test-versions`.
 
 Each release gets a fresh environment, which is removed before the next one is made: with its CUDA libraries torch takes
-some gigabytes. pip takes a CPU wheel where one of its indexes has it. What is tested is this checkout.
+several gigabytes. pip installs a CPU wheel if one of its indexes has it. The tests run on this checkout.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from .run_on_wheel import TOOLS_ALONE, environment, run
 ROOT: Final = Path(__file__).parents[1]
 
 NEWEST: Final = "newest"
-"""Whatever pip takes where no release is named."""
+"""The release that pip installs by default."""
 
 BETWEEN: Final = ("2.9.1", "2.11.0")
-"""Releases between the oldest and the pinned one, on which torch.compile reads a module's hooks in other ways."""
+"""Releases between the oldest and the pinned one, in which torch.compile reads a module's hooks differently."""
 
 NOT_CORE: Final = (
     "benchmarks",
@@ -47,19 +47,19 @@ NOT_CORE: Final = (
     "tools",
     "transformers",
 )
-"""Tests of what is around the library, by the names of their files: they say nothing more on another torch."""
+"""The files of tests that do not depend on torch, which need not run on other releases."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How the tests went on one release, in a line, and whether all ran and passed."""
+    """The result on one release: a line to print, and whether all tests ran and passed."""
 
     line: str
     passed: bool
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print how the tests went on each release, and return 1 where one could not be installed or a test failed."""
+    """Print the result on each release, and return 1 if one could not be installed or a test failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("releases", nargs="*", default=releases(), help="such as 2.9.1, or newest (default: all)")
     outcomes = [_run_on(release) for release in parser.parse_args(arguments).releases]
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def releases(root: Path = ROOT) -> list[str]:
-    """Return the releases to run on: the oldest that is supported, some between, the pinned and the newest one."""
+    """Return the releases to run on: the oldest supported, some in between, the pinned and the newest one."""
     oldest, pinned = (_pinned_torch(root / name) for name in ("constraints-lowest.txt", "constraints.txt"))
     return [oldest, *BETWEEN, pinned, NEWEST]
 
@@ -81,7 +81,7 @@ def _run_on(release: str) -> Outcome:
     with tempfile.TemporaryDirectory(prefix=f"torch-{release}-") as folder:
         python = environment(Path(folder) / "venv")
         if _install(python, release, Path(folder)):
-            return Outcome(f"torch {release}: not installed; pip says above why", passed=False)
+            return Outcome(f"torch {release}: not installed; see pip's message above", passed=False)
         results, start = Path(folder) / "results.xml", time.monotonic()
         command = [str(python), "-m", "pytest", *pytest_arguments(), f"--junitxml={results}"]
         status = run(command, cwd=ROOT, check=False)
@@ -90,7 +90,7 @@ def _run_on(release: str) -> Outcome:
 
 
 def _install(python: Path, release: str, folder: Path) -> int:
-    """Install a release and what the tests need, in versions of its time, and return the exit status of pip."""
+    """Install a release and what the tests need, in matching versions, and return the exit status of pip."""
     constraint = folder / "constraints.txt"
     constraint.write_text(constraints(release))
     packages = ["torch" if release == NEWEST else f"torch=={release}", *TOOLS_ALONE]
@@ -99,14 +99,14 @@ def _install(python: Path, release: str, folder: Path) -> int:
 
 
 def constraints(release: str, root: Path = ROOT) -> str:
-    """Return the versions to install beside a release: with the oldest, the oldest of all."""
+    """Return the constraints for a release: for the oldest, the oldest versions of everything."""
     lowest = root / "constraints-lowest.txt"
     chosen = lowest if release == _pinned_torch(lowest) else root / "constraints.txt"
     return re.sub(r"^torch==.*\n", "", chosen.read_text(), flags=re.MULTILINE)
 
 
 def pytest_arguments() -> list[str]:
-    """Return what pytest is called with to run the core tests alone."""
+    """Return the arguments with which pytest runs only the core tests."""
     return [
         "-q",
         "-rs",
@@ -119,9 +119,9 @@ def pytest_arguments() -> list[str]:
 
 
 def counts(results: Path) -> str:
-    """Return how many tests passed, failed and were skipped, by what pytest wrote in the format of JUnit."""
+    """Count the tests that passed, failed and were skipped, from pytest's JUnit file."""
     if not results.exists():
-        return "pytest did not come to an end"
+        return "pytest did not finish"
     suite = ElementTree.parse(results).getroot()[0]  # noqa: S314  # written by pytest a moment ago
     total, skipped = int(suite.attrib["tests"]), int(suite.attrib["skipped"])
     failed = int(suite.attrib["failures"]) + int(suite.attrib["errors"])

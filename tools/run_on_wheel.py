@@ -1,8 +1,8 @@
-"""Run the tests on the built wheel, as a user's machine has it: `python -m tools.run_on_wheel --extras all`.
+"""Run the tests on the built wheel, as on a user's machine: `python -m tools.run_on_wheel --extras all`.
 
-A fresh environment gets the wheel from `dist`, and the tests run from the unpacked source archive beside it, away from
-this checkout: what is missing from either shows. With all extras the typed code of `tests/typing` is checked against
-the wheel too. What builds a wheel itself is left to `make test`.
+A fresh environment gets the wheel from `dist`, and the tests run from the unpacked source archive, away from this
+checkout, so that anything missing from either shows. With all extras the typed code of `tests/typing` is checked
+against the wheel too. Tests that build a wheel themselves are left to `make test`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ NOT_FOR_USERS: Final = frozenset({"test", "docs", "bench"})
 TOOLS_ALONE: Final = ("pytest", "hypothesis", "numpy", "expecttest")
 
 OF_THE_SOURCES: Final = ("tests/test_package.py::test_the_wheel_holds_the_type_marker_and_neither_tests_nor_examples",)
-"""It builds the folder `freezehooks` of a checkout, which must not lie beside the tests here: it would be imported."""
+"""It needs the folder `freezehooks` of a checkout, which must not be beside the tests, or it would be imported."""
 
 _WHERE: Final = "import freezehooks, pathlib; print(pathlib.Path(freezehooks.__file__).parent.parent.name)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Install, check where the package comes from, and return the exit status of pytest."""
+    """Install the wheel, check where the package is imported from, and return the exit status of pytest."""
     options = _options(arguments)
     with tempfile.TemporaryDirectory(prefix="wheel-") as folder:
         python = environment(options.venv or Path(folder) / "venv")
@@ -68,7 +68,7 @@ def _only(folder: Path, pattern: str) -> Path:
 
 
 def environment(folder: Path) -> Path:
-    """Return the interpreter of a virtual environment, which is made where there is none yet."""
+    """Return the interpreter of a virtual environment, which is created if it does not exist."""
     python = folder.resolve() / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
@@ -76,7 +76,7 @@ def environment(folder: Path) -> Path:
 
 
 def _unpacked(archive: Path, folder: Path) -> Path:
-    """Unpack a source archive, and take the package out of it: the installed one alone shall be found."""
+    """Unpack a source archive without the package, so that only the installed one is found."""
     with tarfile.open(archive) as files:
         if hasattr(tarfile, "data_filter"):  # 3.10 and 3.11 have it from a later patch on
             files.extraction_filter = tarfile.data_filter
@@ -87,7 +87,7 @@ def _unpacked(archive: Path, folder: Path) -> Path:
 
 
 def _install(python: Path, constraint: Path, wheel: Path, everything: bool) -> None:
-    """Install the wheel as a user would, look at what that brought, and only then add what tests need."""
+    """Install the wheel as a user would, check what that installed, and only then add what the tests need."""
     pip = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(constraint.resolve())]
     extras = user_extras() if everything else []
     run([*pip, "--force-reinstall", "--no-deps", str(wheel)])
@@ -105,7 +105,7 @@ def _check_installed(python: Path, tests: Path) -> None:
 
 
 def _pytest(python: Path, tests: Path, everything: bool, more: Sequence[str]) -> int:
-    """Run the tests and the docstrings' examples; where extras are missing, modules that need them are skipped."""
+    """Run the tests and the docstrings' examples, skipping modules whose extras are missing."""
     command = [str(python), "-m", "pytest", "-q", "-rs", "--tb=short", "-p", "no:cacheprovider"]
     command += [] if everything else ["--doctest-ignore-import-errors"]
     command += [f"--deselect={test}" for test in OF_THE_SOURCES]
@@ -117,7 +117,7 @@ def _alone() -> Mapping[str, str]:
 
 
 def run(command: Sequence[str], cwd: Path | None = None, check: bool = True) -> int:
-    """Print a command, run it outside of this environment, and return its exit status; exit with it where asked to."""
+    """Print a command, run it outside this environment, and return its exit status, or exit with it if asked to."""
     print("+", *command, flush=True)
     status = subprocess.run(command, cwd=cwd, env=_alone()).returncode
     if check and status:

@@ -1,7 +1,7 @@
 """Run the tests of frameworks that are too large for every run: `python -m tools.run_with_frameworks`.
 
-A fresh environment gets what `constraints-frameworks.txt` names and what the tests need; what is tested is this
-checkout. A table says how it went with each framework, and in which version.
+A fresh environment gets what `constraints-frameworks.txt` names and what the tests need; the tests run on this
+checkout. A table shows the result and the version of each framework.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .run_on_wheel import ROOT, TOOLS_ALONE, environment, run
 PINS: Final = ("constraints.txt", "constraints-frameworks.txt")
 
 BESIDE: Final = ("pytorch-ignite", "skorch", "transformers", "accelerate", "peft", "PyYAML", "safetensors")
-"""What the tests need of the packages that `constraints.txt` has a version for."""
+"""The packages that the tests need, whose versions are in `constraints.txt`."""
 
 TESTS: Final = (
     "tests/test_frameworks.py",
@@ -32,7 +32,7 @@ TESTS: Final = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print how the tests went with each framework, and return 1 where one failed or was skipped."""
+    """Print the result for each framework, and return 1 if a test failed or was skipped."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, help="an environment to make or to use again (default: one for this run)")
     options = parser.parse_args(arguments)
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         python = environment(options.venv or Path(folder) / "venv")
         results = Path(folder) / "results.xml"
         run([str(python), "-m", "pip", "install", "--quiet", *_constraints(), "torch", *packages()])
-        # fastai asks for it and trains without it; beside a torch of another build transformers cannot be imported
+        # fastai requires it and trains without it; with another build than torch's, transformers cannot be imported
         run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"])
         pytest = [str(python), "-m", "pytest", "-q", "-rs", "-W", "ignore", f"--junitxml={results}"]
         run([*pytest, *TESTS], cwd=ROOT, check=False)
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def packages(root: Path = ROOT) -> list[str]:
-    """Return what to install: the frameworks, and what the tests need beside them."""
+    """Return what to install: the frameworks, and what the tests need in addition."""
     pins = (root / PINS[1]).read_text()
     return [*re.findall(r"^([\w-]+)==", pins, re.MULTILINE), *BESIDE, *TOOLS_ALONE]
 
@@ -60,9 +60,9 @@ def _constraints() -> list[str]:
 
 
 def outcomes(results: Path) -> dict[str, Counter[str]]:
-    """Return, for each framework, how many tests passed, failed and were skipped, by what pytest wrote for JUnit.
+    """Count the tests that passed, failed and were skipped for each framework, from pytest's JUnit file.
 
-    A test says its framework as its first parameter; one without belongs to its file.
+    The framework is a test's first parameter; a test without parameters counts for its file.
     """
     found: dict[str, Counter[str]] = {}
     cases = ElementTree.parse(results).iter("testcase") if results.exists() else ()  # noqa: S314  # pytest's own
@@ -80,7 +80,7 @@ _WORDS: Final = {"failure": "failed", "error": "failed", "skipped": "skipped"}
 
 
 def table(went: dict[str, Counter[str]], versions: dict[str, str]) -> list[str]:
-    """Return the lines of the table: a framework each, and the versions below."""
+    """Return the lines of the table, one for each framework, with the versions below."""
     width = max(map(len, went), default=0)
     rows = [f"{name:{width}}  " + ", ".join(f"{n} {word}" for word, n in each.items()) for name, each in went.items()]
     return [*rows, *(f"{name} {version}" for name, version in versions.items())]

@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from freezehooks import FrozenEntries, MaskedOptimizer, freeze_entries
 
 RULES = """
-0.weight[center] = 0        # no kernel sees its centre
+0.weight[center] = 0        # no kernel sees its center
 0.bias[:2] = 0.5
-3.weight[smallest(0.5)]     # the smaller half stays what it is
+3.weight[smallest(0.5)]     # the smaller half keeps its values
 """
 
 
@@ -35,7 +35,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, frozen: FrozenEntries, steps: int, part: slice) -> None:
-    """Train on a part of each batch."""
+    """Train on this rank's share of each batch."""
     optimizer = MaskedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1), frozen)
     for step in range(steps):
         images, targets = batch(step)
@@ -52,7 +52,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model = DistributedDataParallel(build())
-    frozen = freeze_entries(model, RULES)  # the names need no `module.`; before the wrapping does as well
+    frozen = freeze_entries(model, RULES)  # the names need no `module.`; freezing before wrapping works too
     train(model, frozen, steps, slice(rank, None, ranks))
 
     alone = build()
@@ -71,7 +71,7 @@ def main() -> None:
         print(f"largest difference of a free entry:   {max(at_free):.1e}")
     dist.barrier()
     sys.stdout.flush()
-    os._exit(0)  # the threads of gloo now and then abort an interpreter on its way out
+    os._exit(0)  # gloo's threads sometimes abort the interpreter at exit
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train with FSDP2, every parameter in shards and some entries frozen, and compare with one process on the whole batch.
+"""Train with FSDP2, all parameters sharded and some entries frozen, and compare with one process on the whole batch.
 
 torchrun --nproc-per-node 2 examples/distributed/train_fsdp2.py
 """
@@ -18,9 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from freezehooks import FrozenEntries, MaskedOptimizer, freeze_entries
 
 RULES = """
-0.weight[center] = 0        # no kernel sees its centre
+0.weight[center] = 0        # no kernel sees its center
 0.bias[:2] = 0.5
-3.weight[smallest(0.5)]     # the smaller half stays what it is
+3.weight[smallest(0.5)]     # the smaller half keeps its values
 """
 
 
@@ -36,7 +36,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, frozen: FrozenEntries, steps: int, part: slice) -> None:
-    """Train on a part of each batch."""
+    """Train on this rank's share of each batch."""
     optimizer = MaskedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1), frozen)
     for step in range(steps):
         images, targets = batch(step)
@@ -58,7 +58,7 @@ def main() -> None:
     fully_shard(model)
     frozen = freeze_entries(
         model, RULES
-    )  # before sharding does as well; regions and values are those of the whole tensors
+    )  # freezing before sharding works too; regions and values refer to the whole tensors
     train(model, frozen, steps, slice(rank, None, ranks))
 
     alone = build()
@@ -79,7 +79,7 @@ def main() -> None:
         print(f"largest difference of a free entry:   {max(at_free):.1e}")
     dist.barrier()
     sys.stdout.flush()
-    os._exit(0)  # the threads of gloo now and then abort an interpreter on its way out
+    os._exit(0)  # gloo's threads sometimes abort the interpreter at exit
 
 
 if __name__ == "__main__":

@@ -135,9 +135,7 @@ class FreezeEntriesCallback(FreezingCallback, TrainerCallback):
         for folder in folders:
             saved = _read(folder).get(key, {})
             if saved.get("run") == entry["run"]:
-                _, frozen = self._read_state(
-                    saved
-                )  # the entry tells whether it was thawed: the file may be a later one
+                _, frozen = self._read_state(saved)  # the entry tells whether it was thawed: the file may be newer
                 return frozen
         raise StateMismatchError(
             f"the `{_FILE}` of the checkpoint is not in {', '.join(dict.fromkeys(map(str, folders)))}",

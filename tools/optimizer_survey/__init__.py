@@ -1,1 +1,1 @@
-"""Whether entries hold, and nothing else changes, under every optimizer that others have written."""
+"""Checks that frozen entries hold, and nothing else changes, under third-party optimizers."""

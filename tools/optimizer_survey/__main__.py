@@ -1,21 +1,21 @@
 """Try every optimizer that pytorch_optimizer and timm can build on the CPU: `python -m tools.optimizer_survey`.
 
-Neither package is needed for anything else here. Have them, and what they import, in a folder of their own:
+Neither package is needed for anything else here. Install them, and what they import, in a separate folder:
 
     pip install --no-deps --target packages pytorch_optimizer timm torchvision einops
     PYTHONPATH=packages python -m tools.optimizer_survey
 
-A small model trains with some entries frozen at a number and some as they are, beside the same model whose gradients
-are zeroed by hand at frozen entries and whose values are written by hand. All equality is of bits.
+A small model trains with some entries frozen at a number and some at what they hold, beside the same model whose
+gradients are zeroed by hand at frozen entries and whose values are written by hand. All comparisons are bit for bit.
 
-  held         frozen entries after each of 20 steps, also where they are frozen after 10 steps without
+  held         frozen entries after each of 20 steps, also if they are frozen only after 10 steps
   undisturbed  free entries after each step, against the run by hand
-  resumed      a new run from the states saved after 10 steps, against the one that went on
+  resumed      a new run from the states saved after 10 steps, against the one that was not interrupted
   copied       a deepcopy of the `MaskedOptimizer` with its model, against the original, over 20 more steps
-  thaw         the largest of 20 steps of the entries that were let go, over that of the run by hand: at most 1.05, or
-               two learning rates for those of torch.optim that correct their moments
+  thaw         the largest of 20 steps of thawed entries, over that of the run by hand: at most 1.05, or two learning
+               rates for the optimizers of torch.optim with bias correction
 
-`as by hand` says that the optimizer cannot do it with nothing frozen by the library either, in the same way.
+`as by hand` means that the optimizer fails in the same way without this library.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _HEADER = ("optimizer", "class", "held", "undisturbed", "resumed", "copied", "th
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a table, and return 1 where something is not as it should be."""
+    """Print a table, and return 1 if anything is not as it should be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pattern", nargs="?", default="*", help="try those alone that match, as 'timm.*'")
+    parser.add_argument("pattern", nargs="?", default="*", help="try only those that match, such as 'timm.*'")
     pattern = parser.parse_args(arguments).pattern
     torch.set_num_threads(1)
     torch.compiler.set_stance("force_eager")  # one of them compiles its step, for minutes

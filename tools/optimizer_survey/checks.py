@@ -1,4 +1,4 @@
-"""What is asked of each optimizer, and what was found."""
+"""The checks of each optimizer, and their results."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .runs import ByHand, Guarded, Run, State, frozen_of, spec_of, values_of
 from .subjects import Subject
 
 STEPS: Final = 20
-"""After so many steps of everything, frozen entries are let go."""
+"""After how many steps frozen entries are thawed."""
 
 ROOM: Final = 1.05
-"""How far thawed entries may move, over by hand, where moments hold the decay of the weights that were held."""
+"""How far thawed entries may move, relative to the run by hand, if moments contain the weights' decay."""
 
 YES: Final = "yes"
 LIKE_BY_HAND: Final = "as by hand"
@@ -28,25 +28,25 @@ NOT_ASKED: Final = "-"
 REFUSED: Final = "refused"
 
 _CORRECTED: Final = (optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax)
-"""Those of torch whose thawed entries take up to two learning rates a step, whatever they do by hand."""
+"""The optimizers of torch whose thawed entries may move up to two learning rates a step, whatever they do by hand."""
 
 _INTEGERS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass
 class Found:
-    """What was found about an optimizer; a cell that begins with `yes` or `as by hand` is as it should be.
+    """The results for an optimizer; a cell that begins with `yes` or `as by hand` is as it should be.
 
     Attributes:
         name: Its package and the name that it has there.
         kind: Its class.
-        held: Whether frozen entries had their bits after every step, guarded from the start and in mid-training.
-        undisturbed: Whether free entries had the bits of the run by hand after every step.
-        resumed: Whether a run that went on from saved states ended as the one that was not interrupted.
-        copied: Whether a copy of the optimizer, with its model, went on as the original did.
+        held: Whether frozen entries held bit for bit after every step, guarded from the start or in mid-training.
+        undisturbed: Whether free entries equaled those of the run by hand, bit for bit, after every step.
+        resumed: Whether a run that resumed from saved states ended like the one that was not interrupted.
+        copied: Whether a copy of the optimizer, with its model, trained on like the original.
         thaw: The largest step of thawed entries over that of the run by hand.
-        is_thaw_kept: Whether it is no larger than it may be.
-        remarks: Why something was not asked, and what went wrong.
+        is_thaw_kept: Whether that is within the limit.
+        remarks: Why something was not checked, and what went wrong.
     """
 
     name: str
@@ -66,14 +66,14 @@ class Found:
 
     @property
     def is_kept(self) -> bool:
-        """Whether all is as it should be: a refusal says why, and is."""
+        """Whether everything is as it should be, which includes a rejection with its reason."""
         cells = (self.held, self.undisturbed, self.resumed, self.copied)
         is_kept = self.is_thaw_kept and all(cell.startswith((YES, LIKE_BY_HAND)) for cell in cells)
         return is_kept or self.held == REFUSED
 
 
 def survey(subject: Subject) -> Found:
-    """Ask all of one optimizer."""
+    """Run all checks on one optimizer."""
     found = Found(subject.name)
     if subject.missing:
         found.remarks.append(f"not built: needs {subject.missing}")
@@ -99,7 +99,7 @@ def survey(subject: Subject) -> Found:
 
 
 def _compare(guarded: Guarded, by_hand: ByHand, found: Found) -> None:
-    """Train both side by side, and ask each whether it can be resumed and copied."""
+    """Train both runs side by side, and check each for resuming and copying."""
     _train(guarded, by_hand, found, range(STEPS // 2))
     states = {run: _saved(run) for run in (guarded, by_hand)}
     _train(guarded, by_hand, found, range(STEPS // 2, STEPS))
@@ -121,7 +121,7 @@ def _train(guarded: Guarded, by_hand: ByHand, found: Found, steps: range) -> Non
 
 
 def _held_in_mid_training(subject: Subject) -> str:
-    """Return whether entries hold where they are frozen, and the optimizer is guarded, in mid-training."""
+    """Return whether entries hold that are frozen and guarded in mid-training."""
     run = Run(subject)
     run.steps(range(STEPS // 2))
     values = values_of(run.model)
@@ -142,7 +142,7 @@ def _saved(run: Run) -> State | Exception:
 
 
 def _resumed(run: Run, state: State | Exception) -> str:
-    """Return whether a run that goes on from half way comes to where this one is."""
+    """Return whether a run that resumes halfway ends where this one is."""
     if isinstance(state, Exception):
         raise state
     resumed = type(run)(run.subject, state)
@@ -151,7 +151,7 @@ def _resumed(run: Run, state: State | Exception) -> str:
 
 
 def _copied(run: Run) -> str:
-    """Return whether a copy goes on as the run does; the run has gone on afterwards, whatever became of the copy."""
+    """Return whether a copy trains on like the run itself, which goes on in any case."""
     later = range(STEPS, 2 * STEPS)
     try:
         twin = run.copied()
@@ -162,7 +162,7 @@ def _copied(run: Run) -> str:
 
 
 def _let_go(guarded: Guarded, by_hand: ByHand, found: Found) -> None:
-    """Let frozen entries go, and compare how far they move in a step."""
+    """Thaw frozen entries, and compare how far they move in a step."""
     largest = [_largest_step(run) for run in (guarded, by_hand)]
     found.thaw = f"{largest[0] / largest[1]:.3f}" if largest[1] else f"{largest[0]:.1e} / 0"
     found.is_thaw_kept = largest[0] <= ROOM * largest[1] or all(map(math.isnan, largest))
@@ -202,7 +202,7 @@ def _whether_alike(run: Run, other: Run, number: int, *, of_free: bool = False) 
 
 
 def _difference(found: dict[str, Tensor], expected: dict[str, Tensor], number: int) -> str:
-    """Return `yes` where all bits are the same, and else how many entries differ and by how much."""
+    """Return `yes` if all bits are the same, or else how many entries differ and by how much."""
     off = {name: _differ(found[name], expected[name]) for name in found}
     count = sum(int(each.sum()) for each in off.values())
     if not count:
@@ -224,7 +224,7 @@ def _outcome(ask: Callable[[], str]) -> str:
 
 
 def _like_by_hand(guarded: str, by_hand: str) -> str:
-    """Return what was found of the guarded run, where the run by hand does better, and else that it is alike."""
+    """Return the result of the guarded run if the run by hand does better, or else that both are alike."""
     if guarded == YES or by_hand == YES:
         return guarded
     return f"{LIKE_BY_HAND} ({by_hand.removeprefix('NO: ')})" if guarded == by_hand else f"{guarded}; by hand {by_hand}"

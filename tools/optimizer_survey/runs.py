@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 NUMBER: Final = 0.5
-"""What is held at a number is held at this one."""
+"""The number at which entries are frozen."""
 
 State = tuple[dict[str, Tensor], Any]
-"""What is saved of a run: the state of the model, and of the optimizer."""
+"""The saved state of a run: that of the model, and that of the optimizer."""
 
 
 class Run:
@@ -50,14 +50,14 @@ class Run:
         """Freeze the entries, before there is an optimizer."""
 
     def wrapped(self, optimizer: Any) -> Any:
-        """Return what is to be stepped in the optimizer's place."""
+        """Return the optimizer to step, which may be a wrapper."""
         return optimizer
 
     def impose(self) -> None:
-        """Write the values, where the library does not."""
+        """Write the values, if the library does not."""
 
     def let_go(self) -> None:
-        """Hold nothing any longer."""
+        """Thaw everything."""
 
     def step(self, number: int) -> None:
         """Make a training step; the same number gives the same batch, and the same random numbers to the optimizer."""
@@ -85,7 +85,7 @@ class Run:
         return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
 
     def saved(self) -> State:
-        """Return what is to be saved."""
+        """Return the state to save."""
         return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
 
     def copied(self) -> Self:
@@ -97,7 +97,7 @@ class Run:
 
 
 class Guarded(Run):
-    """One whose frozen entries the library holds."""
+    """A run whose frozen entries the library holds."""
 
     frozen: FrozenEntries
 
@@ -112,7 +112,7 @@ class Guarded(Run):
 
 
 class ByHand(Run):
-    """One whose gradients are zeroed by hand where entries are frozen, and whose values are written by hand."""
+    """A run whose gradients are zeroed by hand at frozen entries, and whose values are written by hand."""
 
     def freeze(self) -> None:
         self.values = values_of(self.model)
@@ -154,7 +154,7 @@ class _Clean:
 
 
 def spec_of(model: nn.Module) -> dict[str, Any]:
-    """Return what is frozen: a row at a number, scattered entries as they are, and scattered ones at a number."""
+    """Return the spec: a row at a number, scattered entries at what they hold, and scattered ones at a number."""
     spec: dict[str, Any] = {}
     for number, (name, frozen) in enumerate(frozen_of(model).items()):
         spec[name] = ((entries[0], NUMBER), (frozen, keep), (frozen, NUMBER))[number % 3]
@@ -168,7 +168,7 @@ def frozen_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def values_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the values that they are held at, by the name of their parameter: what they are now, or a number."""
+    """Return their values by the name of their parameter: what they hold now, or a number."""
     named = enumerate(model.named_parameters())
     return {name: each.detach().clone() if n % 3 == 1 else torch.tensor(NUMBER) for n, (name, each) in named}
 

@@ -1,4 +1,4 @@
-"""Which optimizers are surveyed, and what each needs to be built and to make a step."""
+"""The optimizers of the survey, and how to build and step each of them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from torch import Tensor, distributed, nn
 from torch.optim import SGD, AdamW
 
 DECAY: Final = 0.01
-"""Weight decay, for all that have it: it moves weights whose gradient is 0."""
+"""Weight decay, for all optimizers that have it: it moves weights whose gradient is 0."""
 
 LENGTH: Final = 200
-"""How many steps an optimizer is told that the training has."""
+"""The number of training steps to tell optimizers that ask for it."""
 
 _Maker = Callable[[nn.Module], Any]
 
 Backward = Callable[..., Tensor]
-"""Clear the gradients, compute the loss and go backward from it, or do with it what is given; returns the loss."""
+"""Clear the gradients, compute the loss, run backward or another given function on it, and return the loss."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ def images() -> nn.Sequential:
 
 
 def matrices() -> nn.Sequential:
-    """Return one of matrices alone, for the same images: pairs of low rank, as LoRA has them."""
+    """Return a network of matrices only, for the same images: low-rank pairs, as in LoRA."""
     shapes = ((32, 4), (4, 8), (8, 2), (2, 3))
     return nn.Sequential(nn.Flatten(), *(nn.Linear(*shape, bias=False) for shape in shapes))
 
@@ -48,46 +48,46 @@ def matrices() -> nn.Sequential:
 
 
 def after_backward(optimizer: Any, backward: Backward) -> None:
-    """Step as most do."""
+    """Step as most optimizers do."""
     backward()
     optimizer.step()
 
 
 def after_backward_with_graph(optimizer: Any, backward: Backward) -> None:
-    """Step one that goes backward a second time, through the gradients."""
+    """Step an optimizer that differentiates the gradients again."""
     backward(lambda loss: loss.backward(create_graph=True))
     optimizer.step()
 
 
 def with_closure(optimizer: Any, backward: Backward) -> None:
-    """Step one that evaluates a closure."""
+    """Step an optimizer that evaluates a closure."""
     optimizer.step(backward)
 
 
 def after_backward_with_closure(optimizer: Any, backward: Backward) -> None:
-    """Step one that has its first gradients already, and evaluates a closure for its second ones."""
+    """Step an optimizer that has its first gradients already, and evaluates a closure for the second ones."""
     backward()
     optimizer.step(backward)
 
 
 def with_closure_of_pairs(optimizer: Any, backward: Backward) -> None:
-    """Step one whose closure returns outputs and loss."""
+    """Step an optimizer whose closure returns outputs and loss."""
     optimizer.step(lambda: (None, backward()))
 
 
 def with_loss(optimizer: Any, backward: Backward) -> None:
-    """Step one whose closure gives the number that the loss had."""
+    """Step an optimizer whose closure returns the loss as a number."""
     loss = float(backward())
     optimizer.step(lambda: loss)
 
 
 def within_backward(optimizer: Any, backward: Backward) -> None:
-    """Step one that writes the weights while it goes backward, and has no step."""
+    """Step an optimizer that updates the weights during backward, and has no step."""
     backward(lambda loss: optimizer.fused_backward(loss, 1e-3))
 
 
 def of_two_tasks(optimizer: Any, backward: Backward) -> None:
-    """Step one that takes the losses of several tasks."""
+    """Step an optimizer that takes the losses of several tasks."""
     backward(lambda loss: optimizer.pc_backward([loss, loss.square()]))
     optimizer.step()
 
@@ -98,7 +98,7 @@ def of_two_tasks(optimizer: Any, backward: Backward) -> None:
 
 @contextmanager
 def one_process() -> Iterator[None]:
-    """Have a process group of one process."""
+    """Keep a process group of one process inside the block."""
     store = distributed.HashStore()  # type: ignore[attr-defined]  # torch does not say that it exports it
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -112,12 +112,12 @@ class Subject:
     """An optimizer, and how to train with it.
 
     Attributes:
-        name: Its package and the name that it has there.
-        make: Make it for a model.
-        advance: Make one step of it, given the backward pass.
-        model: What it can train.
-        around: What has to be there for as long as it trains.
-        missing: The package without which it cannot be made, or nothing.
+        name: Its package and its name there.
+        make: A function that builds it for a model.
+        advance: A function that makes one step, given the backward pass.
+        model: A function that builds a model that it can train.
+        around: A context manager that is needed while it trains.
+        missing: The missing package that it needs; empty if there is none.
     """
 
     name: str
@@ -170,7 +170,7 @@ _NEEDS: Final = {"pytorch_optimizer.demo": "einops"}
 
 
 def subjects() -> Iterator[Subject]:
-    """Yield all that the two packages register, and their wrappers."""
+    """Yield all optimizers that the two packages register, and their wrappers."""
     for name in OPTIMIZERS:
         yield _subject(f"pytorch_optimizer.{name}", _maker_of_pytorch_optimizer(name))
     for name in timm.list_optimizers():
@@ -212,13 +212,13 @@ def _maker_of_timm(name: str) -> _Maker:
 
 
 def _package_of_timm(name: str) -> str:
-    """Return the other package that an optimizer of timm is from, which needs a GPU; nothing for its own."""
+    """Return the package, which needs a GPU, that an optimizer of timm comes from; empty for timm's own."""
     kind = timm.get_optimizer_info(name).opt_class
     return str(kind).split(".")[0] if isinstance(kind, str) else ""
 
 
 _SGD: Final[dict[str, Any]] = {"lr": 1e-2, "momentum": 0.9, "weight_decay": DECAY}
-"""What wrappers wrap."""
+"""The optimizer that wrappers wrap."""
 
 
 def _sgd(model: nn.Module) -> SGD:
@@ -226,7 +226,7 @@ def _sgd(model: nn.Module) -> SGD:
 
 
 def _wrappers() -> Iterator[Subject]:
-    """Yield wrappers, and those that make a step of two."""
+    """Yield wrappers, and optimizers whose step consists of two."""
     yield _wrapper("lookahead", lambda model: foreign.Lookahead(_sgd(model), k=3))
     yield _wrapper(
         "lookahead_pullback", lambda model: foreign.Lookahead(_sgd(model), k=3, pullback_momentum="pullback")

@@ -1,7 +1,7 @@
-"""The ways in which people freeze entries without this library.
+"""Alternatives: the ways in which people freeze entries without this library.
 
-Each is written as its users write it, with what can be prepared done beforehand: masks in the weight's dtype, say,
-where a bool one would be converted in every step.
+Each is written as its users write it, with as much as possible prepared beforehand: for instance, masks in the weight's
+dtype, as a bool one would be converted in every step.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ._memory import tensor_bytes
 from .subjects import Held, Plain
 
 
-class Peer(Plain):
-    """Freezes without this library."""
+class Alternative(Plain):
+    """Freezes entries without this library."""
 
     freezes = True
 
@@ -27,10 +27,10 @@ class Peer(Plain):
             self.hold(held)
 
     def hold(self, held: Held) -> None:
-        """Make the entries held, before there is an optimizer."""
+        """Freeze the entries, before there is an optimizer."""
 
     def masks(self, held: Held) -> tuple[Tensor, Tensor | None]:
-        """Return 1 at the free entries, and the values with 0 there (None where all values are 0)."""
+        """Return a mask with 1 at the free entries, and a tensor of the values (None if all are 0)."""
         parameter = self.model.get_parameter(held.name)
         frozen = held.frozen(parameter)
         value = torch.as_tensor(held.value, dtype=parameter.dtype, device=parameter.device)
@@ -43,8 +43,8 @@ class Peer(Plain):
         return tensor_bytes(self.model, beyond=[*self.model.parameters(), *own])
 
 
-class Prune(Peer):
-    """`torch.nn.utils.prune.custom_from_mask`; it holds zeros and nothing else."""
+class Prune(Alternative):
+    """`torch.nn.utils.prune.custom_from_mask`, which can only hold zeros."""
 
     name = "torch prune"
 
@@ -60,7 +60,7 @@ class Prune(Peer):
 
 
 class FixedEntries(nn.Module):
-    """The parametrization: ``weight * free + fixed``."""
+    """The parametrization ``weight * free + fixed``."""
 
     free: Tensor
     fixed: Tensor | None
@@ -71,11 +71,11 @@ class FixedEntries(nn.Module):
         self.register_buffer("fixed", fixed)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Fix the entries."""
+        """Return the weight with the fixed entries."""
         return weight * self.free if self.fixed is None else torch.addcmul(self.fixed, weight, self.free)
 
 
-class Parametrize(Peer):
+class Parametrize(Alternative):
     """A mask by `torch.nn.utils.parametrize`."""
 
     name = "parametrize"
@@ -96,7 +96,7 @@ class Parametrize(Peer):
         return weight
 
 
-class MaskAroundStep(Peer):
+class MaskAroundStep(Alternative):
     """The scheme of NVIDIA apex's ASP: mask the gradient before the step and the weight after it."""
 
     name = "mask around step"
@@ -107,7 +107,7 @@ class MaskAroundStep(Peer):
         self.mask_weights()
 
     def mask_weights(self) -> None:
-        """Put every weight back."""
+        """Write the values into every weight."""
         with torch.no_grad():
             for parameter, free, fixed in self.held:
                 parameter.mul_(free)
@@ -126,7 +126,7 @@ class MaskAroundStep(Peer):
 
 
 class ZeroInClone:
-    """A tensor hook: the gradient, cloned, with zeros at an index."""
+    """A tensor hook that returns a clone of the gradient with zeros at an index."""
 
     def __init__(self, index: Any) -> None:
         self.index = index
@@ -137,10 +137,10 @@ class ZeroInClone:
         return gradient
 
 
-class ForumRecipe(Peer):
-    """What forum answers say: a tensor hook, and indexed writes through `.data` before forward and after step."""
+class HooksByHand(Alternative):
+    """What most answers on the web suggest: a tensor hook, and writes through `.data` before forward and after step."""
 
-    name = "forum recipe"
+    name = "hooks by hand"
 
     def prepare(self) -> None:
         self.held = [(self.parameter(held), held.index, held.values()) for held in self.task.held]
@@ -159,7 +159,7 @@ class ForumRecipe(Peer):
         return tensor_bytes([written for _, *written in self.held])
 
 
-class TrainableTokens(Peer):
+class TrainableTokens(Alternative):
     """PEFT's trainable tokens: a matrix of the new rows, written into a copy of the embedding in each forward."""
 
     name = "PEFT tokens"
@@ -190,5 +190,5 @@ class TrainableTokens(Peer):
         return weight
 
 
-AT_VALUES: tuple[type[Plain], ...] = (Parametrize, MaskAroundStep, ForumRecipe)
+AT_VALUES: tuple[type[Plain], ...] = (Parametrize, MaskAroundStep, HooksByHand)
 AT_ZERO: tuple[type[Plain], ...] = (Prune, *AT_VALUES)
