@@ -16,11 +16,11 @@ from freezehooks import MaskedOptimizer, freeze_entries
 
 
 class Way:
-    """Nothing is frozen: what the others are measured against.
+    """Nothing is frozen: the reference for the others.
 
     Args:
         model: The model, which is changed.
-        frozen: Which entries of its `0.weight` are held, at what they hold now.
+        frozen: Which entries of its `0.weight` are held, at what they contain now.
     """
 
     title = "plain"
@@ -36,11 +36,11 @@ class Way:
         """Freeze."""
 
     def protect(self, optimizer: Optimizer) -> Optimizer:
-        """Do to an optimizer what the way asks for."""
+        """Prepare an optimizer as this way requires."""
         return optimizer
 
     def step(self, optimizer: Optimizer) -> None:
-        """Step, with what the way asks for around it."""
+        """Step, with what this way does around it."""
         optimizer.step()
 
     def stored(self) -> Tensor:
@@ -58,7 +58,7 @@ class Way:
         return self.stored()
 
     def remove(self) -> None:
-        """Give the plain model back."""
+        """Return the plain model."""
 
     def trainable(self) -> list[Tensor]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -91,7 +91,7 @@ class _Times:
 
 
 class GradientHook(Way):
-    """The answer most often given in forums."""
+    """The answer most often given on the web."""
 
     title = "gradient hook"
 
@@ -160,7 +160,7 @@ class Parametrize(Way):
 
 
 class Sparsifier(Parametrize):
-    """torch.ao's, with a mask set by hand in place of one by the norms of the weights."""
+    """The sparsifier of torch.ao, with a mask set by hand instead of one by the norms of the weights."""
 
     title = "`torch.ao` sparsifier"
 
@@ -205,7 +205,7 @@ class PeftTokens(Way):
 
 
 class RequiresGrad(Way):
-    """The whole tensor, since PyTorch has it for tensors alone."""
+    """Freezes the whole tensor, since PyTorch can only do that."""
 
     title = "`requires_grad_(False)`"
 
@@ -238,7 +238,7 @@ WAYS: Final[tuple[type[Way], ...]] = (
 )
 
 # --------------------------------------------------------------------------------------------------------------------
-# What they are measured on: six rows of an embedding, of which the first four are held
+# The task: six rows of an embedding, of which the first four are held
 
 ROWS: Final = torch.arange(6)[:, None].expand(6, 3) < 4
 
@@ -273,7 +273,7 @@ def warm(model: nn.Module, make: Callable[..., Optimizer]) -> Optimizer:
 
 
 def adopt(optimizer: Optimizer, way: Way) -> None:
-    """Hand an optimizer what a way trains beside the parameters that were there."""
+    """Give an optimizer the parameters that a way adds to the model."""
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     new = [parameter for parameter in way.trainable() if id(parameter) not in known]
     if new:

@@ -42,7 +42,7 @@ class Folder:
         return str(self.path / name)
 
     def run(self, *arguments: str) -> tuple[int, str]:
-        """Run a command and return its exit code and what it said: its answer, or its error where the code is 2."""
+        """Run a command and return its exit code and what it printed: its answer, or its error if the code is 2."""
         self._capture.readouterr()
         code = main(list(arguments))
         out, error = self._capture.readouterr()
@@ -51,7 +51,7 @@ class Folder:
 
 
 class Hostile:
-    """What a pickle executes when it is loaded without care: leaves a file behind."""
+    """Executed by a pickle that is loaded unsafely: creates a file."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

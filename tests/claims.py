@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .zoo import Animal, Held
 
 held_twice = pytest.mark.filterwarnings("ignore:.* held by an earlier handle already")
-"""For a test in which two handles hold some of the same entries, which `freeze_entries` warns of."""
+"""Marks a test in which two handles hold some of the same entries, of which `freeze_entries` warns."""
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
@@ -92,11 +92,11 @@ def assert_training_holds(
 
 
 class FreeEntriesAlone:
-    """The reference: a plain model, and an optimizer that holds its free entries in tensors of their own.
+    """The reference: a plain model, and an optimizer that steps its free entries in separate tensors.
 
-    Frozen entries are constants of the model: no optimizer knows of them. The free entries lie one after another
-    in a flat tensor, or, in the `same_layout` as in the model, between numbers that nobody reads: vectorised kernels
-    may round the last few entries of a tensor differently, so that only the second is comparable to the bit for them.
+    Frozen entries are constants of the model that no optimizer has. The free entries are in a flat tensor or, with
+    `same_layout`, where they are in the model, between unused numbers: vectorized kernels may round the last few
+    entries of a tensor differently, and only the second form is comparable bit for bit under them.
     """
 
     def __init__(

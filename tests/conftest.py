@@ -15,7 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 NEEDS: Final = {"freezehooks._handle.FrozenEntries.plot": "matplotlib"}
-"""The examples of docstrings that need an optional package, where their module does without."""
+"""Docstring examples that need an optional package although their module does not."""
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:

@@ -13,7 +13,7 @@ _VIEWS: Final = {"detach", "alias", "view", "select", "slice", "as_strided", "pe
 
 
 class Ops(TorchDispatchMode):
-    """Counts operations, and notes the size of the largest tensor that any of them made or wrote to."""
+    """Counts operations, and records the size of the largest tensor that any of them made or wrote to."""
 
     def __init__(self) -> None:
         super().__init__()

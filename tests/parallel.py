@@ -22,11 +22,11 @@ computes_in_shards = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"),
     reason="FSDP2 of this torch runs no forward on a CPU: it records events, which torch.cpu.Stream has not here",
 )
-"""For a test whose FSDP2 model runs; that it is sharded, frozen, saved and loaded is tested where it cannot run too."""
+"""Marks a test that runs an FSDP2 model; tests that only shard, freeze, save and load it run everywhere."""
 
 
 class Net(nn.Module):
-    """On two ranks `up` has 4 and 3 rows, `down` 2 and 1, and of `last` the second rank has nothing."""
+    """On two ranks `up` has 4 and 3 rows, `down` 2 and 1, and `last` has none on the second rank."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ SPEC: list[Any] = [
     {"last.weight": (entries[:, 1:], torch.tensor([[0.0, 0.25, -0.75]]))},
 ]
 
-# Without regions chosen by numbers: those of a model that loads its numbers later are others.
+# Without regions that depend on numbers, which differ in a model that is loaded later.
 FIXED: list[Any] = [rule for rule in SPEC if "smallest" not in str(rule)] + ["down.weight[:, 2:5]"]
 
 
@@ -152,7 +152,7 @@ def train(
     share: Callable[[Tensor], Tensor] = my_part,
     before_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train on this rank's part of each batch; gradients and weights are looked at in every step."""
+    """Train on this rank's share of each batch, and check gradients and weights in every step."""
     for step in range(start, start + steps):
         optimizer.zero_grad()
         loss_of(model(share(batch(step)))).backward()

@@ -1,8 +1,8 @@
 """Run bodies of tests on several ranks: one set of processes for all of them, a result for each.
 
-A test marked `on_ranks(2)` runs as it stands in two processes that are a process group. Starting processes costs
-seconds, so those for one number of ranks are started once and run every such test that was selected, one after another.
-Where a rank fails all processes end, for the others would wait for it, and new ones run the tests that are left.
+A test marked `on_ranks(2)` runs in two processes that form a process group. Starting processes takes seconds, so those
+for one number of ranks are started once and run all selected tests of that kind, one after another. If a rank fails,
+all processes end, since the others would wait for it, and new ones run the remaining tests.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ import torch.distributed as dist
 
 ROOT: Final = Path(__file__).parents[1]
 ALONE: Final = "alone"  # the case of a test that has no cases
-LAUNCH_SECONDS: Final = 240  # what all jobs for one number of ranks may take
-COLLECTIVE_SECONDS: Final = 30  # what a collective waits for a rank that does not come
-GRACE_SECONDS: Final = 8  # what ranks may go on after the first has ended
+LAUNCH_SECONDS: Final = 240  # how long all jobs for one number of ranks may take
+COLLECTIVE_SECONDS: Final = 30  # how long a collective waits for a missing rank
+GRACE_SECONDS: Final = 8  # how long ranks may run after the first has ended
 
 _Body = Callable[..., None]
 _Alone = Callable[[Path], None]
@@ -40,7 +40,7 @@ _Alone = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class OnRanks:
-    """What shall run on how many ranks; `cases` are keyword arguments by the case's name."""
+    """A test to run on some number of ranks; `cases` are keyword arguments by the case's name."""
 
     count: int
     body: _Body
@@ -111,7 +111,7 @@ class Launches:
                     self._before.setdefault(marked.count, []).append(marked.before)
 
     def check(self, body: _Body, count: int, case: str = ALONE) -> None:
-        """Fail where a rank failed, or did not come to an end."""
+        """Fail if a rank failed, or did not finish."""
         if count not in self._results:
             for prepare in self._before.get(count, []):
                 prepare(self.folder)
@@ -131,7 +131,7 @@ def launch(jobs: list[Job], count: int, folder: Path, seconds: float = LAUNCH_SE
 
 
 def _launch_once(jobs: list[Job], count: int, folder: Path, deadline: float) -> dict[Job, list[str]]:
-    """Run jobs until one fails, and return the results so far, that one's included."""
+    """Run jobs until one fails, and return the results so far, including that one."""
     folder.mkdir()
     (folder / "jobs.json").write_text(json.dumps([[job.module, job.test, job.case] for job in jobs]))
     with socket.socket() as free:
@@ -155,7 +155,7 @@ def _launch_once(jobs: list[Job], count: int, folder: Path, deadline: float) -> 
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> None:
-    """Wait until all have ended; once one has, the others have a little while to find out."""
+    """Wait until all have ended; once one has, the others get a little time to notice."""
     while time.monotonic() < deadline and None in (ended := [process.poll() for process in processes]):
         if ended.count(None) < len(ended):
             deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
@@ -181,12 +181,12 @@ def _start(rank: int, count: int, port: int, folder: Path) -> subprocess.Popen[b
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that all it may start ends with it
+            start_new_session=True,  # so that any process it starts ends with it
         )
 
 
 def _results(file: Path) -> list[str]:
-    """Return what a rank wrote of each job that came to an end there: nothing where it went well."""
+    """Return what a rank wrote about each job that it finished, which is empty for success."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
@@ -223,12 +223,12 @@ def work() -> None:
             results.flush()
             if error:
                 break
-    # Not by the interpreter's way out: the threads of gloo now and then abort it, after all was said.
+    # Skip the interpreter's shutdown, which gloo's threads sometimes abort after all results are written.
     os._exit(bool(error))
 
 
 def _run(job: Job) -> str:
-    """Return the error of a job. Nobody goes on before all are done, so that a job is the only one there is."""
+    """Run a job and return its error. All ranks wait for each other, so that only one job runs at a time."""
     faulthandler.dump_traceback_later(COLLECTIVE_SECONDS * 1.5)
     try:
         job.run()

@@ -33,7 +33,7 @@ _INTEGERS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def differ(first: Tensor, second: Tensor) -> Tensor:
-    """Return where two tensors of one shape and dtype differ in their bits."""
+    """Return where two tensors of the same shape and dtype differ in their bits."""
     assert (first.shape, first.dtype) == (second.shape, second.dtype)
     integers = _INTEGERS[first.element_size()]
     return first.detach().contiguous().view(integers) != second.detach().contiguous().view(integers)
@@ -44,7 +44,7 @@ def differ(first: Tensor, second: Tensor) -> Tensor:
 
 
 class ForwardError(RuntimeError):
-    """What a forward raises when it is told to."""
+    """Raised by a forward on request."""
 
 
 class Images(nn.Module):
@@ -67,11 +67,11 @@ class Images(nn.Module):
         return torch.randn(4, 2, 5, 5, generator=generator).to(dtype)
 
     def tie(self) -> None:
-        """Do nothing: no two names are of one parameter."""
+        """Do nothing: there are no shared parameters."""
 
 
 class Words(nn.Module):
-    """An embedding that is the head's weight too."""
+    """An embedding that shares its weight with the head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Words(nn.Module):
         return torch.randint(6, (4, 3), generator=generator)
 
     def tie(self) -> None:
-        """Make one parameter of the two names, as is done after loading with `assign=True`."""
+        """Make the two names share one parameter again, as is done after loading with `assign=True`."""
         self.head.weight = self.embedding.weight
 
 
@@ -103,14 +103,14 @@ def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def put_parameter(model: Net, name: str, values: Tensor) -> None:
-    """Put a new Parameter in the place of the one of that name."""
+    """Replace the parameter of that name by a new one."""
     owner, _, key = name.rpartition(".")
     setattr(model.get_submodule(owner), key, nn.Parameter(values, model.get_parameter(name).requires_grad))
     model.tie()
 
 
 def take_over(parameter: nn.Parameter, other: nn.Parameter, where: Tensor) -> None:
-    """Give some entries of a parameter, and of its gradient, the numbers of another's."""
+    """Copy some entries of a parameter, and of its gradient, from another one."""
     parameter.data[where] = other.data[where]
     if parameter.grad is not None and other.grad is not None:
         parameter.grad[where] = other.grad[where]
@@ -122,7 +122,7 @@ def take_over(parameter: nn.Parameter, other: nn.Parameter, where: Tensor) -> No
 
 @dataclass(frozen=True)
 class Kind:
-    """An elementwise optimizer: how it is made, and where its state starts if not at 0."""
+    """An elementwise optimizer: how to build it, and the initial values of its state if they are not 0."""
 
     make: Callable[[list[nn.Parameter]], Optimizer]
     starts: dict[str, float] = field(default_factory=dict)
@@ -130,11 +130,11 @@ class Kind:
     """Whether its weight decay leaves moments at entries whose gradient is 0."""
 
     is_counted: bool = True
-    """Whether autograd's version counters see its steps; those of fused kernels they do not."""
+    """Whether autograd's version counters see its steps; they miss those of fused kernels."""
 
     can_be_compact: bool = True
     can_grow: bool = True
-    """Whether it takes another group once it has begun."""
+    """Whether a group can be added after its first step."""
 
 
 KINDS: Final = {
@@ -162,7 +162,7 @@ KINDS: Final = {
 
 COUNTERS: Final = frozenset({"step", "eta", "mu", "mu_product"})
 AVERAGE: Final = "ax"
-"""State that holds weights, not moments."""
+"""State that contains weights rather than moments."""
 
 
 def stepped(optimizer: Optimizer) -> list[nn.Parameter]:
@@ -176,7 +176,7 @@ def stepped(optimizer: Optimizer) -> list[nn.Parameter]:
 
 @dataclass
 class Piece:
-    """The entries that one rule freezes of one parameter, and what they are held at."""
+    """The entries that one rule freezes in one parameter, and their values."""
 
     frozen: Tensor
     source: float | Tensor
@@ -197,11 +197,11 @@ def copied(pieces: dict[str, list[Piece]]) -> dict[str, list[Piece]]:
 
 @dataclass(eq=False)
 class Hold:
-    """What one handle freezes: the handle itself, and what is known of it without asking it.
+    """What one handle freezes: the handle itself, and what is known about it independently.
 
     Between an event that moves frozen entries (or their gradients) and the next moment at which they are imposed,
-    nothing is promised of them. What lies there then is under `stray` and `stray_gradients`: for each parameter,
-    whether autograd counted the write.
+    nothing is promised about them. Such writes are recorded in `stray` and `stray_gradients`: for each parameter,
+    whether the version counter moved.
     """
 
     handle: Any
@@ -231,13 +231,13 @@ class Hold:
 
 
 def mark(strays: dict[str, bool], name: str, *, counted: bool) -> None:
-    """Note a write to frozen entries; one that autograd did not count is never forgotten for one that it did."""
+    """Record a write to frozen entries; one that the version counter missed takes precedence over one that it saw."""
     strays[name] = counted and strays.get(name, True)
 
 
 @dataclass(eq=False)
 class Released:
-    """Entries that were let go, whose second moments are the means of their squared gradients for 100 steps."""
+    """Thawed entries, whose second moments are the means of their squared gradients for 100 steps."""
 
     parameter: nn.Parameter
     entries: Tensor
@@ -261,7 +261,7 @@ class Released:
 
 
 class Reference:
-    """The plain model, its plain optimizers, and what handles hold of it."""
+    """The plain model, its plain optimizers, and what handles hold in it."""
 
     def __init__(self, model: Net) -> None:
         self.model = model
@@ -278,7 +278,7 @@ class Reference:
         return (hold for hold in self.holds if hold.attached)
 
     def frozen(self, name: str, holds: Iterable[Hold] | None = None) -> Tensor:
-        """Return which entries the given handles freeze of a parameter; all that are attached, if none are given."""
+        """Return the entries of a parameter that the given handles freeze, or by default all attached ones."""
         frozen = torch.zeros(self.model.get_parameter(name).shape, dtype=torch.bool)
         for hold in self.attached if holds is None else holds:
             if name in hold.pieces:
@@ -298,7 +298,7 @@ class Reference:
                 gradient.copy_(torch.where(self.frozen(name), torch.zeros_like(gradient), gradient))
 
     def follow_loading(self, names: Iterable[str]) -> None:
-        """Impose numbers on what was loaded, or put in place, then let `keep` take over what the entries hold."""
+        """Impose given values on what was loaded or replaced, then update `keep` to what its entries hold."""
         for hold in self.attached:
             for name, pieces in ((name, hold.pieces[name]) for name in names if name in hold.pieces):
                 data = self.parameters[name].data
@@ -339,7 +339,7 @@ class Reference:
         self.impose()
 
     def _begin_released(self, optimizer: Optimizer, guarded: Iterable[Hold]) -> None:
-        """Let what was let go of this optimizer see the gradients; what is frozen again is no longer of it."""
+        """Correct the moments of thawed entries in this optimizer by the gradients, without those frozen again."""
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         for own, released in self.released:
             name = names.get(id(released.parameter))
@@ -349,14 +349,14 @@ class Reference:
         self.released = [(own, each) for own, each in self.released if each.steps < 100]
 
     def release(self, optimizer: Optimizer, name: str, entries: Tensor) -> None:
-        """Note that entries of an optimizer that corrects second moments, and has some, were let go."""
+        """Record that entries were thawed, if the optimizer has second moments and corrects them."""
         has_moments = bool(optimizer.state.get(self.parameters[name]))
         if isinstance(optimizer, (Adam, AdamW, NAdam, RAdam)) and has_moments and bool(entries.any()):
             self.released.append((optimizer, Released(self.parameters[name], entries)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What to freeze: regions as the library takes them, beside masks made by plain indexing
+# What to freeze: regions as the library takes them, and masks made by plain indexing
 
 
 def _scattered(shape: torch.Size, fraction: float) -> Tensor:
@@ -406,14 +406,14 @@ VALUES: Final = (keep, keep, keep, 0.0, -0.0, 0.5, 0.1, "tensor")
 
 @dataclass(frozen=True)
 class Drawn:
-    """One rule: of which parameter, where, at what."""
+    """One rule: parameter, region and value."""
 
     target: int
     region: str
     value: Any
 
     def resolve(self, name: str, parameter: Tensor) -> tuple[Rule, Piece]:
-        """Return the rule for a parameter as it is now, and what it means."""
+        """Return the rule for a parameter as it is now, and its meaning."""
         region, frozen = REGIONS[self.region](parameter)
         if self.value is keep:
             return Rule(name, region), Piece(frozen, parameter.detach().clone(), keeps=True)

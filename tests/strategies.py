@@ -1,4 +1,4 @@
-"""What Hypothesis draws: every strategy of the tests, from a target's letters to whole rules."""
+"""All Hypothesis strategies of the tests, from a target's letters to whole rules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from freezehooks._rules.rule import TARGET
 from freezehooks._rules.ties import Mirrored, Symmetric, Tie, Tied
 
 LARGEST: Final = 10**30
-"""Of the integers in an index: far beyond the last position of any tensor."""
+"""The largest integers in an index: far beyond the last position of any tensor."""
 
 # --------------------------------------------------------------------------------------------------------------------
 # Rules
@@ -42,7 +42,7 @@ _unions = st.lists(_integers | _slices, min_size=2, max_size=3).map(lambda parts
 
 @st.composite
 def indices(draw: DrawFn) -> Index:
-    """Any index that text can say, for no tensor in particular; a union alone is no index, but one of regions."""
+    """Any index that has a text form, for no particular tensor; a single union is a union of regions, not an index."""
     items: list[IndexItem] = draw(st.lists(_integers | _slices | _lists | _unions, max_size=4))
     if not items or (len(items) == 1 and isinstance(items[0], Union)) or draw(st.booleans()):
         items.insert(draw(st.integers(0, len(items))), ...)
@@ -88,7 +88,7 @@ def combinations(leaves: SearchStrategy[Region], max_leaves: int = 8) -> SearchS
 
 
 def regions() -> SearchStrategy[Region]:
-    """Any region that text can say."""
+    """Any region that has a text form."""
     return combinations(indices() | patterns())
 
 
@@ -96,7 +96,7 @@ _floats = st.floats(allow_nan=False, allow_infinity=False)
 
 
 def values() -> SearchStrategy[Any]:
-    """Any value that text can say of a region; both zeros and the ends of what a float can hold are drawn often."""
+    """Any value of a region that has a text form; both zeros and the extremes of a float are drawn often."""
     ends = st.sampled_from([0.0, -0.0, 1.0, 5e-324, 1.7976931348623157e308])
     numbers = ends | _floats | st.integers(-(2**63), 2**63) | st.builds(complex, ends | _floats, ends | _floats)
     lists = st.integers(1, 3).flatmap(
@@ -110,7 +110,7 @@ def values() -> SearchStrategy[Any]:
 
 
 def ties() -> SearchStrategy[Tie]:
-    """Any tie that text can say."""
+    """Any tie that has a text form."""
     starts = st.sampled_from([None, "first", "mean"])
     return (
         st.builds(Tied, _integers, groups=st.integers(1, LARGEST), start=starts)
@@ -120,7 +120,7 @@ def ties() -> SearchStrategy[Tie]:
 
 
 def rules() -> SearchStrategy[Rule]:
-    """Any rule that text can say."""
+    """Any rule that has a text form."""
     return st.builds(Rule, targets(), regions(), values()) | st.builds(Rule, targets(), value=ties())
 
 
@@ -149,7 +149,7 @@ _FRAGMENTS: Final = (
 
 
 def rule_like_texts() -> SearchStrategy[str]:
-    """Text made of the pieces of rules in any order: most of it nonsense, some of it almost right."""
+    """Text made of fragments of rules in any order: most of it nonsense, some of it almost right."""
     head = st.sampled_from(["", "w[", "w[0,", "w = ", "w[center] = ", "w[~(", " "])
     return st.builds(str.__add__, head, st.lists(st.sampled_from(_FRAGMENTS), max_size=12).map("".join))
 
@@ -159,7 +159,7 @@ def rule_like_texts() -> SearchStrategy[str]:
 
 
 class Indexed(NamedTuple):
-    """An index as Python writes it, and the shape of a tensor that it may or may not fit."""
+    """An index in Python's notation, and the shape of a tensor that it may or may not fit."""
 
     key: tuple[Any, ...]
     shape: tuple[int, ...]
@@ -178,7 +178,7 @@ _near_slices = st.builds(slice, _ends, _ends, st.sampled_from([None, 1, 2, 5, -1
 
 
 def _positions(size: int) -> SearchStrategy[int]:
-    """A position within a dimension, now and then one just outside."""
+    """A position within a dimension, sometimes just outside."""
     inside = st.integers(-size, size - 1) if size else st.just(0)
     return st.integers(0, 19).flatmap(lambda n: st.sampled_from([size, -size - 1]) if n == 13 else inside)
 

@@ -1,4 +1,4 @@
-"""Freezing with Accelerate: its loaders, a handle among what it saves, the plain loop bit for bit."""
+"""Freezing with Accelerate: its loaders, a handle in its checkpoints, and equality with the plain loop."""
 
 from __future__ import annotations
 

@@ -31,12 +31,12 @@ def _swa(package: str, **options: Any) -> Any:
 
 
 def _round(average: Tensor, weight: Tensor, count: Any) -> Tensor:
-    """Average in a way that moves constants by a rounding."""
+    """Average in a way that moves constants by a rounding error."""
     return average * 0.3 + weight * 0.7
 
 
 def _watched_to_the_end(module: Any) -> Any:
-    """Have a module check, once all callbacks have ended the training, that it holds, and leave a mark."""
+    """Make a module check that it holds after all callbacks have ended the training, and record that it did."""
 
     def look() -> None:
         assert_model_holds(module, module.held, "at the end of training")
@@ -165,7 +165,7 @@ def test_a_resumed_run_with_stochastic_weight_averaging_equals_one_never_interru
 @both
 @kinds
 def test_averages_follow_the_stages_of_callbacks(package: str, order: int, kind: str, tmp_path: Path) -> None:
-    """What is let go moves in the average too, and what is frozen later holds there from then on."""
+    """What is thawed moves in the average too, and what is frozen later holds there from then on."""
     module = _watched_to_the_end(_module(package, scheduled=False, watched=False))
     first = module.net[2].bias[0].item()
     averaging = _averaging(package, kind)

@@ -1,4 +1,4 @@
-"""One write a moment: how many calls a step makes, who is covered by a running forward, and what ends that."""
+"""Batched writes: how many calls a step makes, what a running forward covers, and what ends that."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_write_through_data_inside_a_running_forward_waits_for_the_next() -> N
     model = _Meddling(through_data=True)
     frozen = freeze_entries(model, "second.weight[0] = 1")
     model(torch.ones(2, 8))
-    model.second(torch.ones(2, 8))  # called by itself: an outermost forward of its own
+    model.second(torch.ones(2, 8))  # called by itself, as the outermost forward
     frozen.assert_frozen(guarded=False)
     model(torch.ones(2, 8))
     assert model.state_dict()["second.weight"][0].tolist() == [1] * 8
@@ -368,7 +368,7 @@ def test_a_gradient_that_was_dropped_leaves_memory_with_the_next_forward() -> No
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What keeps what alive
+# Reference cycles and lifetimes
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["masked", "compact"])

@@ -1,4 +1,4 @@
-"""The benchmarks run, and say what they are there to say; how long anything takes is nothing to test."""
+"""The benchmarks run and report what they should; timings themselves are not tested."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _run(*options: str) -> str:
 
 
 def _task(held: Held) -> Task:
-    """A layer to train with momentum and weight decay, which move what is frozen by its gradient alone."""
+    """A layer to train with momentum and weight decay, which move entries frozen only by their gradient."""
     region = entries[held.index] if isinstance(held.index, tuple) else held.index
     return Task(
         nn.Linear(4, 3, bias=False),
@@ -233,7 +233,7 @@ def test_every_subject_computes_the_same_free_entries() -> None:
         torch.testing.assert_close(subject.computed(held), subjects[0].computed(held), rtol=0, atol=1e-6)
 
 
-def test_what_a_peer_lets_drift_is_said() -> None:
+def test_drift_under_an_alternative_is_reported() -> None:
     task = _task(Held("weight", (slice(None), 0)))
     assert whether_held(_trained(Plain, task)) == ("not frozen", False)
     assert whether_held(_trained(FreezeHooks, task)) == ("bit for bit", True)
@@ -278,7 +278,7 @@ def test_rounds_are_paired_and_the_first_do_not_count() -> None:
 
 
 class Counting(Clock):
-    """Reads one more each time, and notes which of its readings were taken."""
+    """Counts up by one at each reading, and records which readings were taken."""
 
     def __init__(self, parts: bool) -> None:
         super().__init__(torch.device("cpu"), parts)
@@ -325,24 +325,24 @@ def test_peak_is_what_a_step_has_at_once() -> None:
     assert peak_bytes(step, torch.device("cpu")) == pytest.approx(8000, abs=200)
 
 
-def _case(ours: float, peer: float) -> Case:
-    """What was found where these are the times over that of a plain step of one millisecond."""
+def _case(ours: float, other: float) -> Case:
+    """Results in which these are the times relative to a plain step of one millisecond."""
     rows = {kind.name: Row(kind.name) for kind in (FreezeHooks, Prune)}
-    for row, ratio in zip(rows.values(), (ours, peer), strict=True):
+    for row, ratio in zip(rows.values(), (ours, other), strict=True):
         row.ratio, row.added = Spread.of([ratio]), Spread.of([ratio - 1])
     return Case("title", rows)
 
 
 @pytest.mark.parametrize(("ours", "held"), [(1.25, True), (1.5, True), (1.625, False)])
-def test_claim_not_above_a_peer(ours: float, held: bool) -> None:
-    case = _case(ours, peer=1.5)
+def test_claim_not_above_an_alternative(ours: float, held: bool) -> None:
+    case = _case(ours, other=1.5)
     case.claim_not_above(Prune)
     assert case.rows[FreezeHooks.name].claims == [Claim("not above torch prune", held)]
 
 
 @pytest.mark.parametrize(("ours", "held"), [(1.25, True), (2.0, True), (2.25, False)])
 def test_claim_about_what_is_added(ours: float, held: bool) -> None:
-    case = _case(ours, peer=1.5)
+    case = _case(ours, other=1.5)
     case.claim_added(Prune, 2)
     assert case.rows[FreezeHooks.name].claims == [Claim("adds at most 2 x torch prune", held)]
 

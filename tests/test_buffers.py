@@ -47,7 +47,7 @@ SPEC = "1.running_mean[:2]\n1.running_var[3] = 0.7"
 
 
 class _Twins:
-    """A frozen model and a plain one that goes through the same."""
+    """A frozen model and a plain one that goes through the same events."""
 
     def __init__(self) -> None:
         self.plain, self.model = _model(), _model()
@@ -512,7 +512,7 @@ def test_a_buffer_that_is_gone_says_so() -> None:
         twins.model(_batch())
 
 
-# Looking, and letting go
+# Checking and thawing
 
 
 def test_tables_and_checks_name_buffers_and_nothing_of_them_is_unguarded() -> None:

@@ -1,4 +1,4 @@
-"""A run goes on bit for bit from checkpoints as people write them: a row of docs/checkpoints.md each."""
+"""A run resumes bit for bit from checkpoints as people write them, with a test for each row of docs/checkpoints.md."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _train(run: Run, steps: range) -> None:
 
 
 def _assert_goes_on(resumed: Run, run: Run) -> None:
-    """Claim: a resumed run trains as the one that went on, bit for bit, and holds the same entries."""
+    """Claim: a resumed run trains like the one that was not interrupted, bit for bit, and holds the same entries."""
     for each in (run, resumed):
         _train(each, range(3, 6))
         each[2].assert_frozen()
@@ -106,7 +106,7 @@ def test_a_handle_s_state_that_comes_last_and_lets_go_what_was_frozen_is_said(fi
         UserWarning, match=rf"frees {count} entries of `2\.weight` that were .*; load the handle's state"
     ):
         late[2].load_state_dict(frozen.state_dict())
-    late[2].load_state_dict(frozen.state_dict())  # it lets nothing go now
+    late[2].load_state_dict(frozen.state_dict())  # it frees nothing now
     other = _run(seed=5, compact=compact)[2].state_dict()
     _train(late, range(1))
     late[2].load_state_dict(other)  # in mid-training, as it is meant
@@ -115,12 +115,12 @@ def test_a_handle_s_state_that_comes_last_and_lets_go_what_was_frozen_is_said(fi
 @compactness
 @pytest.mark.parametrize("is_plain", [True, False], ids=["plain_optimizer", "frozen_run"])
 def test_model_and_optimizer_alone_go_on_where_rules_are_written(compact: bool, is_plain: bool, tmp_path: Path) -> None:
-    """Without the handle's state: the rules choose anew, and `keep` follows the weights that are loaded."""
+    """Without the handle's state: regions are chosen again, and `keep` follows the weights that are loaded."""
     run = _run(PLAIN, compact=compact)
     _train(run, range(3))
     torch.save({"model": run[0].state_dict(), "optimizer": run[1].state_dict()}, tmp_path / "run.pt")
     saved = torch.load(tmp_path / "run.pt", weights_only=True)
-    if is_plain:  # as whoever has never heard of freezing loads it
+    if is_plain:  # as someone who knows nothing about freezing loads it
         plain = _net(4)
         plain.load_state_dict(saved["model"])
         _optimizer(plain).load_state_dict(saved["optimizer"])
@@ -184,7 +184,7 @@ def test_safetensors_of_a_model_with_tied_weights_hold(tmp_path: Path) -> None:
 
 
 def test_a_handle_in_a_pickle_is_refused_at_weights_only(tmp_path: Path) -> None:
-    """`frozen` in the place of `frozen.state_dict()` saves the model a second time, by its classes."""
+    """Saving `frozen` instead of `frozen.state_dict()` pickles the model a second time."""
     torch.save({"frozen": _run()[2]}, tmp_path / "run.pt")
     with pytest.raises(Exception, match="freezehooks"):
         torch.load(tmp_path / "run.pt", weights_only=True)

@@ -1,4 +1,4 @@
-"""The command line: its exit codes, the files it opens and the ones it refuses, rules files, and `show`."""
+"""The command line: exit codes, the files that it opens and those that it rejects, rules files, and `show`."""
 
 from __future__ import annotations
 
@@ -481,7 +481,7 @@ def test_a_folder_that_may_not_be_read_is_refused(folder: Folder, monkeypatch: p
 
 
 class _Part(torch.Tensor):
-    """Stands for a tensor of which each rank holds a part."""
+    """Imitates a tensor that is sharded over ranks."""
 
 
 def test_a_tensor_of_another_class_is_refused(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -502,7 +502,7 @@ def test_a_file_that_may_not_be_read_is_refused(folder: Folder, monkeypatch: pyt
 
 
 class _Recorder:
-    """Stands for torch.load, and remembers how it was called."""
+    """Replaces torch.load, and records how it was called."""
 
     def __init__(self, asked: list[dict[str, Any]]) -> None:
         self.asked = asked
@@ -574,7 +574,7 @@ _TWO = ["conv.weight[:, :, 1, 1] = 0", "head = keep"]
 
 
 def _rules_file(folder: Folder, name: str, content: str) -> str:
-    """Write a file of rules; one in YAML takes the package that reads it."""
+    """Write a file of rules; skip the test if it is YAML and PyYAML is missing."""
     if Path(name).suffix in (".yaml", ".yml"):
         pytest.importorskip("yaml")
     return folder.text(name, content)

@@ -180,7 +180,7 @@ def _model() -> nn.Sequential:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return what a model holds; a write into it, unlike one into the model, is not undone on saving."""
+    """Return a copy of a model's tensors, into which writes are not undone on saving."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 

@@ -1,4 +1,4 @@
-"""`freezehooks verify` says yes only where every frozen entry was looked at and holds, bit for bit."""
+"""`freezehooks verify` says yes only if every frozen entry was looked at and holds, bit for bit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Folder:
 
 
 def _verify(folder: Folder, tensor: Any, rule: str, base: Any = None, *more: str) -> tuple[int, str]:
-    """Verify one parameter `w`, against another where one is given."""
+    """Verify one parameter `w`, against another one if given."""
     against = [] if base is None else ["--against", folder.checkpoint("base.pt", w=base)]
     return folder.run("verify", folder.checkpoint("a.pt", w=tensor), "--rule", rule, *against, *more)
 

@@ -1,4 +1,4 @@
-"""Compact mode: the optimizer holds the free entries alone, and nobody who looks from outside can tell."""
+"""Compact mode: the optimizer holds only the free entries, and from outside nothing else changes."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_other_dtypes_follow_the_masked_run(make: Maker, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [SGD, ASGD, RMSprop, RAdam, Adadelta], ids=lambda kind: kind.__name__)
 def test_half_precision_follows_the_masked_run_up_to_roundings(kind: Any, dtype: torch.dtype) -> None:
-    """And the optimizer that holds the free entries alone bit for bit: the CPU's kernels round by position."""
+    """Equal bit for bit to the optimizer that has only the free entries: the CPU's kernels round by position."""
     mask = torch.rand(37, 29, generator=torch.Generator().manual_seed(9)) < 0.4
     make = partial(kind, lr=0.03, **({"momentum": 0.9} if kind in (SGD, RMSprop) else {}))
     runs = []
@@ -870,7 +870,7 @@ def test_a_handle_that_was_let_go_shares_on_its_return_with_those_that_came_mean
 
 
 def _change(what: str, model: nn.Module, frozen: FrozenEntries, optimizer: MaskedOptimizer) -> list[FrozenEntries]:
-    """Change what is frozen in the midst of training; return the handles that hold entries then."""
+    """Change what is frozen in the middle of training; return the handles that hold entries then."""
     if what == "thaw_one":
         frozen.thaw("2.weight")
     elif what == "thaw_all":
@@ -909,7 +909,7 @@ _CHANGES = [
 @makers
 @pytest.mark.parametrize("what", _CHANGES)
 def test_what_is_frozen_may_change_in_mid_training_as_without_compact(what: str, make: Maker) -> None:
-    """Entries that stay free keep their state, and the others start anew."""
+    """Entries that stay free keep their state, and the others start with fresh state."""
     runs = []
     for compact in (False, True):
         model, frozen, optimizer = _run(make, compact=compact)
@@ -1070,7 +1070,7 @@ _OTHER_SPECS: Final[dict[str, Any]] = {
 @pytest.mark.parametrize("spec", _OTHER_SPECS.values(), ids=_OTHER_SPECS)
 @pytest.mark.parametrize("into", ["masked", "compact"])
 def test_state_goes_from_any_run_into_any_other(make: Maker, form: str, spec: Any, into: str) -> None:
-    """And under other rules too: what was free and is free keeps its state, what was frozen has that of a start."""
+    """Under other rules too: entries that stay free keep their state, and others start with fresh state."""
     if form == "plain":
         source = _net()
         optimizer: Any = make(list(source.parameters()))
@@ -1108,7 +1108,7 @@ def test_a_plain_optimizer_loads_what_is_saved_by_default(make: Maker, form: str
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_a_plain_optimizer_refuses_a_compact_state(fused: bool) -> None:
-    """Else its fused kernels would write beyond the ends of the flat tensors."""
+    """Otherwise its fused kernels would write beyond the ends of the flat tensors."""
     model, _, optimizer = _adamw(fused=fused)
     _train(model, optimizer)
     plain = AdamW(_net().parameters(), fused=fused)

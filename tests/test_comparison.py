@@ -1,4 +1,4 @@
-"""The page that compares: every cell about this library and its peers is what is measured here."""
+"""The comparison page: every cell about this library and its alternatives is measured here."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def peft() -> Any:
 
 @pytest.fixture
 def said(request: pytest.FixtureRequest, way: type[Way]) -> str:
-    """What the page says in the row that names this test, in the column of this way; remarks in parentheses go."""
+    """The cell of the page in the row that names this test and the column of this way, without remarks."""
     name = request.node.originalname
     (row,) = [row for row in MEASURED if f"`test_comparison.py::{name}`" in row[-1]]
     cell = row[MEASURED[0].index(way.title)]
@@ -68,7 +68,7 @@ def said(request: pytest.FixtureRequest, way: type[Way]) -> str:
 
 
 def _verdict(found: Tensor | None, expected: float | Tensor = 0.0) -> str:
-    """Whether numbers are the expected ones: to the last bit, or but for the sign of a zero, or not."""
+    """Whether numbers are the expected ones: to the last bit, except for the sign of zeros, or not."""
     if found is None:
         return SAME
     expected = torch.as_tensor(expected).expand(found.shape)
@@ -187,7 +187,7 @@ def test_clipping_sees_the_free_entries_alone(way: type[Way], said: str) -> None
 
 
 class _Constant(nn.Embedding):
-    """Computes with constants at the frozen rows: what the free ones are measured against."""
+    """Computes with constants at the frozen rows: the reference for the free ones."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         return nn.functional.embedding(tokens, torch.where(ROWS, 0.0, self.weight))
@@ -333,7 +333,7 @@ def test_the_forward_gets_smaller(way: type[Way], said: str) -> None:
 
 
 def _measured(scenario: str) -> list[str]:
-    """The figures in a row of the page on performance: mask mode, compact, prune, parametrize, mask around the step."""
+    """The figures in a row of the performance page: default, compact, prune, parametrize, mask around the step."""
     page = (TESTS.parent / "docs" / "performance.md").read_text()
     (row,) = re.findall(rf"^\| {re.escape(scenario)} \|(.*)\|", page, re.MULTILINE)
     return [cell.strip() for cell in row.split("|")][:5]
@@ -349,7 +349,7 @@ def test_the_figures_are_those_of_the_page_on_performance() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What a column of yes and no does not say
+# What a column of yes and no does not show
 
 
 def _peft_tokens() -> PeftTokens:

@@ -40,7 +40,7 @@ def _frozen(spec: str = "box") -> tuple[nn.Linear, FrozenEntries]:
 
 
 def _spoil(model: nn.Linear) -> None:
-    """Write what no version counter sees."""
+    """Write in a way that no version counter sees."""
     model.weight.data[...] = torch.arange(16.0).view(4, 4)
 
 
@@ -136,7 +136,7 @@ def test_what_calls_no_module_computes_with_the_values(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_other_hooks_of_the_module_are_called_in_their_order(backend: str) -> None:
-    """torch.compile of torch 2.7 to 2.12 takes one hook for another where `prepend` has moved one."""
+    """torch.compile of torch 2.7 to 2.12 mixes up hooks after `prepend` has moved one."""
     model = nn.Linear(4, 4)
 
     def first(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

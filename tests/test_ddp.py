@@ -184,7 +184,7 @@ def _compress(model: DistributedDataParallel, how: str) -> None:
     },
 )
 def test_gradients_are_clean_behind_communication_hooks(how: str, **options: Any) -> None:
-    """Even where a hook sends an approximation, which has numbers of its own at scattered frozen entries."""
+    """Even if a hook sends an approximation, which is not zero at scattered frozen entries."""
     torch.manual_seed(0)
     core: nn.Module = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
     scattered = torch.rand(64, 64) < 0.3
@@ -290,7 +290,7 @@ def test_a_rank_that_freezes_nothing_is_named() -> None:
 
 @on_ranks(2)
 def test_a_rank_may_freeze_a_plain_model_of_its_own() -> None:
-    """For evaluation, say: nobody waits for the others."""
+    """For instance for evaluation: no rank waits for the others."""
     if dist.get_rank() == 0:
         freeze_entries(build(), "up.weight[0] = 0").assert_frozen(guarded=False)
     dist.barrier()

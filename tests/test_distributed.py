@@ -1,4 +1,4 @@
-"""Under torch.distributed: layers and tied kernels on two processes, and a spread model that is converted."""
+"""Under torch.distributed: layers and tied kernels on two processes, and a sharded model that is converted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every block of README and the site runs as it stands there, and every public name and page is reached."""
+"""Every block of README and the site runs as it is printed, and every public name and page is reachable."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ NEEDS = {
     "sentence_transformers": r"\bsentence_transformers\b",
     "yaml": r"\.yaml\b|\byaml\b",
 }
-"""By what to know that a block needs an optional package."""
+"""Text by which to recognize that a block needs an optional package."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Block:
 
     @property
     def lacks(self) -> str:
-        """What the block needs and is not here, or nothing."""
+        """The package that the block needs and that is missing, or nothing."""
         for package, sign in NEEDS.items():
             if re.search(sign, self.text) and importlib.util.find_spec(package) is None:
                 return package
@@ -74,7 +74,7 @@ def blocks_of(page: Path) -> list[Block]:
 
 @pytest.fixture
 def _clean_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Run in a folder of its own, and leave no process group behind."""
+    """Run in a separate folder, and clean up the process group."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     yield
@@ -121,7 +121,7 @@ def run_python(block: Block, where: str, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def check_console(block: Block, where: str) -> None:
-    """Run each `$ freezehooks ...` of a block, and compare what it prints with what stands below it."""
+    """Run each `$ freezehooks ...` of a block, and compare its output with what is printed below it."""
     from freezehooks.cli import main
 
     begin, *commands = re.split(r"^\$ ", block.text, flags=re.MULTILINE)
@@ -182,7 +182,7 @@ BLOCKS = [(f"{name}:{block.line}", block) for page, name in zip(PAGES, NAMES, st
 
 
 def is_checked(name: str, language: str) -> bool:
-    """Return whether a block is of a kind that is run or compared; a directive of the site is text."""
+    """Return whether a block is of a kind that is run or compared; directives of the site are not."""
     if name.startswith("docs/rules.md:") and language == "pycon":
         return True  # by tests/test_rules_page.py
     return language in {"python", "console", "bash", "yaml", "text"} or language.startswith("{")

@@ -1,4 +1,4 @@
-"""The forms of a set of entries: each touches those entries alone, bit for bit."""
+"""The forms of an entry set: each touches exactly its entries, bit for bit."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ every_layout = pytest.mark.parametrize("lay", _LAYOUTS.values(), ids=_LAYOUTS)
 
 
 def _awkward(dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Random bits, so nan of every kind and denormal numbers too; and inf, nan and -0.0 in every part of the tensor."""
+    """Random bits, which include every kind of nan and denormals, with inf, nan and -0.0 all over the tensor."""
     bytes_each = torch.empty(0, dtype=dtype).element_size()
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randint(256, (*SHAPE, bytes_each), dtype=torch.uint8, generator=generator).view(dtype).view(SHAPE)

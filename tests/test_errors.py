@@ -1,4 +1,4 @@
-"""Bad input gets a named error that says rule, found, expected and next step, and the model stays as it was."""
+"""Bad input raises an error with rule, found, expected and next step, and the model stays as it was."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from freezehooks import (
 )
 
 # --------------------------------------------------------------------------------------------------------------------
-# Models: `bad` is what the bad rule speaks of, `good` lies before it
+# Models: the bad rule names `bad`, and `good` comes before it
 
 GOOD: Final = "good.weight[0] = 5"
 
@@ -57,7 +57,7 @@ def _beside_good(bad: nn.Module) -> nn.Module:
 
 
 def _quietly(make: Callable[[], Any]) -> Any:
-    """Make something that torch warns of because it is new or about to go."""
+    """Make something without torch's warning that it is new or deprecated."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return make()
@@ -74,7 +74,7 @@ class _Holder(nn.Module):
 
 
 class FullyShardedDataParallel(nn.Module):
-    """Stands for torch's class of this name, which needs a process group."""
+    """Imitates torch's class of this name, which needs a process group."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,12 +122,12 @@ _BUILDERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 # --------------------------------------------------------------------------------------------------------------------
-# What bad input gets
+# Errors for bad input
 
 
 @dataclass(frozen=True)
 class Case:
-    """A spec that is wrong for a model, and what the error says, in this order."""
+    """A spec that is wrong for a model, and texts that the error contains, in this order."""
 
     name: str
     model: str
@@ -309,7 +309,7 @@ def _model_of(case: Case) -> nn.Module:
 
 
 def _bytes(tensor: Tensor | None) -> Any:
-    """The numbers of a tensor to the last bit, where it has any."""
+    """The numbers of a tensor to the last bit, if it has any."""
     if tensor is None or nn.parameter.is_lazy(tensor) or tensor.is_meta:
         return type(tensor)
     plain = tensor.detach().int_repr() if tensor.is_quantized else tensor.detach()
@@ -326,7 +326,7 @@ def _hooks(owner: Any) -> dict[str, list[int]]:
 
 
 def _footprint(model: nn.Module) -> list[Any]:
-    """All that freezing may touch: attributes and hooks of modules and parameters, numbers, gradients, buffers."""
+    """Everything freezing may touch: attributes and hooks of modules and parameters, numbers, gradients, buffers."""
     modules = [(sorted(vars(module)), _hooks(module)) for module in model.modules()]
     parameters = [
         (name, id(parameter), sorted(vars(parameter)), _hooks(parameter), _bytes(parameter), _bytes(parameter.grad))
@@ -411,7 +411,7 @@ def test_rules_that_disagree_with_another_handle_leave_that_one_as_it_was() -> N
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Models that are none, and mappings of bare tensors
+# Things that are not models, and mappings of bare tensors
 
 
 @pytest.mark.parametrize("model", [None, "conv.weight", [nn.Linear(1, 1)], nn.Linear], ids=lambda m: type(m).__name__)

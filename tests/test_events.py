@@ -1,4 +1,4 @@
-"""Events in a model's life that the other files do not show: schedulers, wrappers, faults, threads, peers."""
+"""Events that other files do not cover: schedulers, wrappers, faults, threads, third-party optimizers."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_gradients_stay_clean_while_they_accumulate() -> None:
 
 
 def test_autograd_grad_returns_what_the_graph_says() -> None:
-    """No hook sees these gradients: they belong to whoever asked for them."""
+    """No hook sees these gradients, which are returned to the caller."""
     model, _ = _frozen_pair()
     (gradient,) = torch.autograd.grad(model(torch.ones(1, 4)).sum(), [model.weight])
     assert gradient.tolist() == [[1] * 4] * 3
@@ -299,7 +299,7 @@ def test_threads_with_models_of_their_own_do_not_disturb_one_another() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Peers' wrappers
+# Third-party wrappers
 
 
 class Lookahead(Optimizer):
@@ -350,7 +350,7 @@ def test_lookahead_holds_around_and_inside(outside: bool) -> None:
 
 
 class SharpnessAware(Optimizer):
-    """Two steps, up to the worst point near by and down from there, as the optimizers of the name SAM have them."""
+    """Two steps, up to the worst point nearby and down from there, as in SAM."""
 
     def __init__(self, base: Optimizer) -> None:
         super().__init__([{"params": group["params"]} for group in base.param_groups], {})
@@ -364,7 +364,7 @@ class SharpnessAware(Optimizer):
             parameter.data.add_(self.state[parameter]["climb"])
 
     def second_step(self) -> None:
-        """Come back and step the optimizer inside, past the hooks of this one."""
+        """Return and step the optimizer inside, bypassing the hooks of this one."""
         for parameter in self.param_groups[0]["params"]:
             parameter.data.sub_(self.state[parameter]["climb"])
         self.base_optimizer.step()
@@ -444,7 +444,7 @@ def _specs(draw: st.DrawFn) -> tuple[tuple[int, int], list[tuple[Index | Tensor,
 def test_specs_agree_with_a_slow_reference(
     drawn: tuple[tuple[int, int], list[tuple[Index | Tensor, float | None]]],
 ) -> None:
-    """What is frozen, what is held and what is refused, worked out in numpy entry by entry."""
+    """What is frozen, what is held and what is rejected, computed in numpy entry by entry."""
     shape, rules = drawn
     model = nn.Linear(shape[1], shape[0])
     start = model.weight.detach().numpy().copy()
@@ -472,7 +472,7 @@ def test_specs_agree_with_a_slow_reference(
 def _expected_in_numpy(
     start: Any, rules: list[tuple[Index | Tensor, float | None]]
 ) -> dict[tuple[int, ...], float] | None:
-    """Return the value of each frozen entry, or None where the rules are to be refused."""
+    """Return the value of each frozen entry, or None if the rules must be rejected."""
     expected: dict[tuple[int, ...], float] = {}
     for region, value in rules:
         positions = _positions_in_numpy(region, start.shape)
@@ -486,7 +486,7 @@ def _expected_in_numpy(
 
 
 def _positions_in_numpy(region: Index | Tensor, shape: tuple[int, ...]) -> set[tuple[int, ...]]:
-    """Return the positions that numpy selects, or none where it refuses."""
+    """Return the positions that numpy selects, or none if it raises."""
     key = region.numpy() if isinstance(region, Tensor) else tuple(map(_as_numpy, region.items))
     try:
         selected = np.atleast_1d(np.arange(np.prod(shape)).reshape(shape)[key]).flatten()

@@ -1,4 +1,4 @@
-"""Every example runs, with few steps, and says what it is there to say."""
+"""Every example runs, with few steps, and prints what it should."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def _lacking(name: str) -> list[str]:
-    """Return the packages that an example needs, be it in a function, and that are not here."""
+    """Return the missing packages that an example imports, even inside a function."""
     source = (EXAMPLES / name).read_text()
     nodes = list(ast.walk(ast.parse(source)))
     modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]

@@ -107,7 +107,7 @@ def test_any_mask_on_any_shape_in_any_order_of_memory(data: st.DataObject) -> No
 def test_a_tensor_of_another_layout_gives_its_entries_in_the_same_order(
     frozen: Tensor, layout: Callable[[Tensor], Tensor]
 ) -> None:
-    """A gradient need not lie as its parameter does."""
+    """A gradient may have another memory layout than its parameter."""
     parameter, gradient = layout(_numbers(_SHAPE)), _numbers(_SHAPE)
     free = _order(frozen, parameter)
     assert same_bits(free.gather(gradient), free.gather(parameter))
@@ -141,7 +141,7 @@ def test_entries_in_one_piece_are_a_view_and_others_a_copy(name: str, is_view: b
     before = tensor._version
     taken.neg_()
     free.scatter_(tensor, taken)
-    assert tensor._version > before  # counted by autograd, whether written to or through
+    assert tensor._version > before  # seen by the version counter, whether written to directly or through a view
     assert bool((tensor[~MASKS[name]] < 0).all())
 
 

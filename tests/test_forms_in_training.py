@@ -1,4 +1,4 @@
-"""Whatever a rule is written as: 20 steps beside a model that is held by hand, with masks that numpy says."""
+"""Every way to write a rule: 20 steps beside a model that is held by hand, with masks made in numpy."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ class Form:
 
     Attributes:
         spec: From a model to the rules.
-        frozen: From what parameters and buffers hold to which entries of which of them are frozen.
-        values: What frozen entries hold, by name, in a shape that broadcasts; left out: what they held.
-        copies: From what parameters hold to what is tied: for each entry, where in the flattened tensor the first is
-            of those that are one with it.
-        trains_alone: Whether the rules say what trains; then what is not in `frozen` does not train at all.
+        frozen: A function from the contents of parameters and buffers to the frozen entries of each.
+        values: The values of frozen entries, by name, in a shape that broadcasts; left out: what they contained.
+        copies: A function from the contents of parameters to what is tied: the position of the first copy of each
+            entry in the flat tensor.
+        trains_alone: Whether the rules name what trains; then parameters that are not in `frozen` do not train.
     """
 
     spec: Callable[[_Net], Any]
@@ -81,7 +81,7 @@ class Form:
     trains_alone: bool = False
 
     def hold(self, model: _Net, state: Any = None) -> FrozenEntries:
-        """Freeze as the form says."""
+        """Freeze in this form."""
         return (train_only if self.trains_alone else freeze_entries)(model, self.spec(model), state=state)
 
 
@@ -300,7 +300,7 @@ TRAIN_ONLY: Final = {
 
 
 def _tying(name: str, tie: Any, first: Callable[[Array], Array], also: str = "", **frozen: Any) -> Form:
-    """A tie, and perhaps rules beside it; `first` is from the flat positions to those of the first copies."""
+    """A tie, possibly with other rules; `first` maps flat positions to those of the first copies."""
 
     def copies(numbers: Numbers) -> Numbers:
         return {name: first(np.arange(numbers[name].size).reshape(numbers[name].shape))}
@@ -335,7 +335,7 @@ FORMS: Final = PATTERNS | INDICES | MASKS | VALUES | TARGETS | TRAIN_ONLY | TIES
 
 
 class _ByHand:
-    """A plain model and optimizer: what is held of it is zeroed, summed and rewritten around each step."""
+    """A plain model and optimizer, whose held entries are zeroed, summed and rewritten around each step."""
 
     def __init__(self, form: Form, make: Callable[[Any], Optimizer]) -> None:
         self.model = _Net()
@@ -356,7 +356,7 @@ class _ByHand:
         return value.expand(tensor.shape).clone()
 
     def start_from(self, model: nn.Module) -> None:
-        """Take over what ties started from, be it the mean, once it is seen that copies are one."""
+        """Copy what ties started from, such as the mean, after checking that copies are equal."""
         for name, first in self.first.items():
             started = model.get_parameter(name).detach()
             assert same_bits(started, started.flatten()[first])
@@ -389,7 +389,7 @@ class _ByHand:
                 tensor.copy_(tensor.flatten()[self.first[name]])
 
     def assert_same(self, run: _Run) -> None:
-        """Claim: frozen entries hold, and all other numbers are those of the model that is held by hand."""
+        """Claim: frozen entries hold, and all other entries equal those of the model that is held by hand."""
         found = run.model.state_dict()
         for name, frozen in self.frozen.items():
             assert same_bits(found[name][frozen], self.held[name][frozen]), f"{name} does not hold, {run}"
@@ -398,7 +398,7 @@ class _ByHand:
 
 
 class _Run:
-    """A model that is frozen as a form says, and its guarded optimizer; or the same once more from what it saved."""
+    """A model that is frozen in some form, with its guarded optimizer; or the same restored from what it saved."""
 
     def __init__(self, form: Form, make: Callable[[Any], Optimizer], compact: bool, saved: Any = None) -> None:
         self._how = form, make, compact

@@ -1,4 +1,4 @@
-"""What the table in docs/frameworks.md says of each framework, claim by claim."""
+"""The table in docs/frameworks.md, claim by claim for each framework."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ every_framework_of_torch = pytest.mark.parametrize("kind", _COMPACT.values(), id
 
 
 def _watch(training: Framework) -> tuple[Callable[[], None], list[int]]:
-    """Return what checks the promise after a step, and the list that it grows."""
+    """Return a function that checks the promise after a step, and the list that it appends to."""
     steps: list[int] = []
 
     def look() -> None:
@@ -43,7 +43,7 @@ def _watch(training: Framework) -> tuple[Callable[[], None], list[int]]:
 
 
 def _by_hand(training: Framework) -> Callable[[], None]:
-    """Zero gradients in hooks, and return what writes the values after a step: what a user would do without us."""
+    """Zero gradients in hooks, and return a function that writes the values after a step, as users do without us."""
 
     def rewrite() -> None:
         for name, part in training.held.items():

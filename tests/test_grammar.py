@@ -1,4 +1,4 @@
-"""Text and rules are two faces of one thing, and text that is no rule is refused with the column."""
+"""Rules and their text convert to each other, and text that is not a rule is rejected with the column."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from .strategies import regions, rule_like_texts, rules, targets, values
 many = settings(max_examples=200, deadline=None)
 
 # --------------------------------------------------------------------------------------------------------------------
-# There and back
+# Round trips
 
 
 @given(rules())
@@ -164,7 +164,7 @@ def test_white_space_between_the_parts_means_nothing(target: str, space: str) ->
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is no rule
+# Text that is not a rule
 
 
 @given(st.text(max_size=40) | rule_like_texts())
@@ -444,7 +444,7 @@ def test_rules_differ_in_target_region_or_value(other: Any) -> None:
 
 
 def test_minus_zero_is_another_value_than_zero() -> None:
-    """They differ in their bits, so two such rules on one entry disagree and neither may stand for the other."""
+    """They differ in their bits, so two such rules on one entry disagree and must not compare equal."""
     assert Rule("w", center, -0.0) != Rule("w", center, 0.0)
     assert len({Rule("w", center, -0.0), Rule("w", center, 0.0)}) == 2
 

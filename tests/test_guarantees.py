@@ -1,4 +1,4 @@
-"""The table in docs/guarantees.md: every cell says what it may, and every row names tests that exist."""
+"""The table in docs/guarantees.md: every cell has an allowed word, and every row names tests that exist."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_a_closure_sees_the_values_and_leaves_clean_gradients() -> None:
 @pytest.mark.parametrize("search", [None, "strong_wolfe"], ids=["fixed", "strong_wolfe"])
 @pytest.mark.parametrize("value", [0.0, -0.0, 0.7], ids=str)
 def test_lbfgs_works_in_the_free_subspace(value: float, search: str | None) -> None:
-    """In float64 and over few steps: its sums over all entries run in another order for the free ones alone."""
+    """In float64 and over few steps: its sums over all entries have another order than those over the free ones."""
     batch, weight = torch.randn(9, 5, dtype=torch.float64), nn.Parameter(torch.randn(4, 5, dtype=torch.float64))
     values = torch.full((8,), value, dtype=torch.float64)
     free = weight.detach()[~MASK].requires_grad_()
@@ -193,7 +193,7 @@ _since_2_9 = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 
 def test_mixing_optimizers_follow_the_model_that_computes_with_the_values(
     make: Callable[[list[Tensor]], Optimizer],
 ) -> None:
-    """Their update of one entry depends on others: the reference holds all of them and hides the frozen ones."""
+    """Their update of one entry depends on others: the reference has all of them and masks the frozen ones."""
     weight = nn.Parameter(torch.randn(4, 5))
     latent = nn.Parameter(torch.where(MASK, torch.tensor(0.5), weight.detach()))
     optimizer = MaskedOptimizer(make([weight]), freeze_entries({"weight": weight}, {"weight": (MASK, 0.5)}))
@@ -203,7 +203,7 @@ def test_mixing_optimizers_follow_the_model_that_computes_with_the_values(
         optimizer.zero_grad()
         _loss(weight, batch).backward()
         assert weight.grad is not None
-        weight.grad[MASK] = 9.0  # a reducer or a hand puts something back
+        weight.grad[MASK] = 9.0  # as a reducer or a user might write something back
         optimizer.step()
         reference.zero_grad()
         _loss(torch.where(MASK, torch.tensor(0.5), latent), batch).backward()

@@ -1,4 +1,4 @@
-"""The handle: a mapping, a table, coming and going, thawing, saving."""
+"""The handle: a mapping, a table, attaching and removing, thawing, saving."""
 
 from __future__ import annotations
 

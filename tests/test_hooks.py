@@ -24,7 +24,7 @@ animals = pytest.mark.parametrize("animal", ZOO, ids=IDS)
 
 
 def _spoil(model: nn.Module) -> None:
-    """Write into every entry as half of the answers in forums do."""
+    """Write into every entry through `.data`, as many answers on the web do."""
     for parameter in model.parameters():
         parameter.data[...] = 7.0
 
@@ -268,7 +268,7 @@ def test_averaged_models_hold_in_their_forward_and_state_dict() -> None:
         optimizer.step()
         average.update_parameters(model)
         for mine, other in zip(by_hand.parameters(), model.parameters(), strict=True):
-            mine.data = 0.9 * mine.data + 0.1 * other.data  # moves a constant by a rounding
+            mine.data = 0.9 * mine.data + 0.1 * other.data  # moves a constant by a rounding error
     assert same_bits(averaged[:2], held)
     assert not same_bits(by_hand.weight[:2], held)
     assert same_bits(by_hand.state_dict()["weight"][:2], held)
@@ -361,7 +361,7 @@ def test_deterministic_algorithms_are_enough_for_scattered_entries(layout: torch
 
 
 class _Experts(nn.Module):
-    """Computes with parameters in containers that nobody calls."""
+    """Computes with parameters in containers that are never called."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -18,10 +18,10 @@ CONTRIBUTING: Final = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(
 FILES: Final = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS: Final = re.findall(r"^\| `([\w/.]+?)(?:\.py|/)?` \|", CONTRIBUTING, re.MULTILINE)
-"""Files and packages from the top of the house to its ground: each may import those before it."""
+"""Files and packages in order: each may import those before it."""
 
 MAY_IMPORT: Final = {"layers": {"_errors", "_counted", "_rules", "_entries"}}
-"""A room that stands beside the others, and the only ones it needs."""
+"""Packages that the others do not import, with the only ones that they may import."""
 
 
 def _room(path: Path) -> str:
@@ -29,7 +29,7 @@ def _room(path: Path) -> str:
 
 
 def _imports(path: Path) -> set[str]:
-    """Return the rooms that a file imports from, and `/name` for what is not of the package."""
+    """Return the packages that a file imports from, and `/name` for those outside freezehooks."""
     parents = list(path.relative_to(PACKAGE).parts[:-1])
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""Every layer computes its formula, whatever its shape; what a mask or a constant takes away is exactly 0."""
+"""Every layer computes its formula, whatever its shape; what a mask or a constant removes is exactly 0."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ drawn = settings(max_examples=100, deadline=None)
 
 
 class Geometry(NamedTuple):
-    """One way to call a convolution, and the shape of what it is called with."""
+    """One way to call a convolution, and the shape of its input."""
 
     channels: tuple[int, int]
     kernel: tuple[int, ...]
@@ -801,7 +801,7 @@ def test_synthesize_refuses_names_and_shapes_that_are_not_the_module_s() -> None
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What happens in a layer's life
+# Events in a layer's life
 
 
 class Layer(NamedTuple):

@@ -65,7 +65,7 @@ def _held(net: nn.Module) -> dict[str, Held]:
 def _module(
     package: str, *, manual: bool = False, optimizers: int = 1, scheduled: bool = True, watched: bool = True
 ) -> Any:
-    """A LightningModule that, where it is watched, checks the promise after every backward and batch."""
+    """A LightningModule that checks the promise after every backward and batch if it is watched."""
     base: Any = importlib.import_module(package).LightningModule
 
     class Module(base):  # type: ignore[misc]  # one of two packages

@@ -1,4 +1,4 @@
-"""What freezing takes of memory at its peak, in multiples of the weight, of which 16 bits an entry are the least."""
+"""The peak memory of freezing, in multiples of the weight, whose entries have 16 bits or more."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def some(fraction: float) -> Tensor:
 def test_installing_takes_a_few_times_the_weight_at_most(
     spec: Any, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(least, "_CHUNK", 1 << 12)  # as one of many
+    monkeypatch.setattr(least, "_CHUNK", 1 << 12)  # as many small chunks
     monkeypatch.setattr(select, "_SELECTED_AT_ONCE", 1 << 12)
     layer = nn.Linear(COLUMNS, ROWS, bias=False, dtype=torch.bfloat16)
     layer.weight.data[some(0.5)] = 0

@@ -1,4 +1,4 @@
-"""The page on migration: what its tables and functions say of `prune`, hooks and PEFT is so."""
+"""The page on migration: its tables and functions about `prune`, hooks and PEFT are correct."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def test_the_curves_are_in_the_files_of_the_logger(
 
 
 def test_the_figures_of_a_plain_loop_are_the_same() -> None:
-    """What any callback may log: norms before a step, drift after it."""
+    """The figures that callbacks log: norms before a step, drift after it."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     freeze_entries(model, "0.weight[0] = 1\n1.bias")
     optimizer = torch.optim.SGD(model[0].parameters(), lr=1.0)

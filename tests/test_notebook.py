@@ -1,4 +1,4 @@
-"""A person at a notebook: cells that run twice, handles that were removed, rubbish, tools that walk through data."""
+"""Notebooks: cells that run twice, handles that were removed, wrong arguments, tools that walk through data."""
 
 from __future__ import annotations
 
@@ -345,7 +345,7 @@ def test_a_handle_of_which_all_was_thawed_has_nothing_to_hold() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# True messages
+# Accurate messages
 
 
 def test_a_rule_on_a_tensor_that_is_neither_says_so() -> None:

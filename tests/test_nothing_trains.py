@@ -1,4 +1,4 @@
-"""Freezing all that trained warns once, with the counts; so does a union that is the whole tensor."""
+"""Freezing everything that trained warns once, with the counts; so does a union that covers a whole tensor."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def test_the_profiler_names_the_inner_optimizer() -> None:
 
 
 def test_torch_does_not_wrap_the_step_a_second_time() -> None:
-    """It does so for every class of which it makes or unpickles an instance; hooks would then fire twice."""
+    """It does so for every class whose instances are made or unpickled; hooks would then fire twice."""
     model, optimizer = _frozen_pair()
     calls: list[str] = []
     optimizer.register_step_post_hook(lambda *args: calls.append("post"))

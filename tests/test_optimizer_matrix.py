@@ -70,7 +70,7 @@ def _cases() -> Iterator[Case]:
 
 
 def _torch_accepts(case: Case) -> bool:
-    """Return whether torch itself has this combination: a tensor for `lr`, say, needs kernels that can capture it."""
+    """Return whether torch supports this combination: a tensor as `lr`, for instance, needs capturable kernels."""
     try:
         case.make([torch.zeros(2, 2, requires_grad=True)])
     except (ValueError, RuntimeError):
@@ -192,7 +192,7 @@ WARM = [case for case in CASES if case.kernel == "single" or "default" in case.n
 
 @pytest.mark.parametrize("case", WARM, ids=[case.name for case in WARM])
 def test_freezing_thawing_and_freezing_something_else_in_mid_training(case: Case) -> None:
-    """Exact each time; what is thawed trains on from the value that it was held at."""
+    """Exact each time; thawed entries train on from the value at which they were held."""
     animal = ANIMALS[-1]
     model = nn.Linear(12, 16, bias=False)
     optimizer = MaskedOptimizer(case.make(list(model.parameters())), ())

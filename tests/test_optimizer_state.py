@@ -1,4 +1,4 @@
-"""What an optimizer remembers at frozen entries: settled where it is known, left alone where it is not."""
+"""The optimizer's state at frozen entries: known items are reset, and unknown ones are left alone."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ FROZEN: Final = torch.zeros(SHAPE, dtype=torch.bool)
 FROZEN[0] = FROZEN[3:, 1::2] = True
 
 # --------------------------------------------------------------------------------------------------------------------
-# Optimizers that nobody here knows, each with a kind of state in which 0 is not nothing
+# Unknown optimizers, each with a kind of state in which 0 does not mean "no history"
 
 
 class Unknown(Optimizer):
-    """Steps by the gradient, and keeps state of the shape of the weight that it asks back at every step."""
+    """Steps by the gradient, and keeps state of the weight's shape that it checks at every step."""
 
     def __init__(self, parameters: list[Tensor], lr: float = 0.1) -> None:
         super().__init__(parameters, {"lr": lr, "train_mode": True})
@@ -44,7 +44,7 @@ class Unknown(Optimizer):
 
 
 class EightBit(Unknown):
-    """Codes of which 0 means -0.99 of the largest of a block."""
+    """Codes in which 0 means -0.99 times the largest of a block."""
 
     def starts(self, weight: Tensor) -> dict[str, Any]:
         codes = torch.full_like(weight, 127, dtype=torch.uint8)
@@ -52,7 +52,7 @@ class EightBit(Unknown):
 
 
 class Preconditioner(Unknown):
-    """Square matrices beside a square weight, and moments in the basis of their eigenvectors."""
+    """Square matrices for a square weight, and moments in the basis of their eigenvectors."""
 
     def starts(self, weight: Tensor) -> dict[str, Any]:
         square = torch.randn(6, 6)
@@ -105,7 +105,7 @@ def _numbers(state: dict[Any, Any]) -> list[Tensor]:
 
 
 def _guard_and_let_go(optimizer: Optimizer, frozen: FrozenEntries, look: Callable[[], None]) -> None:
-    """Go through every event at which known state is settled."""
+    """Trigger every event at which known state is reset."""
     guard = frozen.guard(optimizer)
     look()
     optimizer.step()

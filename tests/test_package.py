@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_wheel_holds_the_type_marker_and_neither_tests_nor_examples(tmp_path: Path) -> None:
-    """Built from a copy: setuptools leaves a `build` folder behind, and takes what an older one holds."""
+    """Built from a copy: setuptools leaves a `build` folder behind, and packages what an older one contains."""
     copy = tmp_path / "checkout"
     tracked = ["setup.cfg", "pyproject.toml", "README.md", "LICENSE"]
     for folder in ("freezehooks", "tests", "examples"):

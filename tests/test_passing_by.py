@@ -1,4 +1,4 @@
-"""What passes by the hooks: parameters and modules that are put in another's place, loaders, exporters, compilers."""
+"""What bypasses the hooks: replaced parameters and modules, loaders, exporters, compilers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .claims import held_twice, same_bits
 
 
 def _nearest(number: float, dtype: torch.dtype) -> float:
-    """Return the number of 16 bits that is nearest, of two the even one: by trying all of them."""
+    """Return the nearest 16-bit number, or the even one of two, by trying all of them."""
     if dtype == torch.float16:
         return float(struct.unpack("e", struct.pack("e", number))[0])
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cpu").to(torch.int16).view(dtype)
@@ -46,7 +46,7 @@ _TWICE = {
     torch.float16: [1 + 2**-11 + 2**-40, -(1 + 2**-11 + 2**-40), 1 + 3 * 2**-11 - 2**-40, 3 * 2**-26 + 2**-60, 2**-25],
     torch.bfloat16: [1 + 2**-8 + 2**-40, -(1 + 2**-8 + 2**-40), 1 + 3 * 2**-8 - 2**-40, 1e-41 + 1e-60, 1e-50],
 }
-"""Numbers that become another one by way of 32 bits, and some that are smaller than any."""
+"""Numbers that round differently by way of 32 bits, and some that are smaller than any."""
 
 
 @pytest.mark.parametrize("region", ["[0]", "[[0, 3], [1, 2]]", "[smallest(0.5)]"], ids=["box", "scattered", "dense"])
@@ -159,11 +159,11 @@ def test_a_state_is_saved_and_loaded_under_any_default_device(tmp_path: Any) -> 
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# A parameter in another's place
+# Replaced parameters
 
 
 def _put(module: nn.Module, key: str, numbers: Tensor, how: str) -> None:
-    """Put a Parameter in another's place, by assignment or as accelerate's `set_module_tensor_to_device` does."""
+    """Replace a parameter, by assignment or as accelerate's `set_module_tensor_to_device` does."""
     if how == "assigned":
         setattr(module, key, nn.Parameter(numbers.clone()))
     else:
@@ -176,7 +176,7 @@ ways = pytest.mark.parametrize("how", ["assigned", "set_module_tensor_to_device"
 
 
 def _looked_at(model: nn.Module, frozen: FrozenEntries, look: str) -> None:
-    """Look at a model after something was put into it, in one of the ways that people do."""
+    """Use a model after a replacement, in one of several ways."""
     looks: dict[str, Any] = {
         "forward": lambda: model(torch.ones(2, 4)),
         "state_dict": model.state_dict,
@@ -404,7 +404,7 @@ def test_a_copy_that_is_quantized_or_fused_is_refused_with_what_to_do_about_the_
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Another's parameters, for one call
+# Parameters swapped out for one call
 
 
 def _spoiled(model: nn.Module) -> nn.Module:
@@ -575,7 +575,7 @@ def test_a_handle_is_attached_where_another_one_released_and_attached_its_part()
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# A module in another's place
+# Replaced modules
 
 
 def _convolutions() -> Any:

@@ -1,4 +1,4 @@
-"""PEFT trains a copy of a module that stands beside the frozen one (`modules_to_save`), and merges low-rank updates."""
+"""PEFT trains a copy of a module beside the frozen one (`modules_to_save`), and merges low-rank updates."""
 
 from __future__ import annotations
 

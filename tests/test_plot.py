@@ -1,4 +1,4 @@
-"""The picture of a parameter shows its numbers and marks its frozen entries, whatever its size and numbers."""
+"""The picture of a parameter shows its contents and marks its frozen entries, whatever its size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A region selects what its definition says: indices as numpy, patterns as loops over coordinates, sets as sets."""
+"""A region selects what its definition says: indices as in numpy, patterns as loops over coordinates, sets as sets."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_positions_have_the_shape_and_order_of_numpy_s_slices(indexed: Indexed) 
 @given(indices_and_shapes().filter(_has_lists))
 @many
 def test_positions_have_the_shape_and_order_of_torch_s_lists(indexed: Indexed) -> None:
-    """Where lists stand beside integers torch and numpy order the dimensions differently; a tensor is torch's."""
+    """For an index with lists and integers, torch and numpy order the dimensions differently; torch's counts."""
     shape = torch.Size(indexed.shape)
     backward = any(isinstance(item, slice) and (item.step or 1) < 0 for item in indexed.key)
     try:
@@ -144,7 +144,7 @@ Coordinates = tuple[int, ...]
 
 
 def _where(shape: tuple[int, ...], holds: Callable[[Coordinates], bool]) -> Tensor:
-    """Ask at every coordinate whether the entry there is frozen."""
+    """Evaluate at every coordinate whether the entry there is frozen."""
     return torch.tensor([holds(place) for place in _places(shape)], dtype=torch.bool).view(shape)
 
 
@@ -550,7 +550,7 @@ def test_an_empty_part_of_a_region_is_no_error_where_the_whole_selects_something
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is refused
+# Errors
 
 _CONVOLUTION = "needs a convolution weight (out, in/groups, *kernel), found 2 dimensions; name only the convolutions"
 _TRUE = torch.ones(3, 4, dtype=torch.bool)

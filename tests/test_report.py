@@ -1,4 +1,4 @@
-"""The audit: what is reported, what `assert_frozen` refuses, what trains."""
+"""The audit: what is reported, when `assert_frozen` raises, what trains."""
 
 from __future__ import annotations
 
@@ -315,7 +315,7 @@ def test_a_tied_name_that_became_a_tensor_of_its_own_needs_an_optimizer_too() ->
 
 
 class _Untouched(torch.nn.Parameter):
-    """A parameter whose lists of hooks nobody may set while a backward pass in another thread reads them."""
+    """A parameter whose dicts of hooks must not be set while a backward pass in another thread reads them."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         assert not name.endswith("_hooks")
@@ -420,7 +420,7 @@ def test_a_replaced_module_is_refused() -> None:
 
 
 class _Rebuilt(nn.Module):
-    """Keeps its weights in a container that is made anew, as Keras does in the first `fit`."""
+    """Keeps its weights in a container that is rebuilt, as in the first `fit` of Keras."""
 
     def __init__(self, container: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The page on rules says what is so: its tables, its drawings, and every error, word for word."""
+"""The page on rules is correct: its tables, its drawings, and every error, word for word."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ DRAWINGS: Final = re.findall(r"```text\n(weight.*?)```", LANGUAGE, re.DOTALL)
 
 
 def _drawn(block: str) -> tuple[torch.Tensor, dict[str, str]]:
-    """A drawing's weight, and for each of its regions what stands under it, in reading order.
+    """A drawing's weight, and the drawing under each of its regions, in reading order.
 
-    The weight is of ones, of the shape that the first line names, or the numbers in the first column.
+    The weight consists of ones, in the shape that the first line names, or of the numbers in the first column.
     """
     first, *rows = [line for line in block.splitlines() if line]
     shape = first.removeprefix("weight of shape ")
@@ -101,13 +101,13 @@ def test_every_pattern_is_drawn() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Errors: the code on the page gives the message on the page
+# Errors: the code on the page raises the message on the page
 
 SETUP: Final = re.findall(r"```python\n(.*?)```", ERRORS, re.DOTALL)[0]
 
 
 def _examples() -> Iterator[tuple[str, str]]:
-    """Each piece of code on the page, from the start or the last error on, with the message printed under it."""
+    """Each snippet on the page, from the start or the last error on, with the message printed under it."""
     for block in re.findall(r"```pycon\n(.*?)```", ERRORS, re.DOTALL):
         code = ""
         for example in doctest.DocTestParser().get_examples(block):
@@ -179,7 +179,7 @@ NO_MESSAGE: Final = {
 
 
 def _text(node: ast.expr) -> str | None:
-    """A string as it is written, with {} for what is filled in, or None where it is no string."""
+    """A string literal, with {} for what is filled in, or None if the expression is not one."""
     if isinstance(node, ast.JoinedStr):
         return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -188,7 +188,7 @@ def _text(node: ast.expr) -> str | None:
 
 
 def _strings(node: ast.AST) -> Iterator[str]:
-    """The strings in a piece of code, leaving docstrings out, what is filled into others, and what `in_words` says."""
+    """The strings in some code, leaving out docstrings, what is filled into others, and those in `in_words`."""
     for child in ast.iter_child_nodes(node):
         text = _text(child) if isinstance(child, ast.expr) else None
         if text is not None:
@@ -206,7 +206,7 @@ def _says_words(node: ast.AST) -> bool:
 
 
 def _messages(source: str) -> set[str]:
-    """What a module's errors may say: all that its raising calls are given, and every other string of several words."""
+    """The texts of a module's errors: all arguments of its raising calls, and every other string of several words."""
     tree = ast.parse(source)
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     raising = [call for call in calls if getattr(call.func, "id", getattr(call.func, "attr", None)) in RAISE]
@@ -215,7 +215,7 @@ def _messages(source: str) -> set[str]:
 
 
 def _is_shown(message: str) -> bool:
-    """Whether a line of the page holds the message, with anything in the place of what is filled in."""
+    """Whether a line of the page contains the message, with anything for what is filled in."""
     pattern = ".*".join(map(re.escape, message.split("{}")))
     return any(re.search(pattern, line) for line in ERRORS.splitlines() if not line.startswith((">>>", "...")))
 

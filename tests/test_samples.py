@@ -1,4 +1,4 @@
-"""Gradients of single samples, as Opacus leaves them on parameters: frozen entries do not count in their norms."""
+"""Per-sample gradients, as Opacus stores them on parameters: frozen entries do not count in their norms."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _SAMPLES = 5
 
 
 class GradSamples:
-    """What Opacus does to a model of linear layers: it leaves the gradient of each sample on every parameter.
+    """Imitates what Opacus does to a model of linear layers: it stores per-sample gradients on every parameter.
 
-    A backward hook of the module makes it of what the forward hook saw; several passes make a list.
+    A backward hook of the module computes them from what the forward hook saw; several passes make a list.
     """
 
     def __init__(self, model: nn.Module, *, norms: bool = False) -> None:
@@ -55,7 +55,7 @@ class GradSamples:
 
 
 class PrivateOptimizer(Optimizer):
-    """Clips the gradient of each sample, sums, adds noise and steps, as Opacus's `DPOptimizer`; without `__init__`."""
+    """Clips per-sample gradients, sums, adds noise and steps, like Opacus's `DPOptimizer`, without `__init__`."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.original_optimizer = optimizer

@@ -1,4 +1,4 @@
-"""Where parameters are shared out among ranks, by FSDP2 and tensor parallelism, every entry is as in one process."""
+"""With parameters sharded by FSDP2 and tensor parallelism, every entry is as in one process."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ def part_here(parameter: Any) -> Tensor:
 
 
 def write_astray(parameters: Iterable[nn.Parameter]) -> None:
-    """Write over every shard, as user code may between two steps."""
+    """Overwrite every shard, as user code may between two steps."""
     for parameter in parameters:
         part_here(parameter)[...] = 9.0
 
 
 def write_astray_where_frozen(model: nn.Module, reference: OneProcess) -> None:
-    """Write over the frozen entries of every shard alone: all else stays as it was."""
+    """Overwrite only the frozen entries of every shard."""
     for name, parameter in model.named_parameters():
         if name in reference.held:
             frozen = reference.held[name].frozen.chunk(dist.get_world_size())
@@ -475,7 +475,7 @@ def test_an_optimizer_guarded_after_evaluation_is_guarded(first: str, **options:
 @computes_in_shards
 @on_ranks(2, _BOTH)
 def test_freezing_in_mid_training_zeroes_the_moments(first: str) -> None:
-    """Momentum gathered before would carry the entries away."""
+    """Earlier momentum would move the entries."""
     model, frozen = frozen_and_sharded(first)
     frozen.remove()
     optimizer = adamw(model)
@@ -896,7 +896,7 @@ def test_tensor_parallel_trains_as_one_process(first: str, plan: Any, compact: b
 
 @on_ranks(2)
 def test_an_embedding_split_by_rows_has_clean_gradients() -> None:
-    """Its gradient is whole on every rank, where the weight is in shards."""
+    """Its gradient is replicated on every rank, while the weight is sharded."""
     plain = nn.Embedding(7, 4, dtype=torch.float64)
     words = torch.tensor([1, 2, 6, 6])
     reference = OneProcess("weight[~5:]", model=plain)
@@ -915,7 +915,7 @@ def test_an_embedding_split_by_rows_has_clean_gradients() -> None:
 
 @on_ranks(2)
 def test_a_norm_over_a_split_sequence_has_clean_gradients() -> None:
-    """Its gradient is a sum that is still to be made, over whole parameters."""
+    """Its gradient is partial, while the parameter is replicated."""
     rules = "weight[1] = 0.5\nbias[2:]"
     plain = nn.LayerNorm(4, dtype=torch.float64)
     reference = OneProcess(rules, model=plain)
@@ -965,7 +965,7 @@ def test_hybrid_shards_train_as_one_process(first: str) -> None:
     reference.assert_same(model)
 
 
-# What is refused
+# Errors
 
 
 @on_ranks(

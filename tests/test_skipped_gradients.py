@@ -55,7 +55,7 @@ def gradients(model: nn.Module, rows: Tensor | None = None, call: Callable[..., 
 
 
 def assert_as_usual(make: Callable[[], nn.Module], spec: Any, measure: Callable[[nn.Module], list[Tensor]]) -> None:
-    """Claim: what is measured of a model is the same with gradients skipped and without."""
+    """Claim: a measurement of a model is the same with gradients skipped and without."""
     usual, quick = make(), make()
     freeze_entries(usual, spec)
     freeze_entries(quick, spec, skip_gradients=True)
@@ -67,7 +67,7 @@ def assert_as_usual(make: Callable[[], nn.Module], spec: Any, measure: Callable[
 
 @contextmanager
 def counted(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Yield a list that grows by what each call of a function is given."""
+    """Yield a list to which each call of a function appends its arguments."""
     calls: list[Any] = []
     real = getattr(owner, name)
 
@@ -82,7 +82,7 @@ def counted(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 @pytest.fixture
 def skips(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Yield a list that grows with each gradient of free rows alone."""
+    """Yield a list to which each gradient of only free rows is appended."""
     with counted(skipped, "_gradient_of_weight", monkeypatch) as calls:
         yield calls
 
@@ -211,7 +211,7 @@ def test_second_derivatives(skips: list[Any]) -> None:
     assert skips
 
 
-# What others do
+# Other hooks and tools
 
 
 def test_hooks_of_others_see_and_change_what_they_did() -> None:

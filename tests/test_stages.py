@@ -1,4 +1,4 @@
-"""Callbacks that say what trains, or freeze for some epochs of a training, alone and one after another."""
+"""Callbacks that name what trains, or freeze for some epochs of a training, by themselves and in sequence."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_the_trainer_trains_new_rows_alone_and_resumes(tied: bool, compact: bool
 
 
 _MOMENTUM: Final = {"optim": "sgd", "learning_rate": 0.1}
-"""Of what was let go under AdamW, the first hundred steps are no part of a checkpoint."""
+"""For entries thawed under AdamW, the correction in the first hundred steps is not saved in a checkpoint."""
 
 
 def _stages() -> list[FreezeEntriesCallback]:

@@ -1,4 +1,4 @@
-"""Letting a region of a parameter go, while its other entries stay frozen."""
+"""Thawing a region of a parameter, while its other entries stay frozen."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_compact_and_masked_runs_let_a_region_go_alike(make: Any) -> None:
 @either_mode
 @makers
 def test_it_starts_as_it_does_when_all_other_entries_are_frozen_anew(make: Any, compact: bool) -> None:
-    """The same as letting all go and freezing what stays: under no optimizer does anything else differ."""
+    """The same as thawing everything and freezing what stays: nothing else differs under any optimizer."""
     models = [_table(), _table()]
     models[1].load_state_dict(models[0].state_dict())
     handles = [freeze_entries(model, "weight[~6:]") for model in models]

@@ -63,7 +63,7 @@ from .reference import (
 )
 
 EXAMPLES: Final = int(os.environ.get("FREEZEHOOKS_EXAMPLES", "0"))
-"""How many lives to try in each run of a hunt, other ones each time; 0 for the same few each time."""
+"""How many random histories to try in each run, different ones each time; 0 for the same few each time."""
 
 # --------------------------------------------------------------------------------------------------------------------
 # What is drawn
@@ -74,7 +74,7 @@ _picks = st.integers(0, 5)
 _seldom = st.sampled_from([False, False, True])
 
 UNDO: Final = ("nothing", "look", "save", "step", "step", "load_the_rest", "load_the_rest")
-"""What puts right what was written astray."""
+"""The events that correct stray writes."""
 
 
 @dataclass(eq=False)
@@ -87,11 +87,11 @@ class Stepper:
     compact: bool
     guards: list[Hold] = field(default_factory=list)
     settled: set[tuple[Hold, str]] = field(default_factory=set)
-    """Of which frozen entries the state is known to be what it starts with."""
+    """The frozen entries whose state is known to have its initial values."""
 
     @property
     def guarded(self) -> Optimizer:
-        """What to pass to `guard`: whoever asks for compact mode must know the optimizer itself."""
+        """What to pass to `guard`: compact mode needs the optimizer itself."""
         return self.face.inner if isinstance(self.face, MaskedOptimizer) and self.compact else self.face
 
     @property
@@ -104,7 +104,7 @@ class Stepper:
 
 
 def event(**drawn: Any) -> Callable[[Callable[..., None]], Any]:
-    """Make a rule of what may happen; what happens next is often what shows its effect."""
+    """Make a rule of an event; often only the next event shows its effect."""
 
     def decorate(happen: Callable[..., None]) -> Any:
         def happen_then(self: Lives, then: str, **known: Any) -> None:
@@ -219,7 +219,7 @@ class Lives(RuleBasedStateMachine):
             self._settle(hold, [stepper])
 
     def _settle(self, hold: Hold, steppers: list[Stepper] | None = None) -> None:
-        """Note that the state at the frozen entries is now as it starts; for all optimizers, if none are given."""
+        """Record that the state at the frozen entries has its initial values; for all optimizers by default."""
         for stepper in self.steppers if steppers is None else steppers:
             if hold in stepper.active:
                 stepper.settled |= {(hold, name) for name in hold.pieces}
@@ -319,7 +319,7 @@ class Lives(RuleBasedStateMachine):
             self._take_over_roundings(stepper)
 
     def _take_over_roundings(self, stepper: Stepper) -> None:
-        """Go on from the numbers of the frozen model: kernels for flat tensors round half precision otherwise."""
+        """Continue from the numbers of the frozen model: kernels for flat tensors round half precision differently."""
         for name, parameter in self.reference.parameters.items():
             if name in self._names_of(stepper):
                 parameter.data.copy_(self.parameters[name].data)
@@ -415,7 +415,7 @@ class Lives(RuleBasedStateMachine):
         return spec, pieces
 
     def _conflicts(self, pieces: dict[str, list[Piece]]) -> bool:
-        """Return whether some rules disagree, among themselves or with what is held; never of what rounding decides."""
+        """Return whether some rules disagree, among themselves or with what is held, apart from rounding."""
         found: list[bool] = []
         for name, own in pieces.items():
             others = [piece for hold in self.reference.attached for piece in hold.pieces.get(name, ())]
@@ -500,7 +500,7 @@ class Lives(RuleBasedStateMachine):
 
     @contextmanager
     def _releasing(self, hold: Hold, names: list[str]) -> Iterator[None]:
-        """Look at what a handle lets go: it goes on from its values, with moments as they start."""
+        """Check what a handle thaws: it continues from its values, with fresh moments."""
         before = {name: self.reference.frozen(name) for name in names} if hold.attached else {}
         values = {name: hold.values(name, self.parameters[name].dtype) for name in names}
         guarding = [stepper for stepper in self.steppers if hold in stepper.active]
@@ -533,9 +533,9 @@ class Lives(RuleBasedStateMachine):
 
     @contextmanager
     def _losing(self, names: list[str]) -> Iterator[None]:
-        """Let the parameters of these names be replaced: no handle holds the old ones, and optimizers still step them.
+        """Replace the parameters of these names: no handle holds the old ones, and optimizers still step them.
 
-        The reference's old ones go on with the numbers of the frozen model's.
+        The reference's old ones continue with the numbers of the frozen model's.
         """
         lost = [(self.parameters[name], self.reference.parameters[name], self.reference.frozen(name)) for name in names]
         for name, (_, _, frozen) in zip(names, lost, strict=True):
@@ -679,7 +679,7 @@ class Lives(RuleBasedStateMachine):
                 self._guard(stepper, hold)
         assert len(FrozenEntries.of(self.model)) == len(list(self.reference.attached))
 
-    # What disturbs
+    # Disturbances
 
     @event(dtype=st.sampled_from(DTYPES))
     def cast(self, dtype: torch.dtype) -> None:
@@ -741,7 +741,7 @@ class Lives(RuleBasedStateMachine):
             self._make_optimizers(data)
 
     def _meet(self, name: str, first: str, data: Any) -> None:
-        """Have the library meet a parameter that was put in another's place."""
+        """Make the library notice a parameter that was replaced."""
         if first == "freeze" and len(self.holds) < 3:
             self._freeze(data.draw(_rules), guarded=False)
         elif first in ("look", "save"):
@@ -814,7 +814,7 @@ class Lives(RuleBasedStateMachine):
             for parameter in (self.parameters[name], self.reference.parameters[name]):
                 parameter.requires_grad_(not parameter.requires_grad)
 
-    # What holds after each of them
+    # Invariants
 
     @invariant()
     def everything_holds(self) -> None:

@@ -107,7 +107,7 @@ def test_lightning_trains_saves_and_resumes_as_one_process(name: str, **options:
 
 @contextmanager
 def _accelerator(kind: str, **options: Any) -> Iterator[Any]:
-    """Make an Accelerator. On the CPU it uses FSDP2 only where it is told to after it was made."""
+    """Make an Accelerator. On the CPU it uses FSDP2 only if told to after it was made."""
     from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, PartialState
 

@@ -23,7 +23,7 @@ from freezehooks import (
 
 
 class _Half(nn.Conv2d):
-    """A convolution of one's own."""
+    """A user-defined convolution."""
 
 
 class _Net(nn.Module):

@@ -1,4 +1,4 @@
-"""What is let go in mid-training takes steps like those of a new optimizer, whatever its gradients are like."""
+"""Entries thawed in mid-training take steps like those of a new optimizer, whatever their gradients are like."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _let_go(frozen: FrozenEntries, way: str) -> None:
 
 
 def _age(optimizer: Optimizer, step: float = 2000) -> None:
-    """Have as many steps behind it, to save time: moments at frozen entries do not depend on how many."""
+    """Pretend that many steps were made, to save time: moments at frozen entries do not depend on their number."""
     for state in optimizer.state.values():
         state["step"].fill_(step)
         if "mu_product" in state:
@@ -269,7 +269,7 @@ def test_complex_and_half_precision_entries_keep_the_bound() -> None:
             weight.grad = torch.randn(40, generator=generator, dtype=dtype)
             before = weight.detach().clone()
             optimizer.step()
-            assert float((weight.detach() - before)[:20].abs().max()) <= 3 * LR  # of two parts, each at most two
+            assert float((weight.detach() - before)[:20].abs().max()) <= 3 * LR  # with two components, each at most two
 
 
 def test_a_loss_does_not_jump_when_entries_are_let_go() -> None:
@@ -344,7 +344,7 @@ def test_a_copy_of_what_was_let_go_trains() -> None:
 
 @either_mode
 def test_moments_that_are_loaded_where_entries_were_let_go_before_any_step_stay_as_they_are(compact: bool) -> None:
-    """As where a fresh run chose other entries than the one that it resumes, and takes over the choice first."""
+    """As if a new run chose other entries than the run that it resumes, and loads that choice first."""
 
     def run(numbers: list[float]) -> tuple[nn.Parameter, MaskedOptimizer, FrozenEntries]:
         weight = nn.Parameter(torch.tensor(numbers))

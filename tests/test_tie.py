@@ -1,4 +1,4 @@
-"""Tied entries: the copies in a parameter are one, and train like a layer that has only one."""
+"""Tied entries: the copies in a parameter stay equal, and train like a layer that has only one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ELEMENTWISE = [case for case in CASES if not case.mixes]
 
 
 def _pair() -> tuple[SharedKernelConv2d, Any]:
-    """A layer with one kernel, and the plain depthwise convolution that starts from it."""
+    """A layer with one kernel, and a plain depthwise convolution that starts from it."""
     torch.manual_seed(3)
     shared = SharedKernelConv2d(4, 3, padding=1)
     return shared, shared.to_conv()
@@ -386,7 +386,7 @@ def test_a_gradient_set_by_hand_before_a_state_is_loaded_is_summed() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Which entries are one
+# Which entries are tied
 
 _LABELS = torch.tensor([[0, 7, -1, 0], [7, 2, -1, 2], [-1, -1, -1, 5], [0, 7, 7, 2]])
 _WAYS: list[tuple[str, Any, list[list[int]]]] = [

@@ -1,4 +1,4 @@
-"""The project's own tools find what they are there to find."""
+"""The project's own tools find what they should."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`train_only`: the named regions train, the other entries of those parameters keep, and nothing else trains."""
+"""`train_only`: the named regions train, other entries of those parameters are kept, and nothing else trains."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _train(model: nn.Module, optimizer: Any, steps: int = 5) -> None:
 
 
 def _changed(before: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return, by name, where parameters differ from what they were."""
+    """Return the mask of the entries that changed in each parameter, by name."""
     return {name: found.detach() != before[name] for name, found in model.named_parameters(remove_duplicate=False)}
 
 
@@ -230,7 +230,7 @@ def test_buffers_and_integers_are_left_alone() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Coming and going
+# Attaching and removing
 
 
 def _requires(model: nn.Module) -> dict[str, bool]:
@@ -400,7 +400,7 @@ def test_a_run_resumes_where_it_stopped(spec: Any, compact: bool) -> None:
 
 
 def _sparse() -> Any:
-    """A model of which one weight has no zeros, another some, and a third is all zeros."""
+    """A model with one weight without zeros, one with some, and one of only zeros."""
     model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight.data[0] = 0
     model[2].weight.data.zero_()

@@ -1,4 +1,4 @@
-"""New rows of an embedding alone, from the Trainer to the command line: trained, saved, resumed and verified."""
+"""Training only new rows of an embedding, from the Trainer to the command line: trained, saved, resumed, verified."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frozen entries hold through training, and the free ones follow the optimizer that holds them alone."""
+"""Frozen entries hold through training, and the free ones follow an optimizer that has only them."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_removal_leaves_no_trace(animal: Animal) -> None:
 
 
 def _footprint(model: torch.nn.Module) -> list[Any]:
-    """What hooks and attributes a model, its modules and its parameters carry."""
+    """The hooks and attributes of a model, its modules and its parameters."""
     modules = [
         (sorted(vars(module)), {name: len(value) for name, value in vars(module).items() if name.endswith("_hooks")})
         for module in model.modules()
@@ -149,7 +149,7 @@ def _footprint(model: torch.nn.Module) -> list[Any]:
 
 
 def test_momentum_alone_moves_an_entry_whose_gradient_is_zeroed() -> None:
-    """Why an optimizer must be guarded: without it the drift that the design measured is there."""
+    """Why an optimizer must be guarded: otherwise frozen entries drift."""
     weight = torch.nn.Parameter(torch.ones(4))
     optimizer = SGD([weight], lr=0.1, momentum=0.9)
     weight.grad = torch.ones(4)

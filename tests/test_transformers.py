@@ -89,7 +89,7 @@ MODELS: dict[str, Callable[[], Any]] = {"gpt2": _gpt2, "bert": _bert}
 
 
 def _held(model: nn.Module) -> dict[str, Held]:
-    """What the specs above mean, by plain indexing; a tied parameter stands under both of its names."""
+    """The meaning of the specs above, by plain indexing; a shared parameter is listed under both of its names."""
     held = {}
     for name, parameter in parameters_of(model).items():
         frozen = torch.zeros_like(parameter, dtype=torch.bool)
@@ -141,7 +141,7 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]  # untyped
 
 
 class _At(transformers.TrainerCallback):  # type: ignore[misc]  # untyped
-    """Does one thing at one event."""
+    """Calls a function at one event."""
 
     def __init__(self, event: str, action: Callable[..., None]) -> None:
         self.action = action

@@ -1,4 +1,4 @@
-"""Optimizers around optimizers: whose hooks are called, what shows through, what is replaced, and who steps at last."""
+"""Optimizers around optimizers: whose hooks are called, which attributes show through, and which step runs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _hooks(optimizer: Any) -> int:
 
 
 class Around(Optimizer):
-    """A wrapper that skips `Optimizer.__init__`, as many do; this one has no lists of hooks."""
+    """A wrapper that skips `Optimizer.__init__`, as many do; this one has no dicts of hooks."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer: Any = optimizer
@@ -74,7 +74,7 @@ class Around(Optimizer):
 
 
 class Lookahead(Around):
-    """One with two lists, which nobody calls, and slow weights of its own, as pytorch_optimizer has it."""
+    """A wrapper with two dicts of hooks, which are never called, and slow weights, as in pytorch_optimizer."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         super().__init__(optimizer)
@@ -96,7 +96,7 @@ class Lookahead(Around):
 
 
 class WithAllLists(Around):
-    """One that makes every list and calls none of them."""
+    """A wrapper that creates every dict of hooks and calls none of them."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         super().__init__(optimizer)
@@ -105,7 +105,7 @@ class WithAllLists(Around):
 
 
 class WithSharedLists(Around):
-    """One that shows the lists of what it wraps."""
+    """A wrapper that shows the dicts of hooks of what it wraps."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.optimizer, name)
@@ -221,11 +221,11 @@ def test_an_optimizer_whose_state_is_refused_leaves_the_handle_able_to_attach() 
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is no optimizer of torch
+# What is not an optimizer of torch
 
 
 class OptimWrapper:
-    """A wrapper that is no `Optimizer`, as fastai's."""
+    """A wrapper that is not an `Optimizer`, like fastai's."""
 
     def __init__(self, opt: Optimizer) -> None:
         self.opt = opt

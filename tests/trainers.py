@@ -1,4 +1,4 @@
-"""The frameworks that train a model, each with a few weights of its own: a zoo, like that of models.
+"""The frameworks that train a model with few weights: a zoo, like that of models.
 
 Each builds its model and its trainer in the way that its section of docs/frameworks.md shows.
 """
@@ -29,17 +29,17 @@ AfterStep = Callable[[], None]
 
 
 class Framework(ABC):
-    """One training, made and run as a framework does.
+    """One training in a framework.
 
     Args:
         folder: Where the framework may write.
         frozen: Whether entries are frozen.
-        compact: Whether the optimizer holds the free entries alone.
+        compact: Whether the optimizer is compact.
 
     Attributes:
-        package: What is to be installed.
-        has_compact: Whether the optimizer is torch's, so that it can hold the free entries alone.
-        frozen: The handle; None where nothing is frozen.
+        package: The package to install.
+        has_compact: Whether the optimizer is torch's, so that it can be compact.
+        frozen: The handle; None if nothing is frozen.
     """
 
     package: ClassVar[str]
@@ -59,20 +59,20 @@ class Framework(ABC):
         return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
 
     def what_is_held(self) -> dict[str, Held]:
-        """What the rules mean, by plain indexing."""
+        """The meaning of the rules, by plain indexing."""
         first, last = self.model[0].weight, self.model[2].weight
         return {"0.weight": _held(first, 1, 0.5), "2.weight": _held(last, (slice(None), slice(2)))}
 
     @abstractmethod
     def build(self, frozen: bool) -> None:
-        """Freeze, where that is asked for, and make the optimizer and what runs it."""
+        """Freeze, if asked for, and build the optimizer and the trainer."""
 
     @abstractmethod
     def fit(self, epochs: int, after_step: AfterStep) -> None:
         """Train, and call a function after each step."""
 
     def check(self) -> None:
-        """Ask the handle whether all holds."""
+        """Check the handle's promise."""
         assert self.frozen is not None
         self.frozen.assert_frozen(guarded=self.has_compact)
 
@@ -82,7 +82,7 @@ class Framework(ABC):
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint."""
+        """Resume from a checkpoint."""
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters by the names that `held` has for them."""
@@ -115,7 +115,7 @@ def _loader() -> DataLoader[Any]:
 
 
 class _Followed:
-    """Inside the block, a function is called after each step of any optimizer of torch."""
+    """Call a function after each step of any optimizer of torch inside the block."""
 
     def __init__(self, after_step: AfterStep) -> None:
         self._handle = register_optimizer_step_post_hook(lambda *_: after_step())
@@ -212,7 +212,7 @@ class Fastai(Framework):
 
 
 class FastaiOwn(Fastai):
-    """With an optimizer of fastai's own, which is none of torch's."""
+    """With fastai's own optimizer, which is not one of torch's."""
 
     has_compact = False
 
@@ -378,7 +378,7 @@ class HuggingFace(Framework):
         return Trainer(self.model, TrainingArguments(**arguments), train_dataset=data, callbacks=callbacks)
 
     def check(self) -> None:
-        assert self.frozen is not None  # the callback has taken its hooks off
+        assert self.frozen is not None  # the callback has removed its hooks
         assert not self.frozen.attached
         assert self.frozen.violations() == ()
 

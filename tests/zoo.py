@@ -22,7 +22,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Animal:
-    """A model, a batch for it, a spec, and what that spec means."""
+    """A model, a batch for it, a spec, and the meaning of that spec."""
 
     name: str
     build: Callable[[], nn.Module]
@@ -37,7 +37,7 @@ class Animal:
         return self.build().to(device)
 
     def held(self, model: nn.Module) -> dict[str, Held]:
-        """Work out from the unfrozen model what must hold from the moment of freezing on."""
+        """Compute from the unfrozen model what must hold from the moment of freezing on."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
         held = {}
         for name, wanted in self.indices.items():
@@ -51,7 +51,7 @@ class Animal:
 
     def loss(self, model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
         output = model(*batch)
-        # not a plain sum of squares: every output must pull on the weights in its own way
+        # not a plain sum of squares: every output must have a different gradient
         weights = torch.linspace(0.5, 1.5, output.numel(), device=output.device, dtype=output.dtype)
         return torch.sum((output.flatten() - 0.3) ** 2 * weights)
 
@@ -68,7 +68,7 @@ class CalledTwice(nn.Module):
 
 
 class TiedLanguageModel(nn.Module):
-    """Embedding and head share one weight."""
+    """Embedding and head share their weight."""
 
     def __init__(self) -> None:
         super().__init__()

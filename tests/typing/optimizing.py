@@ -1,4 +1,4 @@
-"""`MaskedOptimizer` where an `Optimizer` is asked for, and what guarding returns."""
+"""`MaskedOptimizer` where an `Optimizer` is expected, and what guarding returns."""
 
 from __future__ import annotations
 

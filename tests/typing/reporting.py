@@ -1,4 +1,4 @@
-"""What the handle reports, counts and draws, and the errors that say what is missing."""
+"""What the handle reports, counts and draws, and errors about what is missing."""
 
 from __future__ import annotations
 
