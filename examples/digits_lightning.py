@@ -57,7 +57,7 @@ class Digits(pl.LightningModule):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train digits with a dilated convolution that never sees its centre.")
+    parser = argparse.ArgumentParser(description="Train digits with a dilated convolution that never sees its center.")
     parser.add_argument("--rule", default="cnn4_dilation.weight[center] = 0", help="what to freeze (%(default)s)")
     parser.add_argument("--epochs", type=int, default=20, help="passes over the training digits (%(default)s)")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="the folder to write to (%(default)s)")
@@ -86,7 +86,7 @@ def main() -> None:
     assert frozen is not None  # there since the start of fit
     print(frozen)
     print(f"accuracy on {len(held_out)} held-out digits: {trainer.callback_metrics['accuracy']:.1%}")
-    print(f"farthest a centre of cnn4_dilation was from 0 after any step: {model.farthest}")
+    print(f"farthest a center of cnn4_dilation was from 0 after any step: {model.farthest}")
     for name in frozen:
         frozen.plot(name, outputs / f"{name}.png")
         print(f"kernels drawn in {outputs / name}.png")

@@ -85,7 +85,7 @@ def main() -> None:
     one, three = shared.weight.detach(), plain.weight.detach()
     print(tied)
     print(f"largest difference from the kernel that blurred: {(one[0, 0] - blur_kernel()).abs().max().item():.6f}")
-    print(f"the three tied kernels are one: {torch.equal(three, three[:1].expand_as(three))}")
+    print(f"the three tied kernels are equal: {torch.equal(three, three[:1].expand_as(three))}")
     print(f"same to the last bit: {torch.equal(one.expand_as(three), three)}")
     learned = {"learned by\nSharedKernelConv2d": one[0, 0], "learned by\nweight = tied(0)": three[0, 0]}
     draw({"the kernel that blurred\nboth photographs": blur_kernel(), **learned}, options.picture)

@@ -583,7 +583,7 @@ def _rules_file(folder: Folder, name: str, content: str) -> str:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("r.txt", "# two rules\nconv.weight[:, :, 1, 1] = 0  # the centre\n\nhead\n"),
+        ("r.txt", "# two rules\nconv.weight[:, :, 1, 1] = 0  # the center\n\nhead\n"),
         ("r.rules", "\ufeffconv.weight[:, :, 1, 1] = 0\r\nhead"),
         ("r.yaml", "|\n  conv.weight[:, :, 1, 1] = 0\n  head\n"),
         ("r.yml", "- conv.weight[:, :, 1, 1] = 0\n- head\n"),

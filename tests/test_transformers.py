@@ -435,7 +435,7 @@ def test_a_frozen_model_that_was_saved_loads_again_and_holds(tied: bool, tmp_pat
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Letting go
+# Thawing
 
 
 def test_entries_are_let_go_at_until_epoch_and_stay_free_on_resuming(tmp_path: Path) -> None:
