@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         "--malloc",
         choices=("kept", "default"),
         default="kept",
-        help="kept: start anew with an allocator that keeps freed memory, without which each step page-faults its big "
+        help="kept: restart with an allocator that keeps freed memory, without which each step page-faults its big "
         "temporaries in again; default: as it is (%(default)s)",
     )
     add("--json", type=Path, metavar="FILE", help="write all figures to a file as well")

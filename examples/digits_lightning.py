@@ -46,8 +46,8 @@ class Digits(pl.LightningModule):
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     def on_train_batch_end(self, *args: Any) -> None:
-        centre = self.cnn4_dilation.weight[:, :, 1, 1]
-        self.farthest = max(self.farthest, centre.abs().max().item())
+        center = self.cnn4_dilation.weight[:, :, 1, 1]
+        self.farthest = max(self.farthest, center.abs().max().item())
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.log("accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean(), prog_bar=True)

@@ -60,8 +60,8 @@ def draw(kernels: dict[str, Tensor], path: Path) -> None:
     for axis, (title, kernel) in zip(axes, kernels.items(), strict=True):
         image = axis.imshow(kernel.numpy(), cmap="Blues", vmin=0, vmax=limit)
         for (row, column), weight in np.ndenumerate(kernel.numpy()):
-            colour = "white" if weight > limit / 2 else "black"
-            axis.text(column, row, f"{round(1000 * weight)}", color=colour, ha="center", va="center", fontsize=9)
+            color = "white" if weight > limit / 2 else "black"
+            axis.text(column, row, f"{round(1000 * weight)}", color=color, ha="center", va="center", fontsize=9)
         axis.set(title=title, xticks=[], yticks=[])
     figure.colorbar(image, ax=axes, shrink=0.8, label="weight")
     path.parent.mkdir(parents=True, exist_ok=True)

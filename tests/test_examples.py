@@ -64,7 +64,7 @@ def test_every_example_is_run_here() -> None:
     assert [path for path in _names() if f'_run("{path}"' not in source] == []
 
 
-def test_digits_holds_the_centre_and_draws_it(tmp_path: Path) -> None:
+def test_digits_holds_the_center_and_draws_it(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "outputs"
     output = _run("digits_lightning.py", "--epochs", "1", "--outputs", str(folder))
     assert "cnn4_dilation.weight[center] = 0     128  1,024" in output

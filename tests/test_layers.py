@@ -508,7 +508,7 @@ def test_a_bias_at_the_response_is_added_where_a_tap_sees_something(geometry: Ge
 
 
 @dimensions
-def test_an_empty_neighbourhood_gives_zero_and_not_the_bias(dims: int) -> None:
+def test_an_empty_neighborhood_gives_zero_and_not_the_bias(dims: int) -> None:
     layer = MASKED[dims](1, 1, 3, padding=1, mask="~center", bias_at="response")
     x = torch.zeros(1, 1, *[5] * dims)
     assert bool((layer(x) == 0).all())

@@ -96,7 +96,7 @@ def test_one_scale_symmetric_around_0_serves_all_kernels() -> None:
     assert figure.axes[1].get_ylabel() == "value"
 
 
-def test_a_mark_is_a_sign_with_a_white_rim_and_no_colour() -> None:
+def test_a_mark_is_a_sign_with_a_white_rim_and_no_color() -> None:
     figure = _picture(nn.Linear(3, 2), "weight[0] = 1")
     (marks,) = (c for c in figure.axes[0].collections if c.get_gid() == "x")
     assert torch.as_tensor(marks.get_edgecolor()).tolist() == [[0, 0, 0, 1]]
@@ -110,11 +110,11 @@ def test_the_frozen_panel_of_a_large_matrix_is_grey_and_exact() -> None:
     numbers = shares.get_array()
     assert numbers is not None
     assert torch.as_tensor(numbers).nonzero().tolist() == [[7, 3], [7, 4]]
-    colours = shares.to_rgba(torch.tensor([0.0, 0.001, 0.5, 0.999, 1.0]).numpy())[:, :3]
-    assert (colours[:, :1] == colours).all()  # greys
-    assert len({tuple(colour) for colour in colours}) == 5
-    assert colours[0].tolist() == [1, 1, 1]
-    assert colours[-1].tolist() == [0, 0, 0]
+    colors = shares.to_rgba(torch.tensor([0.0, 0.001, 0.5, 0.999, 1.0]).numpy())[:, :3]
+    assert (colors[:, :1] == colors).all()  # greys
+    assert len({tuple(color) for color in colors}) == 5
+    assert colors[0].tolist() == [1, 1, 1]
+    assert colors[-1].tolist() == [0, 0, 0]
 
 
 def test_the_title_says_name_shape_rules_and_counts() -> None:
