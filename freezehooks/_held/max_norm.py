@@ -44,7 +44,7 @@ def rescale_free_entries(
     """
     if any(each.is_sharded for each in held):
         raise UnsupportedParameterError(
-            f"`{held[0].name}` is spread over ranks, and its embedding has `max_norm`, which rescales frozen entries",
+            f"`{held[0].name}` is sharded, and its embedding has `max_norm`, which rescales frozen entries",
             "leave `max_norm` out, or freeze no entry of it",
         )
     weight, rows = parameter.data, indices.flatten().unique()
