@@ -63,7 +63,7 @@ def _insides(root: Any) -> Iterable[Any]:
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """Return the most bytes allocated at once in a step.
 
-    Memory from before the step that is freed in it counts as negative on CUDA, and is not seen on the CPU.
+    Freeing memory from before the step reduces the number on CUDA, and is not seen on the CPU.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -80,8 +80,8 @@ def is_gathered(layout: Layout | None, sharded: Layout | None) -> bool:
 def local_gradient(parameter: Tensor) -> Tensor | None:
     """Return this rank's shard of the gradient, with the placements of the parameter.
 
-    Tensor parallelism may leave the gradient with other placements. No communication is needed if it is partial where
-    the parameter is replicated; otherwise it is redistributed.
+    Tensor parallelism may leave the gradient with other placements. A partial gradient of a replicated parameter stays
+    as it is, and a replicated gradient of a sharded parameter is cut without communication.
     """
     gradient = parameter.grad
     if gradient is None or not is_sharded(gradient):

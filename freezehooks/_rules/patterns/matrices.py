@@ -25,7 +25,7 @@ class MatrixPattern(Pattern):
     __slots__ = ()
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise RegionError where the shape has fewer than two dimensions."""
+        """Raise RegionError if the shape has fewer than two dimensions."""
         check_matrix(self, shape)
 
 
