@@ -1,4 +1,4 @@
-# make demo   trains the network of examples/digits_lightning.py and draws its kernels
+# make demo   trains the network of examples/digits_lightning.py, plain and with a rule, and draws one of its kernels
 # make test   runs the tests
 # make check  runs lint, types, the site and the tests: all that a change must pass
 # make docs   builds the site in docs/_build/html; a warning is an error
@@ -16,10 +16,12 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/
 INSTALL := $(RUN)python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH_CPU := https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test coverage lint types check docs bench hooks wheel test-wheel test-lowest test-frameworks test-versions clean
 
-demo: $(VENV)/.examples
+demo: $(VENV)/.demo
 	$(RUN)python examples/digits_lightning.py
 
 test: $(VENV)/.test
@@ -70,8 +72,19 @@ $(VENV)/.release: constraints.txt | $(VENV)/bin/python
 	$(INSTALL) build twine pre-commit
 	@touch $@
 
+# The demo runs on the CPU. The usual torch for Linux brings CUDA along, a download of gigabytes that would not be used.
+$(VENV)/.demo: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
+	@$(RUN)python -c "import torch" 2>/dev/null || { \
+		echo "downloading torch for the CPU (190 MB)"; \
+		$(INSTALL) --retries 0 --extra-index-url $(TORCH_CPU) "torch==$(TORCH)+cpu" 2>/dev/null || \
+		echo "found no torch for the CPU alone: the next step downloads the usual one, with CUDA about 3 GB"; }
+	@echo "downloading Lightning, matplotlib and scikit-learn (100 MB)"
+	$(INSTALL) --editable ".[demo]"
+	@touch $@
+
 # A stamp for each set of dependencies, renewed when what it is made from changes.
-$(VENV)/.examples $(VENV)/.test $(VENV)/.docs $(VENV)/.bench: $(VENV)/.%: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.test $(VENV)/.docs $(VENV)/.bench: $(VENV)/.%: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing what \`$*\` in setup.cfg names; with torch for CUDA this downloads about 3 GB"
 	$(INSTALL) --editable ".[$*]"
 	@touch $@
 

@@ -173,9 +173,9 @@ class TrainableTokens(Alternative):
         import peft  # takes seconds, and most scenarios do without
 
         module, _ = self.owner(held)
-        learnt = (~held.frozen(self.model.get_parameter(held.name))).any(dim=1).nonzero().flatten().tolist()
+        learned = (~held.frozen(self.model.get_parameter(held.name))).any(dim=1).nonzero().flatten().tolist()
         names = [name for name, found in self.model.named_modules() if found is module]
-        config = peft.TrainableTokensConfig(token_indices=learnt, target_modules=names)
+        config = peft.TrainableTokensConfig(token_indices=learned, target_modules=names)
         peft.inject_adapter_in_model(config, self.model, self.adapter)
 
     def parameter(self, held: Held) -> Tensor:

@@ -1,22 +1,27 @@
 """Train digits with a dilated convolution whose kernel center is always 0, through the Lightning callback.
 
-The last 3x3 convolution looks 5 pixels to every side and never at the pixel itself. AdamW with weight decay would
-move a center that merely starts at 0; the callback holds it there, and the picture shows it. The run saves the weights
-before and after, and the rule, to look into with the command line.
+The last 3x3 convolution looks 5 pixels to every side and never at the pixel itself. The same network is trained twice
+from the same weights: plain, and with the rule. A picture shows one kernel of both over the epochs. The run also leaves
+files for the command line: the weights before and after training, and the rule.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
@@ -56,6 +61,72 @@ class Digits(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=5e-3, weight_decay=0.1)
 
 
+class KeepKernel(pl.Callback):
+    """Keep a copy of one kernel, before training and after each epoch."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.kernels: list[Tensor] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.keep(pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.keep(pl_module)
+        print(".", end="", flush=True)
+
+    def keep(self, model: nn.Module) -> None:
+        self.kernels.append(model.get_parameter(self.name)[0, 0].detach().clone())
+
+
+def train(model: Digits, epochs: int, *callbacks: pl.Callback) -> pl.Trainer:
+    pl.seed_everything(0, verbose=False)
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    train, held_out = random_split(TensorDataset(images, torch.tensor(digits.target)), [0.8, 0.2])
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        callbacks=list(callbacks),
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(model, DataLoader(train, batch_size=64, shuffle=True), DataLoader(held_out, batch_size=512))
+    return trainer
+
+
+def draw(title: str, frozen: Tensor, rows: dict[str, list[Tensor]], path: Path) -> None:
+    """Draw a kernel over the epochs, a row for each training, with a frame around each frozen entry."""
+    last = len(next(iter(rows.values()))) - 1
+    epochs = sorted({0, min(1, last), min(2, last), last // 4, last // 2, last})
+    limit = max(float(kernel.abs().max()) for kernels in rows.values() for kernel in kernels)
+    figure = Figure(figsize=(1.75 * len(epochs) + 1.2, 1.95 * len(rows) + 0.5), layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    axes = figure.subplots(len(rows), len(epochs), squeeze=False)
+    for row, (label, kernels) in enumerate(rows.items()):
+        for axis, epoch in zip(axes[row], epochs, strict=True):
+            kernel = kernels[epoch]
+            axis.imshow(kernel, cmap=colormaps["RdBu"], vmin=-limit, vmax=limit)
+            axis.set(xticks=[], yticks=[])
+            for y, x in torch.ones_like(frozen).nonzero().tolist():
+                shade = "white" if abs(kernel[y, x]) > 0.6 * limit else "black"
+                axis.text(x, y, f"{kernel[y, x]:.2f}", ha="center", va="center", fontsize=9, color=shade)
+                if frozen[y, x] and row:
+                    axis.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, linewidth=2.5))
+            if row == 0:
+                axis.set_title("before training" if epoch == 0 else f"epoch {epoch}", fontsize=10)
+        axes[row][0].set_ylabel(label, fontsize=11)
+    figure.savefig(path, dpi=110)
+
+
+def silence() -> None:
+    """Leave out what Lightning says about hardware and settings, and the table that is printed here already."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train digits with a dilated convolution that never sees its center.")
     parser.add_argument("--rule", default="cnn4_dilation.weight[center] = 0", help="what to freeze (%(default)s)")
@@ -64,32 +135,43 @@ def main() -> None:
     options = parser.parse_args()
     outputs: Path = options.outputs
     outputs.mkdir(parents=True, exist_ok=True)
+    silence()
+    torch.set_num_threads(1)  # so small a network gains nothing from more, and on a busy machine they slow it down
 
-    pl.seed_everything(0)
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-    train, held_out = random_split(TensorDataset(images, torch.tensor(digits.target)), [0.8, 0.2])
-
-    model, freeze = Digits(), FreezeEntries(options.rule)
-    with freeze_entries(model, options.rule):  # the rule's values, before any training
+    pl.seed_everything(0, verbose=False)
+    plain, model = Digits(), Digits()
+    model.load_state_dict(plain.state_dict())  # both trainings start from the same weights
+    with freeze_entries(model, options.rule) as frozen:  # the rule's values, before any training
         torch.save(model.state_dict(), outputs / "digits_start.pt")
-    trainer = pl.Trainer(
-        max_epochs=options.epochs, callbacks=[freeze], accelerator="cpu", logger=False, enable_checkpointing=False
-    )
-    trainer.fit(model, DataLoader(train, batch_size=64, shuffle=True), DataLoader(held_out, batch_size=512))
+        print(frozen)
+        name = next(iter(frozen))
+        entries = frozen[name].frozen[0, 0]
+
+    plain_kernel, kernel = KeepKernel(name), KeepKernel(name)
+    print(f"\nplain training, {options.epochs} epochs ", end="")
+    plain_trainer = train(plain, options.epochs, plain_kernel)
+    print(f"\ntraining with the rule, {options.epochs} epochs ", end="")
+    freeze = FreezeEntries(options.rule)
+    trainer = train(model, options.epochs, freeze, kernel)
 
     trainer.save_checkpoint(outputs / "digits.ckpt")
     rules = [str(rule) for rule in freeze.rules]
     (outputs / "rules.yaml").write_text("".join(f"- {json.dumps(rule)}\n" for rule in rules))  # JSON text is YAML text
 
-    frozen = freeze.frozen
-    assert frozen is not None  # there since the start of fit
-    print(frozen)
-    print(f"accuracy on {len(held_out)} held-out digits: {trainer.callback_metrics['accuracy']:.1%}")
-    print(f"farthest a center of cnn4_dilation was from 0 after any step: {model.farthest}")
-    for name in frozen:
-        frozen.plot(name, outputs / f"{name}.png")
-        print(f"kernels drawn in {outputs / name}.png")
+    print(f"\n\n{'':52}{'plain':>8}{'frozen':>8}")
+    told = (plain_trainer, trainer)
+    print(f"{'accuracy on 359 held-out digits':52}" + "".join(f"{t.callback_metrics['accuracy']:8.1%}" for t in told))
+    print(f"{'farthest a center of cnn4_dilation was from 0':52}{plain.farthest:8.3f}{model.farthest:8.3f}")
+    pictures = {"one kernel over the epochs": outputs / "kernel_over_epochs.png"}
+    title = f"one kernel, trained plain and with `{frozen[name].rules[0]}`"
+    draw(title, entries, {"plain": plain_kernel.kernels, "frozen": kernel.kernels}, outputs / "kernel_over_epochs.png")
+    assert freeze.frozen is not None  # there since the start of fit
+    for each in freeze.frozen:
+        pictures[f"all kernels of {each}"] = outputs / f"{each}.png"
+        freeze.frozen.plot(each, outputs / f"{each}.png")
+    print()
+    for what, path in pictures.items():
+        print(f"{what + ':':52}{path}")
     print("\nLook into what was saved:")
     beside = os.path.relpath(Path(sys.executable).with_name("freezehooks"))
     program = "freezehooks" if shutil.which("freezehooks") else beside

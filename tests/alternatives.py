@@ -180,8 +180,8 @@ class PeftTokens(Way):
 
     def hold(self) -> None:
         peft: Any = pytest.importorskip("peft")
-        learnt = (~self.frozen).flatten(1).any(dim=1).nonzero().flatten().tolist()
-        config = peft.TrainableTokensConfig(token_indices=learnt, target_modules=["0"])
+        learned = (~self.frozen).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        config = peft.TrainableTokensConfig(token_indices=learned, target_modules=["0"])
         others = [parameter for parameter in self.model.parameters() if parameter is not self.model[0].weight]
         self.wrapped = peft.PeftModel(self.model, config)
         for parameter in others:

@@ -39,7 +39,7 @@ def folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Folder:
 # The program
 
 
-@pytest.mark.parametrize("command", ["show", "verify", "diff"])
+@pytest.mark.parametrize("command", ["show", "verify", "diff", "demo"])
 def test_every_command_has_help_with_worked_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leaving:
         main([command, "--help"])
@@ -51,14 +51,17 @@ def test_the_help_says_what_commands_are_for_and_how_rules_are_written(capsys: p
     with pytest.raises(SystemExit):
         main(["--help"])
     said = capsys.readouterr().out
-    commands = [f"\n    {command} " for command in ("explain", "show", "verify", "diff")]
+    commands = [f"\n    {command} " for command in ("explain", "show", "verify", "diff", "demo")]
     order = [said.index(text) for text in [*commands, "smallest(fraction)", "exit codes"]]
     assert order == sorted(order)
 
 
 @pytest.mark.parametrize(
     "rule",
-    ["conv.weight[:, :, 1, 1] = 0", "conv?.weight[~cross] = 0", "wte[~50257:]", "w[cross(3)]", "w[nm(2, 4)]"],
+    [
+        *("conv.weight[:, :, 1, 1] = 0", "conv?.weight[~cross] = 0", "layer*.conv?.weight[center]", "wte[~50257:]"),
+        *("w[cross(3)]", "w[nm(2, 4)]"),
+    ],
 )
 def test_the_rules_in_the_help_are_rules(rule: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert parse_rule(rule).target
@@ -106,8 +109,8 @@ def test_alone_it_prints_its_help_and_is_no_yes(capsys: pytest.CaptureFixture[st
         ("explian", "did you mean `explain`?"),
         ("dif", "did you mean `diff`?"),
         ("shows", "did you mean `show`?"),
-        ("praise", "the commands are explain, show, verify, diff"),
-        ("", "the commands are explain, show, verify, diff"),
+        ("praise", "the commands are explain, show, verify, diff, demo"),
+        ("", "the commands are explain, show, verify, diff, demo"),
     ],
 )
 def test_a_mistyped_command_gets_a_suggestion(verb: str, advice: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,10 +126,11 @@ def _asked(command: str, path: str) -> list[str]:
         "show": ["show", path, "--rule", "w"],
         "verify": ["verify", path, "--rule", "w[0] = 1"],
         "diff": ["diff", path, path],
+        "demo": ["demo", "--steps", "1"],
     }[command]
 
 
-_COMMANDS = ["explain", "show", "verify", "diff"]
+_COMMANDS = ["explain", "show", "verify", "diff", "demo"]
 
 
 @pytest.mark.parametrize("command", _COMMANDS)

@@ -358,7 +358,7 @@ def _peft_tokens() -> PeftTokens:
     return held
 
 
-def test_peft_saves_the_learnt_rows_alone(peft: Any) -> None:
+def test_peft_saves_the_learned_rows_alone(peft: Any) -> None:
     saved = peft.get_peft_model_state_dict(_peft_tokens().wrapped)
     assert {name: tensor.shape for name, tensor in saved.items() if "tokens" in name} == {
         "base_model.model.0.trainable_tokens_delta": (2, 3)
@@ -367,11 +367,11 @@ def test_peft_saves_the_learnt_rows_alone(peft: Any) -> None:
 
 def test_peft_switches_its_rows_off_and_on() -> None:
     held = _peft_tokens()
-    learnt = held.wrapped(torch.arange(6)).detach()
+    learned = held.wrapped(torch.arange(6)).detach()
     with held.wrapped.disable_adapter():
         assert held.wrapped(torch.tensor([4])).equal(held.model[1](held.stored()[[4]]))
-        assert not held.wrapped(torch.arange(6)).equal(learnt)
-    assert held.wrapped(torch.arange(6)).equal(learnt)
+        assert not held.wrapped(torch.arange(6)).equal(learned)
+    assert held.wrapped(torch.arange(6)).equal(learned)
 
 
 def test_peft_trains_tokens_beside_low_rank_updates(peft: Any) -> None:

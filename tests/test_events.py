@@ -370,7 +370,7 @@ class SharpnessAware(Optimizer):
         self.base_optimizer.step()
 
 
-def test_the_two_steps_of_sharpness_aware_minimisation_hold() -> None:
+def test_the_two_steps_of_sharpness_aware_minimization_hold() -> None:
     model = _model()
     frozen = freeze_entries(model, "weight[0] = 0.3")
     optimizer: Any = MaskedOptimizer(SharpnessAware(AdamW(model.parameters(), lr=0.1, weight_decay=0.1)), frozen)

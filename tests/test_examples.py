@@ -64,13 +64,25 @@ def test_every_example_is_run_here() -> None:
     assert [path for path in _names() if f'_run("{path}"' not in source] == []
 
 
-def test_digits_holds_the_center_and_draws_it(tmp_path: Path) -> None:
+def test_digits_holds_the_center_beside_plain_training_and_draws_it(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "outputs"
     output = _run("digits_lightning.py", "--epochs", "1", "--outputs", str(folder))
-    assert "cnn4_dilation.weight[center] = 0     128  1,024" in output
-    assert "farthest a center of cnn4_dilation was from 0 after any step: 0.0" in output
-    assert re.search(r"accuracy on 359 held-out digits: \d+\.\d%", output)
-    assert (folder / "cnn4_dilation.weight.png").read_bytes().startswith(b"\x89PNG")
+    assert output.count("cnn4_dilation.weight[center] = 0     128  1,024") == 1
+    plain, frozen = re.findall(r"farthest a center of cnn4_dilation was from 0 +(\S+) +(\S+)$", output, re.MULTILINE)[0]
+    assert float(plain) > 0.05
+    assert frozen == "0.000"
+    assert re.search(r"accuracy on 359 held-out digits +\d+\.\d% +\d+\.\d%", output)
+    for name in ("kernel_over_epochs.png", "cnn4_dilation.weight.png"):
+        assert str(folder / name) in output
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_digits_leaves_out_what_lightning_says_of_itself(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "digits_lightning.py"), "--epochs", "1", "--outputs", str(tmp_path)]
+    if lacking := _lacking("digits_lightning.py"):
+        pytest.skip(f"the example needs {', '.join(lacking)}")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert not re.search(r"GPU available|Tip:|Warning|Seed set|stopped|Modules in", done.stdout + done.stderr)
 
 
 def test_digits_leaves_what_the_command_line_looks_into(tmp_path: Path) -> None:
@@ -94,7 +106,7 @@ def test_digits_s_rule_is_what_a_diff_finds_unchanged(tmp_path: Path, capsys: py
 
 def test_digits_takes_another_rule(tmp_path: Path) -> None:
     output = _run("digits_lightning.py", "--epochs", "1", "--outputs", str(tmp_path), "--rule", "cnn1[border]")
-    assert "farthest a center of cnn4_dilation was from 0 after any step: 0.0" not in output
+    assert not re.search(r"farthest a center of cnn4_dilation was from 0 .* 0\.000$", output, re.MULTILINE)
     assert (tmp_path / "cnn1.weight.png").exists()
     command = ["verify", f"{tmp_path}/digits.ckpt", "--rules", f"{tmp_path}/rules.yaml"]
     command += ["--against", f"{tmp_path}/digits_start.pt"]  # which says what the border held
@@ -108,14 +120,6 @@ def test_pinned_weight_moves_only_while_it_is_free() -> None:
     assert found["frozen"] == found["attached"] == found["and trained"] == "1.000000"
     assert found["never frozen"] != "1.000000"
     assert found["detached"] != "1.000000"
-
-
-def test_wrapped_optimizers_do_not_drift() -> None:
-    rows = re.findall(r"(\d\.\d{6}) +(\d\.\d{6})$", _run("wrap_optimizer.py", "--steps", "10"), re.MULTILINE)
-    assert len(rows) == 2
-    for hook_alone, masked in rows:
-        assert float(hook_alone) > 0.001
-        assert masked == "0.000000"
 
 
 def test_pruned_weights_stay_pruned() -> None:

@@ -1,4 +1,4 @@
-"""The page on rules is correct: its tables, its drawings, and every error, word for word."""
+"""The pages on rules and errors say what is so: tables, drawings, and every error, word for word."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from typing import Any, Final
 
 import pytest
 import torch
+from torch import nn
 
 import freezehooks
-from freezehooks import FreezeError, parse_region, parse_rule
+from freezehooks import FreezeError, freeze_entries, parse_region, parse_rule
 from freezehooks._entries.select import select
 from freezehooks._rules.patterns.pattern import Pattern
 from freezehooks._rules.spec import rules_of
 
 PACKAGE: Final = Path(freezehooks.__file__).parent
-PAGE: Final = (Path(__file__).parents[1] / "docs" / "rules.md").read_text()
-LANGUAGE, ERRORS = PAGE.split("## Every error")
+DOCS: Final = Path(__file__).parents[1] / "docs"
+LANGUAGE: Final = (DOCS / "rules.md").read_text()
+ERRORS: Final = (DOCS / "errors.md").read_text()
 
 # --------------------------------------------------------------------------------------------------------------------
 # Tables
@@ -53,6 +55,21 @@ def test_text_and_python_in_the_table_say_the_same(text: str, python: str) -> No
     (said,) = _codes(python)
     rules = tuple(parse_rule(code) for code in _codes(text))
     assert rules == rules_of(eval(said, vars(freezehooks)))
+
+
+def _model_of_the_examples() -> nn.ModuleDict:
+    conv = nn.Conv2d(2, 4, 3)
+    nn.init.zeros_(conv.weight)  # equal slices, for `tied`
+    head = nn.Linear(4, 4)
+    head.weight.data[0] = 0
+    layers = {"layer1": nn.ModuleDict({"conv1": nn.Conv2d(2, 2, 3, bias=False)}), "decoder": nn.Linear(4, 4)}
+    more = {"fc": nn.Linear(8, 2), "lstm": nn.LSTM(3, 5), "attn": nn.MultiheadAttention(4, 2), "bn": nn.BatchNorm2d(4)}
+    return nn.ModuleDict({"conv": conv, "head": head, "wte": nn.Embedding(50_260, 1), **layers, **more})
+
+
+@pytest.mark.parametrize("rule", [_codes(row[0])[0] for row in _rows("Examples")])
+def test_every_example_freezes_something(rule: str) -> None:
+    assert len(freeze_entries(_model_of_the_examples(), rule)) > 0
 
 
 def test_every_operator_in_the_table_binds_as_it_says() -> None:

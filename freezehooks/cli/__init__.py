@@ -1,4 +1,4 @@
-"""The command line: `freezehooks explain`, `show`, `verify` and `diff`.
+"""The command line: `freezehooks explain`, `show`, `verify`, `diff` and `demo`.
 
 Exit codes: 0 is yes, 1 is no (an entry does not hold, two files differ), 2 is a question that cannot be answered.
 """
@@ -13,11 +13,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 from .._errors import FreezeError
-from . import diff, explain, show, verify
+from . import demo, diff, explain, show, verify
 from .checkpoints import lacks_memory
 from .output import Answer, complain, say, silence
 
-_COMMANDS: Final = {"explain": explain, "show": show, "verify": verify, "diff": diff}
+_COMMANDS: Final = {"explain": explain, "show": show, "verify": verify, "diff": diff, "demo": demo}
 
 _INTERRUPTED: Final = 130
 _PIPE_CLOSED: Final = 141
@@ -38,9 +38,10 @@ rules:
   value    a number, a list of numbers, keep (what the entries hold), tied(dim),
            mirrored(dim) or symmetric; left out: keep
 
-  conv.weight[:, :, 1, 1] = 0    the center tap of every kernel is 0
-  conv?.weight[~cross] = 0       all but a cross
-  wte[~50257:]                   all but the new rows keep what they hold
+  conv.weight[:, :, 1, 1] = 0    the center of every 3x3 kernel of `conv` is 0
+  layer*.conv?.weight[center]    the centers of all kernels in resnet18's layers keep their values
+  conv?.weight[~cross] = 0       everything outside a cross is 0, in conv1, conv2 and so on
+  wte[~50257:]                   all rows but the new ones keep their values
 
 exit codes:
   0 yes    1 no: an entry does not hold, or the files differ    2 wrong usage, or a file that cannot be read
@@ -80,6 +81,7 @@ _ARGUMENTS: Final[dict[str, dict[str, Any]]] = {
     "--key": {"help": "where in the file the tensors are, with dots between nested keys"},
     "--key-b": {"metavar": "KEY", "help": "where they are in B, if not under --key ('': where usual)"},
     "--against-key": {"metavar": "KEY", "help": "where they are in BASE, if not under --key ('': where usual)"},
+    "--steps": {"metavar": "N", "type": _count, "default": 100, "help": "steps after freezing (%(default)s)"},
     "--rules-only": _FLAG | {"help": "print only the rules, as a file for --rules"},
     "--quiet": _FLAG | {"help": "print nothing; the exit code is the answer"},
     "--json": _FLAG | {"help": "print the answer as JSON"},

@@ -27,7 +27,7 @@ ABOUT: Final = (
 EXAMPLES: Final = """\
   freezehooks show model.pt
       names, shapes and dtypes of what is in the file
-  freezehooks show model.pt --rule 'conv*.weight[center] = 0'
+  freezehooks show model.pt --rule 'layer*.conv?.weight[center] = 0'
       which parameters have a center tap that would be held at 0, and what it holds now
   freezehooks show epoch=9.ckpt --rules rules.yaml
       the same for a file of rules; the tensors of a Lightning checkpoint are found under `state_dict`

@@ -29,7 +29,7 @@ ABOUT: Final = (
     "in BASE. -0.0 is not 0.0. Or check what a handle has saved, or that everything but some entries is as it was."
 )
 EXAMPLES: Final = """\
-  freezehooks verify model.pt --rule 'conv*.weight[center] = 0'
+  freezehooks verify model.pt --rule 'layer*.conv?.weight[center] = 0'
       is the center tap of these kernels exactly 0?
   freezehooks verify tuned.safetensors --rule 'wte[:50257]' --against base.safetensors
       are the old rows of the embedding those of the base, to the last bit?
