@@ -6,10 +6,12 @@ import re
 from importlib.metadata import version as version_of
 from typing import Any
 
+from docutils import nodes
 from docutils.nodes import Element
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.util.nodes import make_refnode
 
 project = "freezehooks"
 author = "The freezehooks developers"
@@ -22,6 +24,7 @@ html_theme = "furo"
 html_title = f"{project} {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["copy.js"]
 html_copy_source = False
 html_show_sphinx = False
 
@@ -53,6 +56,17 @@ def link_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, tex
     return found or text  # what is not public shows without a link
 
 
+def link_literals(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    """Lead a public name that is written as code, such as `freeze_entries`, to its place in the API pages."""
+    objects = app.env.domains.python_domain.objects
+    for literal in list(doctree.findall(nodes.literal)):
+        found = objects.get(f"freezehooks.{literal.astext().removesuffix('()')}")
+        if found is None or found.docname == page or isinstance(literal.parent, nodes.reference | nodes.title):
+            continue
+        link = make_refnode(app.builder, page, found.docname, found.node_id, literal.deepcopy())
+        literal.replace_self(link)
+
+
 def keep_colons(*event: Any) -> None:
     """Put a dash for the colon before which Napoleon would expect a type: in a value's text, and below `Returns`."""
     _, what, *_, lines = event
@@ -64,4 +78,5 @@ def keep_colons(*event: Any) -> None:
 def setup(app: Sphinx) -> None:
     """Register the hooks."""
     app.connect("missing-reference", link_public_name)
+    app.connect("doctree-resolved", link_literals)
     app.connect("autodoc-process-docstring", keep_colons, priority=400)  # before Napoleon
