@@ -61,7 +61,7 @@ def link_literals(app: Sphinx, doctree: nodes.document, page: str) -> None:
     objects = app.env.domains.python_domain.objects
     for literal in list(doctree.findall(nodes.literal)):
         found = objects.get(f"freezehooks.{literal.astext().removesuffix('()')}")
-        if found is None or found.docname == page or isinstance(literal.parent, nodes.reference | nodes.title):
+        if found is None or isinstance(literal.parent, nodes.reference | nodes.title):
             continue
         link = make_refnode(app.builder, page, found.docname, found.node_id, literal.deepcopy())
         literal.replace_self(link)

@@ -100,9 +100,9 @@ def train(model: Digits, epochs: int, *callbacks: pl.Callback) -> pl.Trainer:
 def draw(title: str, frozen: Tensor, rows: dict[str, list[Tensor]], path: Path) -> None:
     """Draw a kernel over the epochs, a row for each training, with a frame around each frozen entry."""
     last = len(next(iter(rows.values()))) - 1
-    epochs = sorted({0, min(1, last), min(2, last), last // 4, last // 2, last})
+    epochs = sorted({0, min(1, last), last // 4, last})
     limit = max(float(kernel.abs().max()) for kernels in rows.values() for kernel in kernels)
-    figure = Figure(figsize=(1.75 * len(epochs) + 1.2, 1.95 * len(rows) + 0.5), layout="constrained")
+    figure = Figure(figsize=(1.6 * len(epochs) + 0.8, 1.75 * len(rows) + 0.6), layout="constrained")
     figure.suptitle(title, fontsize=12)
     axes = figure.subplots(len(rows), len(epochs), squeeze=False)
     for row, (label, kernels) in enumerate(rows.items()):
@@ -163,7 +163,7 @@ def main() -> None:
     print(f"{'accuracy on 359 held-out digits':52}" + "".join(f"{t.callback_metrics['accuracy']:8.1%}" for t in told))
     print(f"{'farthest a center of cnn4_dilation was from 0':52}{plain.farthest:8.3f}{model.farthest:8.3f}")
     pictures = {"one kernel over the epochs": outputs / "kernel_over_epochs.png"}
-    title = f"one kernel, trained plain and with `{frozen[name].rules[0]}`"
+    title = f"one kernel, trained plain and with the rule {frozen[name].rules[0]}"
     draw(title, entries, {"plain": plain_kernel.kernels, "frozen": kernel.kernels}, outputs / "kernel_over_epochs.png")
     assert freeze.frozen is not None  # there since the start of fit
     for each in freeze.frozen:
