@@ -137,10 +137,10 @@ class ZeroInClone:
         return gradient
 
 
-class HooksByHand(Alternative):
+class HookAndRewrite(Alternative):
     """What most answers on the web suggest: a tensor hook, and writes through `.data` before forward and after step."""
 
-    name = "hooks by hand"
+    name = "hook and rewrite"
 
     def prepare(self) -> None:
         self.held = [(self.parameter(held), held.index, held.values()) for held in self.task.held]
@@ -190,5 +190,5 @@ class TrainableTokens(Alternative):
         return weight
 
 
-AT_VALUES: tuple[type[Plain], ...] = (Parametrize, MaskAroundStep, HooksByHand)
+AT_VALUES: tuple[type[Plain], ...] = (Parametrize, MaskAroundStep, HookAndRewrite)
 AT_ZERO: tuple[type[Plain], ...] = (Prune, *AT_VALUES)

@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from ._comparison import Case, Options, compare
 from ._data import ADAMW, Loss, MakeOptimizer, classify, images, new_tokens, regress, reproduce, rows
 from ._entries import centers, random_entries, spec_of
-from .alternatives import AT_VALUES, AT_ZERO, HooksByHand, MaskAroundStep, Parametrize, Prune, TrainableTokens
+from .alternatives import AT_VALUES, AT_ZERO, HookAndRewrite, MaskAroundStep, Parametrize, Prune, TrainableTokens
 from .models import Head, TokenModel, perceptron, residual_net
 from .subjects import (
     OURS,
@@ -91,7 +91,7 @@ def tokens(options: Options) -> Iterator[Case]:
     held = [Held("wte.weight", slice(None, -16), model.wte.weight.detach().clone())]
     batches = new_tokens(sizes.tokens, options.device, sizes.vocabulary)
     task = Task(model, batches, regress, AdamW, held, "wte[~-16:] = keep")
-    kinds = [*OURS, HooksByHand, TrainableTokens]
+    kinds = [*OURS, HookAndRewrite, TrainableTokens]
     case = compare("16 new tokens of an embedding, AdamW", kinds, task, options, rounds=20, parts=True)
     if FreezeHooksCompact.name in case.rows:
         row = case.rows[FreezeHooksCompact.name]
@@ -132,7 +132,7 @@ def compare_rows(options: Options, head: Head, width: int, optimizers: Mapping[s
 
 
 def _compare_kept(title: str, options: Options, optimizers: Mapping[str, MakeOptimizer], task: Task) -> Iterator[Case]:
-    kinds = [*OURS, FreezeHooksSkipping, FreezeHooksSkippingCompact, MaskAroundStep, HooksByHand]
+    kinds = [*OURS, FreezeHooksSkipping, FreezeHooksSkippingCompact, MaskAroundStep, HookAndRewrite]
     for name, optimizer in optimizers.items():
         found = compare(f"{title}, {name}", kinds, replace(task, optimizer=optimizer), options, rounds=20, parts=True)
         usual, skipping, both = (
