@@ -236,7 +236,7 @@ def test_a_parameter_without_gradient_has_no_norms(tmp_path: Path) -> None:
 @packages
 def test_a_trainer_without_logger_is_refused(package: str, tmp_path: Path) -> None:
     trainer = _trainer(package, tmp_path, FreezeEntries(SPEC), FrozenEntriesMonitor())
-    with pytest.raises(SpecError, match="needs a logger, and the Trainer has none; make it with"):
+    with pytest.raises(SpecError, match="needs a logger, and the Trainer has none; give it one with"):
         trainer.fit(_module(package), _data(), _data())
 
 
