@@ -26,6 +26,7 @@ from freezehooks import FrozenEntries, MaskedOptimizer, UnsupportedParameterErro
 from freezehooks._held.parameter import FrozenParameter
 
 from .claims import held_twice, same_bits
+from .parallel import computes_in_shards
 from .ranks import on_ranks
 
 INPUTS, OUTPUTS = 4, 8
@@ -357,28 +358,8 @@ def test_an_error_in_the_forward_leaves_nothing_behind() -> None:
 # Over ranks
 
 
-def _spread(model: nn.Sequential, how: str, **options: Any) -> Any:
-    if how == "replicated":
-        return DistributedDataParallel(model, **options)
-    for layer in model if how == "layers" else ():
-        if isinstance(layer, nn.Linear):
-            fully_shard(layer, **options)
-    return fully_shard(model, **options)
-
-
-@on_ranks(
-    2,
-    {
-        "replicated, frozen first": {"how": "replicated", "first": "frozen"},
-        "replicated first": {"how": "replicated", "first": "spread", "gradient_as_bucket_view": True},
-        "layers sharded, frozen first": {"how": "layers", "first": "frozen"},
-        "layers sharded first": {"how": "layers", "first": "spread"},
-        "layers resharded, frozen first": {"how": "layers", "first": "frozen", "reshard_after_forward": True},
-        "root sharded, frozen first": {"how": "root", "first": "frozen"},
-        "root sharded first": {"how": "root", "first": "spread"},
-    },
-)
-def test_over_ranks_gradients_are_the_usual_ones(how: str, first: str, **options: Any) -> None:
+def assert_as_usual_over_ranks(first: str, spread: Callable[[nn.Sequential], Any]) -> None:
+    """Claim: the gradients of a model that is spread over ranks are those of one process without skipping."""
     spec = "*.weight[:-2]\n2.bias[:3]"
     usual = net()
     freeze_entries(usual, spec)
@@ -386,15 +367,46 @@ def test_over_ranks_gradients_are_the_usual_ones(how: str, first: str, **options
     model = net()
     if first == "frozen":
         freeze_entries(model, spec, skip_gradients=True)
-        called = _spread(model, how, **options)
+        called = spread(model)
     else:
-        called = _spread(model, how, **options)
+        called = spread(model)
         freeze_entries(model, spec, skip_gradients=True)
     with pytest.MonkeyPatch.context() as patch, counted(skipped, "_gradient_of_weight", patch) as made:
         for _ in range(2):
             found = [getattr(each, "full_tensor", lambda each=each: each)() for each in gradients(model, call=called)]
             assert all(map(same_bits, expected, found))
     assert len(made) == 4
+
+
+@on_ranks(
+    2,
+    {
+        "frozen first": {"first": "frozen"},
+        "replicated first": {"first": "spread", "gradient_as_bucket_view": True},
+    },
+)
+def test_gradients_of_replicas_are_the_usual_ones(first: str, **options: Any) -> None:
+    assert_as_usual_over_ranks(first, lambda model: DistributedDataParallel(model, **options))
+
+
+@computes_in_shards
+@on_ranks(
+    2,
+    {
+        "layers, frozen first": {"layers": True, "first": "frozen"},
+        "layers sharded first": {"layers": True, "first": "spread"},
+        "layers resharded, frozen first": {"layers": True, "first": "frozen", "reshard_after_forward": True},
+        "root, frozen first": {"layers": False, "first": "frozen"},
+        "root sharded first": {"layers": False, "first": "spread"},
+    },
+)
+def test_gradients_of_shards_are_the_usual_ones(first: str, layers: bool, **options: Any) -> None:
+    def shard(model: nn.Sequential) -> Any:
+        for layer in (model[0], model[2]) if layers else ():
+            fully_shard(layer, **options)
+        return fully_shard(model, **options)
+
+    assert_as_usual_over_ranks(first, shard)
 
 
 # While it lasts
