@@ -1222,7 +1222,7 @@ _UNREADABLE: Final = (
     (_corrupt("parameters", None), _UNREADABLE),
     (_corrupt("parameters", {0: {"shape": [8, 12], "frozen": [{}]}}), _UNREADABLE),
     (_corrupt("parameters", {}), r"the optimizer's `exp_avg` has shape \(48,\) for a parameter of shape \(8, 12\)"),
-    (_cut, r"the optimizer's `exp_avg` has shape \(47,\) for a parameter of shape \(8, 12\), expected \(48,\); use load"),
+    (_cut, r"the optimizer's `exp_avg` has shape \(47,\) for a parameter of shape \(8, 12\), expected \(48,\); use"),
 ], ids=["order", "format", "half", "no_such_parameter", "none", "no_region", "not_described", "cut"])  # fmt: skip
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(
     change: Callable[[dict[str, Any]], None], message: str
