@@ -160,6 +160,12 @@ class FreezeHooks(Plain):
         return held_bytes(self.frozen)
 
 
+def _without(function: Callable[..., Any], argument: str) -> str | None:
+    """Return that an older version of this library lacks an argument, or None if it has it."""
+    takes_it = argument in inspect.signature(function).parameters
+    return None if takes_it else f"this version's {function.__name__} does not take `{argument}`"
+
+
 class FreezeHooksCompact(FreezeHooks):
     """This library, with optimizer state for the free entries only."""
 
@@ -168,8 +174,7 @@ class FreezeHooksCompact(FreezeHooks):
 
     @classmethod
     def missing(cls) -> str | None:
-        takes_it = "compact" in inspect.signature(MaskedOptimizer).parameters
-        return None if takes_it else "this version's MaskedOptimizer does not take `compact`"
+        return _without(MaskedOptimizer, "compact")
 
     def extra_bytes(self) -> int:
         guard = self.frozen.guard(self.optimizer.inner, compact=True)  # the one that guards it already
@@ -184,8 +189,7 @@ class FreezeHooksSkipping(FreezeHooks):
 
     @classmethod
     def missing(cls) -> str | None:
-        takes_it = "skip_gradients" in inspect.signature(freeze_entries).parameters
-        return None if takes_it else "this version's freeze_entries does not take `skip_gradients`"
+        return _without(freeze_entries, "skip_gradients")
 
 
 class FreezeHooksSkippingCompact(FreezeHooksSkipping, FreezeHooksCompact):

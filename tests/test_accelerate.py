@@ -9,36 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from freezehooks import FrozenEntries, MaskedOptimizer, ParameterChangedError, UnguardedError, freeze_entries
 
 from .claims import assert_gradients_clean, assert_model_holds, same_bits
+from .plain_loop import PLAIN, SPEC, adamw, batch, net
 from .zoo import Held
 
 accelerate = pytest.importorskip("accelerate")
-
-PLAIN = "0.weight[:, ::2] = 0.1\n0.bias[1]"
-SPEC = f"{PLAIN}\n2[smallest(0.5)] = -0.0"
 
 
 @pytest.fixture(autouse=True)
 def _fresh_state() -> Iterator[None]:
     yield
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def _net(seed: int = 3) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
-
-
-def _adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
-
-
-def _batch(step: int) -> Tensor:
-    return torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
 
 
 def _equal(first: nn.Module, second: nn.Module) -> bool:
@@ -52,15 +37,15 @@ Run = tuple[Any, Any, Any, FrozenEntries]
 
 
 def _wrapped(spec: str, seed: int, state: Any, *, compact: bool) -> Run:
-    accelerator, model = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2), _net(seed)
+    accelerator, model = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2), net(seed)
     frozen = freeze_entries(model, spec, state=state)
     accelerator.register_for_checkpointing(frozen)
-    return accelerator, *accelerator.prepare(model, MaskedOptimizer(_adamw(model), frozen, compact=compact)), frozen
+    return accelerator, *accelerator.prepare(model, MaskedOptimizer(adamw(model), frozen, compact=compact)), frozen
 
 
 def _guarded(spec: str, seed: int, state: Any, *, compact: bool) -> Run:
-    accelerator, model = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2), _net(seed)
-    model, optimizer = accelerator.prepare(model, _adamw(model))
+    accelerator, model = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2), net(seed)
+    model, optimizer = accelerator.prepare(model, adamw(model))
     frozen = freeze_entries(model, spec, state=state)
     frozen.guard(optimizer, compact=compact)
     accelerator.register_for_checkpointing(frozen)
@@ -77,7 +62,7 @@ def _train(run: Run, steps: range) -> None:
     for step in steps:
         for half in (0, 1):
             with accelerator.accumulate(model):
-                accelerator.backward(model(_batch(2 * step + half)).square().mean())
+                accelerator.backward(model(batch(2 * step + half)).square().mean())
                 accelerator.clip_grad_norm_(model.parameters(), 0.5)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -85,11 +70,11 @@ def _train(run: Run, steps: range) -> None:
 
 
 def _trained_plainly(steps: int, spec: str, *, compact: bool) -> nn.Module:
-    model = _net()
-    optimizer = MaskedOptimizer(_adamw(model), freeze_entries(model, spec), compact=compact)
+    model = net()
+    optimizer = MaskedOptimizer(adamw(model), freeze_entries(model, spec), compact=compact)
     for step in range(steps):
         for half in (0, 1):
-            (model(_batch(2 * step + half)).square().mean() / 2).backward()
+            (model(batch(2 * step + half)).square().mean() / 2).backward()
             if half == 1:
                 nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
@@ -116,7 +101,7 @@ def test_a_registered_handle_resumes_as_the_plain_loop_bit_for_bit(
     second[0].load_state(str(tmp_path))
     _train(second, range(2, 4))
     assert _equal(second[1], first[1])
-    second[0].backward(second[1](_batch(0)).sum())
+    second[0].backward(second[1](batch(0)).sum())
     held = {name: Held(part.frozen, second[1].get_parameter(name).detach().clone()) for name, part in second[3].items()}
     assert_gradients_clean(second[1], held)
 
@@ -194,18 +179,18 @@ def test_loading_with_a_device_map_is_followed_as_a_load_is(
 
 
 def test_an_optimizer_of_the_parameters_before_the_load_is_not_taken_for_one_that_guards(tmp_path: Path) -> None:
-    model = _net()
+    model = net()
     frozen = freeze_entries(model, "0.bias")
-    frozen.guard(_adamw(model))
-    accelerate.load_checkpoint_in_model(model, str(_as_bin(_net(4), tmp_path)), device_map={"": "cpu"})
+    frozen.guard(adamw(model))
+    accelerate.load_checkpoint_in_model(model, str(_as_bin(net(4), tmp_path)), device_map={"": "cpu"})
     with pytest.raises(UnguardedError, match=r"missing is .*a guarded optimizer of `0\.bias`"):
         frozen.assert_frozen()
 
 
 def test_weights_that_lie_on_the_disk_are_reported(tmp_path: Path) -> None:
-    model = _net()
+    model = net()
     frozen = freeze_entries(model, "0.bias")
-    path, places = str(_as_bin(_net(4), tmp_path)), {"0": "disk", "1": "cpu", "2": "cpu"}
+    path, places = str(_as_bin(net(4), tmp_path)), {"0": "disk", "1": "cpu", "2": "cpu"}
     accelerate.load_checkpoint_in_model(model, path, device_map=places, offload_folder=str(tmp_path / "disk"))
     with pytest.raises(ParameterChangedError, match=r"`0\.bias` is on the meta device and has no numbers"):
         frozen.assert_frozen()

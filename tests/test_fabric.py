@@ -10,31 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from freezehooks import FrozenEntries, MaskedOptimizer, TargetError, freeze_entries, train_only
 
 from .claims import assert_entries_hold, assert_gradients_clean, assert_model_holds, same_bits
+from .plain_loop import PLAIN, SPEC, adamw, batch, net
 from .zoo import Held
 
 fabric_module = pytest.importorskip("lightning.fabric")
 
-PLAIN = "0.weight[:, ::2] = 0.1\n0.bias[1]"
-SPEC = f"{PLAIN}\n2[smallest(0.5)] = -0.0"
 PREFIXES = ("", "_forward_module.", "_original_module.")
-
-
-def _net(seed: int = 3) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
-
-
-def _adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
-
-
-def _batch(step: int) -> Tensor:
-    return torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
 
 
 def _fabric(**options: Any) -> Any:
@@ -52,11 +38,11 @@ def _held(frozen: FrozenEntries) -> dict[str, Held]:
 
 def _wrapped_before(fabric: Any, plain: nn.Module, spec: str, *, compact: bool) -> tuple[Any, Any, FrozenEntries]:
     frozen = freeze_entries(plain, spec)
-    return *fabric.setup(plain, MaskedOptimizer(_adamw(plain), frozen, compact=compact)), frozen
+    return *fabric.setup(plain, MaskedOptimizer(adamw(plain), frozen, compact=compact)), frozen
 
 
 def _guarded_after(fabric: Any, plain: nn.Module, spec: str, *, compact: bool) -> tuple[Any, Any, FrozenEntries]:
-    model, optimizer = fabric.setup(plain, _adamw(plain))
+    model, optimizer = fabric.setup(plain, adamw(plain))
     frozen = freeze_entries(model, spec)
     frozen.guard(optimizer, compact=compact)
     return model, optimizer, frozen
@@ -65,7 +51,7 @@ def _guarded_after(fabric: Any, plain: nn.Module, spec: str, *, compact: bool) -
 def _wrapped_after(fabric: Any, plain: nn.Module, spec: str, *, compact: bool) -> tuple[Any, Any, FrozenEntries]:
     model = fabric.setup_module(plain)
     frozen = freeze_entries(model, spec)
-    return model, fabric.setup_optimizers(MaskedOptimizer(_adamw(plain), frozen, compact=compact)), frozen
+    return model, fabric.setup_optimizers(MaskedOptimizer(adamw(plain), frozen, compact=compact)), frozen
 
 
 Way = Callable[..., tuple[Any, Any, FrozenEntries]]
@@ -77,18 +63,18 @@ def _train(fabric: Any, model: Any, optimizer: Any, steps: range) -> None:
     for step in steps:
         for half in (0, 1):
             with fabric.no_backward_sync(model, enabled=half == 0):
-                fabric.backward(model(_batch(2 * step + half)).square().mean())
+                fabric.backward(model(batch(2 * step + half)).square().mean())
         fabric.clip_gradients(model, optimizer, max_norm=0.5, error_if_nonfinite=False)
         optimizer.step()
         optimizer.zero_grad()
 
 
 def _trained_plainly(steps: int, spec: str, *, compact: bool) -> nn.Module:
-    model = _net()
-    optimizer = MaskedOptimizer(_adamw(model), freeze_entries(model, spec), compact=compact)
+    model = net()
+    optimizer = MaskedOptimizer(adamw(model), freeze_entries(model, spec), compact=compact)
     for step in range(steps):
         for half in (0, 1):
-            model(_batch(2 * step + half)).square().mean().backward()
+            model(batch(2 * step + half)).square().mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
@@ -103,7 +89,7 @@ def _equal(first: nn.Module, second: nn.Module) -> bool:
 @compactness
 def test_it_trains_as_the_plain_loop_bit_for_bit(way: Way, compact: bool) -> None:
     fabric = _fabric()
-    model, optimizer, frozen = way(fabric, _net(), SPEC, compact=compact)
+    model, optimizer, frozen = way(fabric, net(), SPEC, compact=compact)
     held = _held(frozen)
     for step in range(4):
         _train(fabric, model, optimizer, range(step, step + 1))
@@ -111,7 +97,7 @@ def test_it_trains_as_the_plain_loop_bit_for_bit(way: Way, compact: bool) -> Non
         assert_entries_hold(model.state_dict(), held, "in state_dict()")
         frozen.assert_frozen()
     assert _equal(model, _trained_plainly(4, SPEC, compact=compact))
-    fabric.backward(model(_batch(0)).sum())
+    fabric.backward(model(batch(0)).sum())
     assert_gradients_clean(model.module, held)
 
 
@@ -128,7 +114,7 @@ def test_a_handle_in_the_checkpoint_resumes_bit_for_bit(
     fabric = _fabric()
 
     def state(seed: int) -> dict[str, Any]:
-        model, optimizer, frozen = way(fabric, _net(seed), spec, compact=compact)
+        model, optimizer, frozen = way(fabric, net(seed), spec, compact=compact)
         parts = {"model": model, "optimizer": optimizer, "frozen": frozen}
         return {**{name: parts[name] for name in order}, "step": 0}
 
@@ -136,7 +122,7 @@ def test_a_handle_in_the_checkpoint_resumes_bit_for_bit(
     _train(fabric, first["model"], first["optimizer"], range(2))
     fabric.save(tmp_path / "run.ckpt", {**first, "step": 2})
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
-    assert list(saved["model"]) == list(_net().state_dict())
+    assert list(saved["model"]) == list(net().state_dict())
     assert not _equal(second["model"], first["model"])
     assert fabric.load(tmp_path / "run.ckpt", second) == {}
     assert second["step"] == 2
@@ -147,7 +133,7 @@ def test_a_handle_in_the_checkpoint_resumes_bit_for_bit(
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_names_may_have_those_of_fabric_or_not(prefix: str) -> None:
-    model = _fabric().setup_module(_net())
+    model = _fabric().setup_module(net())
     rules = f"{prefix}0.weight[0] = 1\n{prefix}2 = 1\n{prefix}*.bias\n{prefix}*(Linear).weight[0, 0] = 1"
     frozen = freeze_entries(model, rules)
     assert len(frozen) == 4
@@ -161,7 +147,7 @@ def test_names_may_have_those_of_fabric_or_not(prefix: str) -> None:
 
 def test_a_name_that_is_none_is_refused() -> None:
     with pytest.raises(TargetError, match=r"`_forward_module\.7\.weight` is not a parameter of the model"):
-        freeze_entries(_fabric().setup_module(_net()), "_forward_module.7.weight")
+        freeze_entries(_fabric().setup_module(net()), "_forward_module.7.weight")
 
 
 @contextmanager
@@ -189,18 +175,18 @@ def test_wrappers_below_fabric_s_may_be_left_out_too(
     wrap: Callable[[nn.Module], Any], inside: str, written: bool, tmp_path: Path
 ) -> None:
     with _process_group():
-        fabric, plain = _fabric(), _net()
-        model, optimizer = fabric.setup(wrap(plain), _adamw(plain))
+        fabric, plain = _fabric(), net()
+        model, optimizer = fabric.setup(wrap(plain), adamw(plain))
         name = f"_forward_module.{inside}0.weight"
         assert name in dict(model.named_parameters(remove_duplicate=False))
         frozen = freeze_entries(model, f"{name if written else '0.weight'}[0] = 0.5")
         frozen.guard(optimizer)
-        fabric.backward(model(_batch(0)).sum())
+        fabric.backward(model(batch(0)).sum())
         optimizer.step()
         frozen.assert_frozen()
         assert plain[0].weight[0].tolist() == [0.5] * 4  # type: ignore[index]
         fabric.save(tmp_path / "run.ckpt", {"frozen": frozen})
-    other = _net()
+    other = net()
     state = torch.load(tmp_path / "run.ckpt", weights_only=True)["frozen"]
     again = freeze_entries(other, "0.weight[0] = 0.5", state=state)  # in a plain model
     again.load_state_dict(state)
@@ -209,17 +195,17 @@ def test_wrappers_below_fabric_s_may_be_left_out_too(
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_entries_hold_in_other_precisions(precision: str) -> None:
-    fabric, plain = _fabric(precision=precision), _net()
+    fabric, plain = _fabric(precision=precision), net()
     frozen = freeze_entries(plain, SPEC)
-    model, optimizer = fabric.setup(plain, MaskedOptimizer(_adamw(plain), frozen))
+    model, optimizer = fabric.setup(plain, MaskedOptimizer(adamw(plain), frozen))
     for step in range(3):
-        fabric.backward(model(_batch(step).to(model.module[0].weight.dtype)).sum())
+        fabric.backward(model(batch(step).to(model.module[0].weight.dtype)).sum())
         optimizer.step()
         frozen.assert_frozen()
 
 
 def test_what_trains_alone_is_named_without_fabric_s_names() -> None:
-    model = _fabric().setup_module(_net())
+    model = _fabric().setup_module(net())
     frozen = train_only(model, "2.weight[0]")
     assert [name for name, each in model.module.named_parameters() if each.requires_grad] == ["2.weight"]
     assert frozen["2.weight"].free_count == 6

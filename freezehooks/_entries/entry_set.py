@@ -204,12 +204,11 @@ class Strided(EntrySet):
         for dimension in range(mask.ndim):
             others = tuple(d for d in range(mask.ndim) if d != dimension)
             hits = (mask.any(dim=others) if others else mask).nonzero().flatten()
-            first, second, last = hits[[0, min(1, len(hits) - 1), -1]].tolist()
-            step = max(second - first, 1)
-            if len(hits) != (last - first) // step + 1 or not bool((hits.diff() == step).all()):
+            span = evenly_spaced(hits)
+            if span is None:
                 return None
             volume *= len(hits)
-            spans.append(slice(first, last + 1, step))
+            spans.append(span)
         return Strided(mask, tuple(spans)) if volume == count_true(mask) else None
 
     @property
@@ -389,3 +388,12 @@ class Masked(EntrySet):
 def is_plus_zero(number: float) -> bool:
     """Return whether a number is 0 and not -0."""
     return number == 0 and math.copysign(1, number) > 0
+
+
+def evenly_spaced(positions: Tensor) -> slice | None:
+    """Return the slice that selects some ascending positions, or None if they are not evenly spaced."""
+    first, second, last = positions[[0, min(1, len(positions) - 1), -1]].tolist()
+    step = max(second - first, 1)
+    if len(positions) != (last - first) // step + 1 or not bool((positions.diff() == step).all()):
+        return None
+    return slice(first, last + 1, step)

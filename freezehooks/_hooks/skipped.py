@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .._entries.bits import count_true
+from .._entries.entry_set import evenly_spaced
 from .._errors import UnsupportedParameterError
 from .._held.held import HeldParameters
 from .._held.parameter import FrozenParameter
@@ -85,18 +87,15 @@ class SkipFrozenRows:
 
 def _free_rows(held: list[FrozenParameter], of_bias: list[FrozenParameter]) -> FreeRows:
     frozen = [each.frozen_rows for each in held]
-    is_all = all(each.frozen_count == int(rows.sum()) * each.shape[1] for each, rows in zip(held, frozen, strict=True))
+    is_all = all(each.frozen_count == count_true(rows) * each.shape[1] for each, rows in zip(held, frozen, strict=True))
     bias = _rows(~reduce(torch.logical_or, (each.frozen_rows for each in of_bias))) if of_bias else None
     return FreeRows(_rows(~reduce(torch.logical_or, frozen)), bias, is_all)
 
 
 def _rows(free: Tensor) -> Rows:
-    numbers = free.nonzero().flatten()
-    steps = numbers.diff()
-    if len(numbers) == 0:
-        return slice(0, 0)
-    step = int(steps[0]) if len(steps) else 1
-    return slice(int(numbers[0]), int(numbers[-1]) + 1, step) if bool((steps == step).all()) else numbers
+    positions = free.nonzero().flatten()
+    span = evenly_spaced(positions) if len(positions) else slice(0, 0)
+    return positions if span is None else span
 
 
 class _WithoutFrozenRows(torch.autograd.Function):
