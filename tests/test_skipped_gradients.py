@@ -288,7 +288,7 @@ def test_pruned_or_parametrized_later() -> None:
         assert all(map(same_bits, wanted, measure(found)))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated")
 def test_functional_calls_and_transforms_compute_as_usual() -> None:
     def foreign(model: nn.Module) -> list[Tensor]:
         others = {name: parameter.detach().clone().requires_grad_() for name, parameter in net().named_parameters()}
