@@ -14,6 +14,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= logical
 RUN := $(VENV)/bin/
 INSTALL := $(RUN)python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
@@ -25,7 +26,7 @@ demo: $(VENV)/.demo
 	$(RUN)python examples/digits_lightning.py
 
 test: $(VENV)/.test
-	$(RUN)python -m pytest
+	$(RUN)python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadgroup
 
 lint: $(VENV)/.test
 	$(RUN)ruff check .

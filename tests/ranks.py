@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 ROOT: Final = Path(__file__).parents[1]
 ALONE: Final = "alone"  # the case of a test that has no cases
-LAUNCH_SECONDS: Final = 240  # how long all jobs for one number of ranks may take
+LAUNCH_SECONDS: Final = 480  # how long all jobs for one number of ranks may take
 COLLECTIVE_SECONDS: Final = 30  # how long a collective waits for a missing rank
 GRACE_SECONDS: Final = 8  # how long ranks may run after the first has ended
 
@@ -76,7 +76,8 @@ def on_ranks(
 
         test.__name__, test.__module__, test.__doc__ = body.__name__, body.__module__, body.__doc__
         test.on_ranks = OnRanks(count, body, cases or {ALONE: {}}, before)  # type: ignore[attr-defined]
-        return pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")(test)
+        needs = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+        return needs(pytest.mark.xdist_group("ranks")(test))  # one worker starts the processes of all of them
 
     return make
 

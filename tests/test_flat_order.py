@@ -152,7 +152,7 @@ def test_one_piece_in_memory_is_a_view_in_a_permuted_layout_too() -> None:
     assert _shares_memory(_order(_frozen((6, 4), (slice(None), slice(2))), matrix).gather(matrix), matrix)
 
 
-@pytest.mark.parametrize("name", set(MASKS) - {"scattered"})
+@pytest.mark.parametrize("name", sorted(MASKS.keys() - {"scattered"}))
 def test_a_few_runs_need_no_memory(name: str) -> None:
     assert _order(MASKS[name], _numbers(_SHAPE)).nbytes == 0
 
