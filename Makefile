@@ -26,7 +26,7 @@ demo: $(VENV)/.demo
 	$(RUN)python examples/digits_lightning.py
 
 test: $(VENV)/.test
-	$(RUN)python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadgroup
+	$(RUN)python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --dist=loadgroup
 
 lint: $(VENV)/.test
 	$(RUN)ruff check .

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 from xml.etree import ElementTree
 
-from .run_on_wheel import TOOLS_ALONE, environment, run
+from .run_on_wheel import IN_PARALLEL, TOOLS_ALONE, environment, run
 
 ROOT: Final = Path(__file__).parents[1]
 
@@ -108,6 +108,7 @@ def constraints(release: str, root: Path = ROOT) -> str:
 def pytest_arguments() -> list[str]:
     """Return the arguments with which pytest runs only the core tests."""
     return [
+        *IN_PARALLEL,
         "-q",
         "-rs",
         "--tb=short",

@@ -22,7 +22,10 @@ from typing import Final
 
 ROOT: Final = Path(__file__).parents[1]
 NOT_FOR_USERS: Final = frozenset({"test", "docs", "bench"})
-TOOLS_ALONE: Final = ("pytest", "hypothesis", "numpy", "expecttest")
+TOOLS_ALONE: Final = ("pytest", "pytest-xdist", "hypothesis", "numpy", "expecttest")
+
+IN_PARALLEL: Final = ("--numprocesses=logical", "--maxprocesses=8", "--dist=loadgroup")
+"""One process of tests for each core, as `make test` has them; tests on several ranks share one."""
 
 OF_THE_SOURCES: Final = ("tests/test_package.py::test_the_wheel_holds_the_type_marker_and_neither_tests_nor_examples",)
 """It needs the folder `freezehooks` of a checkout, which must not be beside the tests, or it would be imported."""
@@ -106,7 +109,7 @@ def _check_installed(python: Path, tests: Path) -> None:
 
 def _pytest(python: Path, tests: Path, everything: bool, more: Sequence[str]) -> int:
     """Run the tests and the docstrings' examples, skipping modules whose extras are missing."""
-    command = [str(python), "-m", "pytest", "-q", "-rs", "--tb=short", "-p", "no:cacheprovider"]
+    command = [str(python), "-m", "pytest", *IN_PARALLEL, "-q", "-rs", "--tb=short", "-p", "no:cacheprovider"]
     command += [] if everything else ["--doctest-ignore-import-errors"]
     command += [f"--deselect={test}" for test in OF_THE_SOURCES]
     return run([*command, *(more or ["tests", "--pyargs", "freezehooks"])], cwd=tests, check=False)
