@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ._counted import counted
-from ._errors import DriftError, OptimizerMismatchError, SpecError, TargetError, error_context, shortened, shown
+from ._errors import DriftError, OptimizerMismatchError, SpecError, TargetError, shortened, shown
 from ._held import resolve, saved
 from ._held.by_name import ReadByName
 from ._held.held import HeldParameters, Model
-from ._held.names import matching, matching_unwrapped
 from ._held.parameter import FrozenParameter
 from ._held.parameters import FrozenParameters
-from ._held.remaining import remaining
+from ._held.remaining import remaining_by_name
 from ._held.stacked import misread_stacks
-from ._held.trained import is_whole, trained_alone
+from ._held.trained import trained_alone
 from ._held.violation import Violation
 from ._hooks.attachment import Attachment
 from ._hooks.earlier import EarlierHandles, copies_in, leave_released, reset_guards
@@ -39,9 +38,7 @@ from ._report.status import Mechanisms, check_complete, find_mechanisms
 from ._report.table import Report, aligned, report_parameter
 from ._report.trainable import Trainable, count_trainable
 from ._report.untrained import nothing_trains, whole_unions
-from ._rules.parser import parse_rule
-from ._rules.region import WHOLE
-from ._rules.rule import Rule, keep
+from ._rules.rule import Rule
 from ._rules.spec import Spec, rules_of
 
 if TYPE_CHECKING:
@@ -260,11 +257,11 @@ class FrozenEntries(ReadByName):
     def _counted(self) -> list[FrozenParameter]:
         """Return the frozen parameters, with free entries counted over all handles."""
         earlier = EarlierHandles(self._held)
-        found = [each.beside(earlier.beside(each)) if self.attached else each for each in self._parameters()]
+        found = [each.beside(earlier.beside(each)) if self.attached else each for each in self._held.parameters]
         return list(map(self._held.as_shown, found))
 
     def __iter__(self) -> Iterator[str]:
-        return (self._held.as_shown(frozen).name for frozen in self._parameters())
+        return (self._held.as_shown(frozen).name for frozen in self._held.parameters)
 
     def __len__(self) -> int:
         return len(self._held.names)
@@ -287,9 +284,6 @@ class FrozenEntries(ReadByName):
         names = skipped_on(self._held) if self.attached else []
         return f"no gradient is computed for frozen rows of {', '.join(names)}" if names else ""
 
-    def _parameters(self) -> list[FrozenParameter]:
-        return [self._held.frozen.by_name[name] for name in self._held.names]
-
     @property
     def model(self) -> Model:
         """The model, or the mapping of bare tensors, whose entries are frozen."""
@@ -298,17 +292,17 @@ class FrozenEntries(ReadByName):
     @property
     def rules(self) -> tuple[Rule, ...]:
         """The rules in force, each once."""
-        return tuple(dict.fromkeys(rule for frozen in self._parameters() for rule in frozen.rules))
+        return tuple(dict.fromkeys(rule for frozen in self._held.parameters for rule in frozen.rules))
 
     @property
     def frozen_count(self) -> int:
         """How many entries are frozen, over all parameters."""
-        return sum(frozen.frozen_count for frozen in self._parameters())
+        return sum(frozen.frozen_count for frozen in self._held.parameters)
 
     @property
     def nbytes(self) -> int:
         """The memory that regions and values take, in bytes, over all parameters; slices held at a number take none."""
-        return sum(frozen.nbytes for frozen in self._parameters())
+        return sum(frozen.nbytes for frozen in self._held.parameters)
 
     @property
     def attached(self) -> bool:
@@ -399,7 +393,7 @@ class FrozenEntries(ReadByName):
 
     def _mechanisms(self) -> dict[str, Mechanisms]:
         found = find_mechanisms(self._held, self._hooks.by_module)
-        return {self._held.as_shown(frozen).name: found[frozen.name] for frozen in self._parameters()}
+        return {self._held.as_shown(frozen).name: found[frozen.name] for frozen in self._held.parameters}
 
     def trainable(self) -> Trainable:
         """Count the entries of the model that train, out of all.
@@ -643,8 +637,7 @@ class FrozenEntries(ReadByName):
             parameter  shape   rules            frozen  free
             weight     (4, 3)  weight[~2:] = 0       6     6
         """
-        name, region = self._parsed(target)
-        left = self._left(self._named_by(name), region, target)
+        left = remaining_by_name(self._held, target)
         gone = {name for name, frozen in left.items() if frozen is None}
         if self._holds_any:
             reset_guards(self._held.frozen)
@@ -654,43 +647,6 @@ class FrozenEntries(ReadByName):
         self._held.sites = [(name, site) for name, site in self._held.sites if name not in gone]
         if not len(self) and not self._untrained:
             self.remove()
-
-    def _parsed(self, target: str | Rule) -> tuple[str, Any]:
-        """Return the name and the region in a target of `thaw`."""
-        if isinstance(target, str) and target in self._known_names():
-            return target, WHOLE
-        rule = parse_rule(target) if isinstance(target, str) else target
-        if not isinstance(rule, Rule):
-            raise SpecError(f"a target is a parameter's name, found {shown(target)}", "give one of frozen.keys()")
-        if rule.value is not keep:
-            raise SpecError(f"`{shortened(rule)}` gives a value, but thawed entries have none", "leave the value out")
-        return rule.target, rule.region
-
-    def _known_names(self) -> list[str]:
-        return [name for each in self._parameters() for name in (*self._held.as_shown(each).names, *each.names)]
-
-    def _named_by(self, target: str) -> set[str]:
-        known = self._known_names()
-        names = {self._held.find(name).name for name in matching(target, known) or matching_unwrapped(target, known)}
-        if not names:
-            raise self._held.frozen.not_frozen(target, self)
-        return names
-
-    def _left(self, names: set[str], region: Any, target: str | Rule) -> dict[str, FrozenParameter | None]:
-        """Return what stays frozen outside a region in each parameter with frozen entries inside it, or None."""
-        if is_whole(region):
-            return dict.fromkeys(names)
-        left: dict[str, FrozenParameter | None] = {}
-        for frozen, parameter in self._held:
-            if frozen.name in names:
-                where = f"parameter `{frozen.name}` of shape {tuple(frozen.shape)}"
-                with error_context(f"cannot thaw `{shortened(target)}`", where):
-                    rest = remaining(frozen, parameter, region)
-                left |= {} if rest is frozen else {frozen.name: rest}
-        if not left:
-            rules = ", ".join(f"`{shortened(rule)}`" for rule in self.rules)
-            raise TargetError(f"nothing in `{shortened(target)}` is frozen", f"the rules in force are {rules}")
-        return left
 
     def __enter__(self) -> Self:
         return self.attach()
@@ -704,7 +660,7 @@ class FrozenEntries(ReadByName):
 
     def state_dict(self) -> dict[str, Any]:
         """Return rules, regions and values as plain tensors and builtins, which load with `weights_only=True`."""
-        return saved.save(self._parameters(), self._untrained.names_in(self.model))
+        return saved.save(self._held.parameters, self._untrained.names_in(self.model))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore regions and kept values from a saved state, and impose the values.

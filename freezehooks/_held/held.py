@@ -55,6 +55,11 @@ class HeldParameters:
         return list(dict.fromkeys(name for name, _ in self.known_sites()))
 
     @property
+    def parameters(self) -> list[FrozenParameter]:
+        """What is frozen in each of `names`."""
+        return [self.frozen.by_name[name] for name in self.names]
+
+    @property
     def parameter_names(self) -> list[str]:
         """Those of `names` that are parameters; the others are only buffers, which no optimizer steps."""
         return list(dict.fromkeys(name for name, site in self.known_sites() if not site.is_buffer))
@@ -81,6 +86,10 @@ class HeldParameters:
         """
         shown = [key for key in self.names if name in self.shown.get(key, ())]
         return self.frozen.by_name[shown[0]] if shown else self.frozen.find(name, self.names)
+
+    def every_name(self) -> list[str]:
+        """Return all names that `find` knows."""
+        return [name for each in self.parameters for name in (*self.as_shown(each).names, *each.names)]
 
     def sites_by_name(self) -> dict[str, list[Site]]:
         """Return the sites of each parameter, by its name in `frozen`."""

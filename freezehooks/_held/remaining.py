@@ -1,4 +1,4 @@
-"""Thaws a region of a parameter: works out what remains frozen."""
+"""What remains frozen when some entries are thawed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,70 @@ from typing import Any
 from torch import Tensor
 
 from .._entries.select import select
+from .._errors import SpecError, TargetError, error_context, shortened, shown
 from .._ranks.sharding import whole
-from .._rules.region import Region
+from .._rules.parser import parse_rule
+from .._rules.region import WHOLE, Region
+from .._rules.rule import Rule, keep
 from .constraint import Constraint
 from .fixed import FixedEntries
+from .held import HeldParameters
+from .names import matching, matching_unwrapped
 from .parameter import FrozenParameter
 from .trained import Chosen, complement, is_whole, text_of
+
+
+def remaining_by_name(held: HeldParameters, target: str | Rule) -> dict[str, FrozenParameter | None]:
+    """Work out what remains frozen in each parameter with frozen entries that `target` names.
+
+    For sharded parameters, every rank must take part.
+
+    Args:
+        held: The frozen parameters of a model; nothing is changed in them.
+        target: As `FrozenEntries.thaw` takes it.
+
+    Returns:
+        The frozen parameters with rules for what is still frozen, by their names in `held.frozen`; None if nothing is.
+
+    Raises:
+        FreezeError: As `FrozenEntries.thaw` says.
+    """
+    name, region = _parsed(target, held.every_name())
+    names = _named_by(name, held)
+    if is_whole(region):
+        return dict.fromkeys(names)
+    left: dict[str, FrozenParameter | None] = {}
+    for frozen, parameter in held:
+        if frozen.name in names:
+            where = f"parameter `{frozen.name}` of shape {tuple(frozen.shape)}"
+            with error_context(f"cannot thaw `{shortened(target)}`", where):
+                rest = remaining(frozen, parameter, region)
+            left |= {} if rest is frozen else {frozen.name: rest}
+    if not left:
+        rules = dict.fromkeys(f"`{shortened(rule)}`" for frozen in held.parameters for rule in frozen.rules)
+        raise TargetError(f"nothing in `{shortened(target)}` is frozen", f"the rules in force are {', '.join(rules)}")
+    return left
+
+
+def _parsed(target: str | Rule, names: list[str]) -> tuple[str, Any]:
+    """Return the name and the region in a target."""
+    if isinstance(target, str) and target in names:
+        return target, WHOLE
+    rule = parse_rule(target) if isinstance(target, str) else target
+    if not isinstance(rule, Rule):
+        raise SpecError(f"a target is a parameter's name, found {shown(target)}", "give one of frozen.keys()")
+    if rule.value is not keep:
+        raise SpecError(f"`{shortened(rule)}` gives a value, but thawed entries have none", "leave the value out")
+    return rule.target, rule.region
+
+
+def _named_by(target: str, held: HeldParameters) -> set[str]:
+    """Return the names in `held.frozen` of the parameters that a target names, perhaps with wildcards."""
+    known = held.every_name()
+    found = {held.find(name).name for name in matching(target, known) or matching_unwrapped(target, known)}
+    if not found:
+        raise held.frozen.not_frozen(target, [held.as_shown(each).name for each in held.parameters])
+    return found
 
 
 def remaining(frozen: FrozenParameter, parameter: Tensor, region: Any) -> FrozenParameter | None:
