@@ -57,6 +57,12 @@ def reconnect_hooks(parameter: Tensor) -> None:
         parameter._backward_hooks = parameter._backward_hooks
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor has memory: a batch of tensors inside vmap has none of its own (torch 2.6 to 2.14)."""
+    found: bool = torch._C._has_storage(tensor)
+    return found
+
+
 class MemoryIdentity:
     """Tells whether a tensor uses a remembered piece of memory, without keeping it alive (torch 1.12 to 2.14).
 

@@ -573,6 +573,8 @@ _MISFITS: list[tuple[str, Any, tuple[int, ...], str]] = [
     ("empty list", entries[[]], (8,), "the region selects no entry; correct it, or leave the rule out"),
     ("empty tensor", entries[...], (0,), "the region selects no entry"),
     ("empty mask", ~_TRUE, (3, 4), "the region selects no entry"),
+    *((f"{region} of a tensor without entries", region, (0, 4), "the region selects no entry")
+      for region in (random(0.5, seed=1), smallest(0.5), largest(1.0), zeros, diagonal, nm(2, 4), band(1, 1))),
     ("empty intersection", center & border, (1, 1, 3, 3), "the region selects no entry"),
     ("outside of all", ~entries[...], (8,), "the region selects no entry"),
     ("center of a matrix", center, (8, 3), f"pattern `center` {_CONVOLUTION}"),
@@ -608,7 +610,7 @@ _MISFITS: list[tuple[str, Any, tuple[int, ...], str]] = [
      "a mask must have the parameter's shape (3, 4) or that of its first dimensions, found (1, 3, 4); give a "
      "bool for each entry"),
     ("mask of integers", _TRUE.int(), (3, 4), "a mask must be a bool tensor, found dtype torch.int32; "
-     "give `mask.bool()` if 1 means frozen, `mask == 0` if 1 means trained"),
+     "give `mask == 1` if 1 means frozen, `mask == 0` if 1 means trained"),
     ("array of positions", np.array([0, 2]), (3, 4), "a mask must be a bool tensor, found dtype torch.int64; "
      "give `indices.tolist()` for an index"),
     ("array of floats", np.ones((3, 4)), (3, 4), "a mask must be a bool tensor, found dtype torch.float64; give `mask"),

@@ -9,7 +9,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call, grad, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
@@ -191,6 +192,78 @@ def test_under_autocast(dtype: torch.dtype, skips: list[Any]) -> None:
     assert len(skips) == 2
 
 
+def test_second_derivatives_under_autocast(skips: list[Any]) -> None:
+    def measure(model: nn.Module) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(whole_numbers(5, 3))
+        (first,) = torch.autograd.grad(output.float().square().sum(), model[2].weight, create_graph=True)
+        first[-2:].sum().backward()
+        return [model[0].weight.grad, model[2].weight.grad]
+
+    def after_float32() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(3, INPUTS), Float32(), nn.Linear(INPUTS, OUTPUTS))
+
+    assert_as_usual(lambda: with_whole_numbers(after_float32()), "2.weight[:-2]\n2.bias[:-2]", measure)
+    assert len(skips) == 2  # of the first and of the second derivative
+
+
+class Float32(nn.Module):
+    """Has the next layer's autocast convert its input, as behind an embedding or a norm."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows.float()
+
+
+def test_many_derivatives_in_one_backward_pass(skips: list[Any]) -> None:
+    rows = whole_numbers(5, 3)
+
+    def batched(model: nn.Module) -> list[Tensor]:
+        parameters = [model[0].weight, model[2].weight]
+        each = torch.autograd.grad(model(rows).sum(0), parameters, torch.eye(OUTPUTS), is_grads_batched=True)
+        return [each[0], each[1][:, -2:]]
+
+    def jacobian(model: nn.Module) -> list[Tensor]:
+        return [torch.autograd.functional.jacobian(lambda x: model(x).sum(0), rows, vectorize=True)]
+
+    def hessian(model: nn.Module) -> list[Tensor]:
+        return [torch.autograd.functional.hessian(lambda x: model(x).square().sum(), rows, vectorize=True)]
+
+    def mapped(model: nn.Module) -> list[Tensor]:
+        output, parameters = model(rows).sum(0), [model[0].weight, model[2].weight]
+        grads = vmap(lambda row: torch.autograd.grad(output, parameters, row, retain_graph=True))(torch.eye(OUTPUTS))
+        return [grads[0], grads[1][:, -2:]]
+
+    for measure in (batched, jacobian, hessian, mapped):
+        assert_as_usual(lambda: net(inplace=False), "2.weight[:-2]\n2.bias[:-2]", measure)
+    assert len(skips) == 5
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors_compute_as_usual(layout: torch.layout) -> None:
+    def measure(module: nn.Module) -> list[Tensor]:
+        nested = torch.nested.nested_tensor([whole_numbers(2, INPUTS), whole_numbers(3, INPUTS)], layout=layout)
+        (module(nested) * 2).to_padded_tensor(0.0).sum().backward()
+        return [module.weight.grad, module.bias.grad]
+
+    assert_as_usual(lambda: with_whole_numbers(nn.Linear(INPUTS, OUTPUTS)), "weight[:-2]\nbias[:-2]", measure)
+
+
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_a_step_between_forward_and_backward_is_as_usual(wants_gradient: bool) -> None:
+    """Without a gradient for the input, nothing in the backward pass depends on the weight."""
+
+    def measure(module: nn.Module) -> list[Tensor]:
+        output = module(whole_numbers(5, INPUTS).requires_grad_(wants_gradient))
+        with torch.no_grad():
+            module.weight.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace") if wants_gradient else nullcontext():
+            output.sum().backward()
+        return [module.weight if wants_gradient else module.weight.grad]
+
+    assert_as_usual(lambda: with_whole_numbers(nn.Linear(INPUTS, OUTPUTS)), "weight[:-2]\nbias[:-2]", measure)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointed(use_reentrant: bool, skips: list[Any]) -> None:
     def measure(model: nn.Module) -> list[Tensor]:
@@ -295,6 +368,11 @@ def test_functional_calls_and_transforms_compute_as_usual() -> None:
         (functional_call(model, others, (whole_numbers(5, 3),)) * 2).sum().backward()
         return [each.grad for each in others.values() if each.grad is not None]
 
+    def foreign_bias(model: nn.Module) -> list[Tensor]:
+        other = net()[2].bias.detach().requires_grad_()
+        (functional_call(model, {"2.bias": other}, (whole_numbers(5, 3),)) * 2).sum().backward()
+        return [other.grad, *(each.grad for each in model.parameters() if each.grad is not None)]
+
     def by_sample(model: nn.Module) -> list[Tensor]:
         own = {name: parameter.detach() for name, parameter in model.named_parameters()}
         loss = lambda weights, row: functional_call(model, weights, (row[None],)).sum()  # noqa: E731
@@ -308,8 +386,27 @@ def test_functional_calls_and_transforms_compute_as_usual() -> None:
         program = torch.jit.trace(model, (whole_numbers(5, 3),), check_trace=False)
         return gradients(model, call=program)
 
-    for measure in (foreign, by_sample, forward_mode, traced):
-        assert_as_usual(net, "2.weight[:-2]", measure)
+    for measure in (foreign, foreign_bias, by_sample, forward_mode, traced):
+        assert_as_usual(net, "2.weight[:-2]\n2.bias[:-2]", measure)
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_traced_by_make_fx(called_before: bool) -> None:
+    rows = whole_numbers(5, 3)
+
+    def measure(model: nn.Module) -> list[Tensor]:
+        if called_before:
+            gradients(model)
+        traced = make_fx(lambda rows: torch.autograd.grad(model(rows).sum(), [model[0].weight, model[2].weight]))(rows)
+        return list(traced(rows + 1))
+
+    for spec in ("2.weight[:-2]\n2.bias[:-2]", "2.weight[[0, 3]]"):
+        usual, quick = net(inplace=False), net(inplace=False)
+        freeze_entries(usual, spec)
+        frozen = freeze_entries(quick, spec, skip_gradients=True)["2.weight"].frozen
+        expected, found = measure(usual), measure(quick)
+        assert same_bits(expected[0], found[0])
+        assert same_bits(expected[1].masked_fill(frozen, 0), found[1])
 
 
 def test_compiled_frames_compute_as_usual() -> None:
@@ -449,6 +546,16 @@ def test_thawed_rows_get_their_gradient() -> None:
     assert all(map(same_bits, gradients(usual), gradients(model)))
     frozen.thaw("2.weight")
     assert all(map(same_bits, gradients(net()), gradients(model)))
+
+
+@pytest.mark.parametrize("target", ["2.weight", "2.weight[:-2]", "2.weight[:-2, 0]", "2.bias", "2.bias[0]", "2.*"])
+def test_weight_and_bias_may_be_thawed_apart(target: str) -> None:
+    spec = "2.weight[:-2]\n2.bias[:-2]"
+    model, usual = net(), net()
+    for each, skip in ((usual, False), (model, True)):
+        freeze_entries(each, spec, skip_gradients=skip).thaw(target)
+    for _ in range(2):
+        assert all(map(same_bits, gradients(usual), gradients(model)))
 
 
 @held_twice

@@ -48,7 +48,7 @@ def least_drawn(parameter: Tensor, count: int, draw: Callable[[Tensor], Tensor])
     """
 
     def chunks() -> Iterator[Tensor]:
-        for start in range(0, parameter.numel(), _CHUNK):
+        for start in range(0, max(parameter.numel(), 1), _CHUNK):  # of no entries, one empty chunk
             yield draw(torch.arange(start, min(start + _CHUNK, parameter.numel()), device=parameter.device))
 
     return least(chunks, 32, count).view(parameter.shape)

@@ -17,9 +17,9 @@ from .._held.held import HeldParameters
 from .._held.parameter import FrozenParameter
 from .._held.site import Site
 from .._ranks.sharding import is_sharded
-from .._torch import has_module_hooks_for_all, is_replica, is_transformed
+from .._torch import has_memory, has_module_hooks_for_all, is_replica, is_transformed, outside_tracing
 from .gradient import mark_clean
-from .hook_set import HookSet, held_on, uncalled_owners
+from .hook_set import HookSet, held_on, hook_sets_on, uncalled_owners
 
 Rows: TypeAlias = "slice | Tensor"
 """Some rows of a matrix: a slice if they are evenly spaced, else their indices."""
@@ -49,14 +49,17 @@ class SkipFrozenRows:
 
     def __init__(self, hooks: HookSet) -> None:
         self.hooks = hooks
-        self._planned: tuple[list[FrozenParameter], FreeRows] | None = None
+        self._planned: tuple[list[FrozenParameter], FreeRows | None] | None = None
 
     def __call__(self, module: nn.Linear, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        if not (output.requires_grad and self._is_own(module)):
-            return None
         inputs = args[0] if args else kwargs["input"]
+        is_usable = _is_plain(output) and _is_plain(inputs) and output.requires_grad and self._is_own(module)
+        rows = self._rows(module) if is_usable else None
+        if rows is None:
+            return None
+        inputs = inputs.to(output.dtype)  # the output has lower precision under autocast
         result: Tensor = _WithoutFrozenRows.apply(  # type: ignore[no-untyped-call]  # torch's own is not typed
-            output.detach(), inputs, module._parameters["weight"], module._parameters["bias"], self._rows(module)
+            output.detach(), inputs, module._parameters["weight"], module._parameters["bias"], rows
         )
         return result
 
@@ -72,21 +75,35 @@ class SkipFrozenRows:
         weight = module._parameters.get("weight")
         if weight is None or "bias" not in module._parameters:  # computed at each forward, as in pruning
             return False
-        is_known = self.hooks.known.get("weight", weight) is weight
-        return is_known and weight.requires_grad and not is_sharded(weight)
+        are_own = all(_is_own(module, key) for key in ("weight", "bias"))  # in functional_call they may not be
+        return are_own and weight.requires_grad and not is_sharded(weight)
 
-    def _rows(self, module: nn.Linear) -> FreeRows:
+    def _rows(self, module: nn.Linear) -> FreeRows | None:
         held, of_bias = held_on(module, "weight"), held_on(module, "bias")
         if self._planned is None or [*held, *of_bias] != self._planned[0]:
-            self._planned = [*held, *of_bias], _free_rows(held, of_bias)
+            with outside_tracing():  # make_fx can trace what is done with the rows, and not how they are found
+                self._planned = [*held, *of_bias], _free_rows(held, of_bias)
         return self._planned[1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_planned": None}
 
 
-def _free_rows(held: list[FrozenParameter], of_bias: list[FrozenParameter]) -> FreeRows:
+def _is_own(module: nn.Module, key: str) -> bool:
+    """Return whether a module has the parameter that every handle on it knows."""
+    found = module._parameters[key]
+    return all(hooks.known.get(key, found) is found for hooks in hook_sets_on(module))
+
+
+def _is_plain(tensor: Any) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_nested
+
+
+def _free_rows(held: list[FrozenParameter], of_bias: list[FrozenParameter]) -> FreeRows | None:
+    """Return the rows that train, or None if no row of the weight is frozen entirely any more."""
     frozen = [each.frozen_rows for each in held]
+    if not any(bool(rows.any()) for rows in frozen):
+        return None
     is_all = all(each.frozen_count == count_true(rows) * each.shape[1] for each, rows in zip(held, frozen, strict=True))
     bias = _rows(~reduce(torch.logical_or, (each.frozen_rows for each in of_bias))) if of_bias else None
     return FreeRows(_rows(~reduce(torch.logical_or, frozen)), bias, is_all)
@@ -105,8 +122,8 @@ class _WithoutFrozenRows(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, *computed_from: Any) -> Tensor:
         inputs, weight, _bias, rows = computed_from
         ctx.mark_dirty(output)  # unlike a view, it may be written to in place later, as ReLU does
-        ctx.save_for_backward(inputs.to(output.dtype), weight)  # the output has lower precision under autocast
-        ctx.rows = rows
+        ctx.save_for_backward(inputs, weight if ctx.needs_input_grad[1] else None)
+        ctx.weight, ctx.rows = weight, rows
         return output
 
     @staticmethod
@@ -118,15 +135,16 @@ class _WithoutFrozenRows(torch.autograd.Function):
         return (
             None,
             gradient @ weight.to(gradient.dtype).conj() if of_inputs else None,
-            _gradient_of_weight(flat, inputs.reshape(-1, inputs.shape[-1]), weight, rows) if of_weight else None,
+            _gradient_of_weight(flat, inputs.reshape(-1, inputs.shape[-1]), ctx.weight, rows) if of_weight else None,
             _gradient_of_bias(flat, rows) if of_bias else None,
             None,
         )
 
 
 def _gradient_of_weight(gradient: Tensor, inputs: Tensor, weight: Tensor, rows: FreeRows) -> Tensor:
-    found = _spread(gradient[:, rows.weight].T @ inputs.conj(), rows.weight, torch.zeros_like(weight))
-    if rows.is_all and not found.requires_grad:
+    zeros = gradient.new_zeros(weight.shape, dtype=weight.dtype)
+    found = _spread(gradient[:, rows.weight].T @ inputs.conj(), rows.weight, zeros)
+    if rows.is_all and not found.requires_grad and has_memory(found):
         mark_clean(weight, found)
     return found
 
