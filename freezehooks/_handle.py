@@ -277,7 +277,7 @@ class FrozenEntries(ReadByName):
         return "\n".join(filter(None, lines)) or "nothing is frozen"
 
     def _note_on_others(self) -> str:
-        count = len(self._untrained) if self.attached else 0
+        count = self._untrained.count if self.attached else 0
         return f"{counted(count, 'other parameter does', 'other parameters do')} not train" if count else ""
 
     def _note_on_gradients(self) -> str:
@@ -347,7 +347,8 @@ class FrozenEntries(ReadByName):
 
         Raises:
             DriftError: Some entries do not equal their value; the message names them.
-            UnguardedError: All of them do, but a hook is missing, no optimizer is guarded, or the handle was removed.
+            UnguardedError: All of them do, but a hook is missing, no optimizer is guarded, the handle was removed, or a
+                parameter that `train_only` did not name requires a gradient again.
             ParameterChangedError: A parameter is gone, has another shape, is on the meta device, or is in a module that
                 was replaced.
         """
@@ -359,6 +360,7 @@ class FrozenEntries(ReadByName):
                 "guard every optimizer that steps them (MaskedOptimizer or frozen.guard), or call frozen.impose()",
             )
         check_complete(self._mechanisms(), guarded=guarded, removal=self._held.removal)
+        self._untrained.check(self.model)
 
     def report(self) -> Report:
         """Report on each parameter: rules, values, drift, hooks, guarded optimizers, and bytes.
@@ -637,7 +639,7 @@ class FrozenEntries(ReadByName):
             parameter  shape   rules            frozen  free
             weight     (4, 3)  weight[~2:] = 0       6     6
         """
-        left = remaining_by_name(self._held, target)
+        left = remaining_by_name(self._held, target, untrained=self._untrained.names_in(self.model))
         gone = {name for name, frozen in left.items() if frozen is None}
         if self._holds_any:
             reset_guards(self._held.frozen)

@@ -18,7 +18,7 @@ def _model() -> nn.Sequential:
 
 @pytest.mark.parametrize("spec", ["*", "0.weight[0]\n0.weight[1:]\n0.bias\n1.*"])
 def test_freezing_all_of_a_model_warns_with_the_counts(spec: str) -> None:
-    says = "nothing in the model trains: 13 entries of 13 in 4 parameters are frozen; leave out what is to train"
+    says = "nothing in the model trains: 13 entries of 13 in 4 parameters are frozen; leave out what trains"
     with pytest.warns(UserWarning, match=says) as caught:
         frozen = freeze_entries(_model(), spec)
     assert len(caught) == 1

@@ -174,6 +174,8 @@ SOURCES: Final = [
         "_held/site",
         "_held/names",
         "_held/resolve",
+        "_held/trained",
+        "_held/remaining",
         "_ranks/agreement",
     ),
 ]

@@ -22,6 +22,7 @@ from freezehooks import (
     SpecError,
     StateMismatchError,
     TargetError,
+    UnguardedError,
     freeze_entries,
     tied,
     train_only,
@@ -358,6 +359,30 @@ def test_thawing_all_entries_leaves_the_others_untrained_until_removal() -> None
     assert model.block.weight.requires_grad
 
 
+def test_what_requires_a_gradient_again_is_noticed() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    frozen = train_only(model, "0[0]")
+    assert str(frozen).splitlines()[-1] == "3 other parameters do not train"
+    model[1].bias.requires_grad_()
+    assert str(frozen).splitlines()[-1] == "2 other parameters do not train"
+    with pytest.raises(UnguardedError, match=r"train_only did not name `1\.bias`, which requires a gradient now; call"):
+        frozen.assert_frozen(guarded=False)
+    model[1].bias.requires_grad_(False)
+    frozen.assert_frozen(guarded=False)
+    model[1].bias.requires_grad_()
+    frozen.remove()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("target", ["1.weight", "1", "1.*", "1.weight[0]"])
+def test_thawing_what_was_not_named_is_refused_with_what_to_do(target: str) -> None:
+    frozen = train_only(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), "0[0]")
+    with pytest.raises(
+        TargetError, match=r"^no entry of `1\.\w+` is frozen: train_only did not name it.*; remove\(\) the"
+    ):
+        frozen.thaw(target)
+
+
 def test_scripted_modules_inside_do_not_train_either() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated in later releases
@@ -459,7 +484,7 @@ def test_rules_of_a_handle_are_rules_of_freeze_entries() -> None:
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
-        ("", SpecError, "`spec` names nothing that is to train; name a region, as in train_only"),
+        ("", SpecError, "`spec` names nothing to train; name a region, as in train_only"),
         ([], SpecError, "names nothing"),
         ("wte[5:] = 0", SpecError, r"rule `wte\[5:\] = 0` gives a value, .*; leave the value out"),
         ({"wte": tied(0)}, SpecError, r"rule `wte = tied\(0\)` gives a value"),
@@ -470,7 +495,7 @@ def test_rules_of_a_handle_are_rules_of_freeze_entries() -> None:
         ("wte[5:]\nwte[9]", RegionError, r"rule `wte\[9\] = keep`: index 9 is out of range"),
         (Rule("wte", zeros), RegionError, "selects no entry"),
         ({"wte": _mask()[:3]}, RegionError, "a mask must"),
-        ("block.bias[0]", SpecError, "`block.bias` requires no gradient, so nothing of it would train; name"),
+        ("block.bias[0]", SpecError, "`block.bias` requires no gradient, so none of it would train; name"),
     ],
 )
 def test_bad_input_is_refused_before_the_first_change(spec: Any, error: type[FreezeError], message: str) -> None:

@@ -108,7 +108,7 @@ def _check_is_mask(mask: Any) -> None:
         )
     if mask.dtype != torch.bool:
         is_binary = not mask.is_complex() and bool(((mask == 0) | (mask == 1)).all())
-        both_ways = "give `mask.bool()` if 1 means frozen, `mask == 0` if 1 means trained"
+        both_ways = "give `mask == 1` if 1 means frozen, `mask == 0` if 1 means trained"
         is_index = mask.ndim == 1 and not mask.is_floating_point() and not mask.is_complex()
         other = "`indices.tolist()` for an index" if is_index else "True where an entry is frozen"
         raise RegionError(

@@ -154,7 +154,8 @@ class Targets:
             return self._unknown_classes(target)
         known = [*self.sites, *(name.removesuffix(".weight") for name in self.sites if name.endswith(".weight"))]
         kind = "matches no parameter" if {"*", "?"} & set(target) else "is not a parameter of the model"
-        close = difflib.get_close_matches(target, known, n=3) or known[:5]
+        within = [name for name in known if f".{name}".endswith(f".{target}")]
+        close = within[:3] or difflib.get_close_matches(target, known, n=3) or known[:5]
         listed = ", ".join(f"`{name}`" for name in close)
         return TargetError(f"`{target}` {kind}", f"did you mean {listed}?" if close else "the model has no parameters")
 

@@ -21,7 +21,9 @@ from .parameter import FrozenParameter
 from .trained import Chosen, complement, is_whole, text_of
 
 
-def remaining_by_name(held: HeldParameters, target: str | Rule) -> dict[str, FrozenParameter | None]:
+def remaining_by_name(
+    held: HeldParameters, target: str | Rule, untrained: list[str]
+) -> dict[str, FrozenParameter | None]:
     """Work out what remains frozen in each parameter with frozen entries that `target` names.
 
     For sharded parameters, every rank must take part.
@@ -29,6 +31,7 @@ def remaining_by_name(held: HeldParameters, target: str | Rule) -> dict[str, Fro
     Args:
         held: The frozen parameters of a model; nothing is changed in them.
         target: As `FrozenEntries.thaw` takes it.
+        untrained: The names of parameters that `train_only` did not name, for the message if `target` names one.
 
     Returns:
         The frozen parameters with rules for what is still frozen, by their names in `held.frozen`; None if nothing is.
@@ -38,6 +41,8 @@ def remaining_by_name(held: HeldParameters, target: str | Rule) -> dict[str, Fro
     """
     name, region = _parsed(target, held.every_name())
     names = _named_by(name, held)
+    if not names:
+        raise _not_frozen(name, held, untrained)
     if is_whole(region):
         return dict.fromkeys(names)
     left: dict[str, FrozenParameter | None] = {}
@@ -68,10 +73,17 @@ def _parsed(target: str | Rule, names: list[str]) -> tuple[str, Any]:
 def _named_by(target: str, held: HeldParameters) -> set[str]:
     """Return the names in `held.frozen` of the parameters that a target names, perhaps with wildcards."""
     known = held.every_name()
-    found = {held.find(name).name for name in matching(target, known) or matching_unwrapped(target, known)}
-    if not found:
-        raise held.frozen.not_frozen(target, [held.as_shown(each).name for each in held.parameters])
-    return found
+    return {held.find(name).name for name in matching(target, known) or matching_unwrapped(target, known)}
+
+
+def _not_frozen(target: str, held: HeldParameters, untrained: list[str]) -> TargetError:
+    excluded = matching(target, untrained) or matching_unwrapped(target, untrained)
+    if excluded:
+        return TargetError(
+            f"no entry of `{excluded[0]}` is frozen: train_only did not name it, so it requires no gradient",
+            "remove() the handle and call train_only again with all that trains now",
+        )
+    return held.frozen.not_frozen(target, [held.as_shown(each).name for each in held.parameters])
 
 
 def remaining(frozen: FrozenParameter, parameter: Tensor, region: Any) -> FrozenParameter | None:

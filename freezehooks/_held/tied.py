@@ -74,10 +74,9 @@ class TiedEntries(Constraint):
         """Reject copies that differ if the rule does not say which to start from."""
         gap = self._gap(parameter.detach())
         if self.tie.start is None and bool((gap != 0).any()):
-            first, mean = self.tie.starting_from("first"), self.tie.starting_from("mean")
             raise FrozenValueError(
                 f"{self.tie.in_words(parameter.shape)} differ, by up to {gap.max().item():g}",
-                f"write `{first}` or `{mean}`",
+                f"write `{self.tie.written('first')}` or `{self.tie.written('mean')}`",
             )
 
     def _gap(self, tensor: Tensor) -> Tensor:

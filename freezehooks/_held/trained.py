@@ -75,13 +75,11 @@ def _with_mask(rule: Rule) -> Rule:
 
 def _check_are_regions(rules: Sequence[Rule]) -> None:
     if not rules:
-        raise SpecError(
-            "`spec` names nothing that is to train", 'name a region, as in train_only(model, "wte[50257:]")'
-        )
+        raise SpecError("`spec` names nothing to train", 'name a region, as in train_only(model, "wte[50257:]")')
     for rule in rules:
         if rule.value is not Keep.KEEP:
             raise SpecError(
-                f"rule `{shortened(rule)}` gives a value, and what `train_only` names is to train",
+                f"rule `{shortened(rule)}` gives a value, and `train_only` takes rules without",
                 "leave the value out, or hold entries at values with freeze_entries",
             )
 
@@ -90,11 +88,11 @@ def _check_trains(name: str, parameter: Tensor, rules: Sequence[Rule], *, is_buf
     if is_buffer:
         raise SpecError(
             f"rule `{shortened(rules[0])}`: `{name}` is a buffer, which no optimizer trains",
-            "leave it out: buffers go on as they did",
+            "leave it out: train_only does not affect buffers",
         )
     if not parameter.requires_grad:
         raise SpecError(
-            f"rule `{shortened(rules[0])}`: `{name}` requires no gradient, so nothing of it would train",
+            f"rule `{shortened(rules[0])}`: `{name}` requires no gradient, so none of it would train",
             "name parameters that train, call `requires_grad_()` on it first, or remove() the earlier handle of "
             "train_only that did not name it",
         )

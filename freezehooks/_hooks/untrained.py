@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from .._errors import UnguardedError
 from .._held.held import Model
 from .._held.parameters import FrozenParameters
 from .._held.site import tensor_of
@@ -63,14 +64,37 @@ class Untrained:
         self._places.setdefault(id(owner), (owner, []))[1].extend(keys)
 
     def __len__(self) -> int:
+        return len({id(parameter) for parameter in self._parameters()})
+
+    def _parameters(self) -> Iterator[Tensor]:
         found = (_find(owner, key) for owner, keys in self._places.values() for key in keys)
-        return len({id(parameter) for parameter in found if parameter is not None})
+        return (parameter for parameter in found if parameter is not None)
 
     def names_in(self, model: Model) -> list[str]:
         """Return the first name of each of them in the model."""
-        untrained = {id(_find(owner, key)) for owner, keys in self._places.values() for key in keys}
-        named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
-        return [name for name, parameter in named if id(parameter) in untrained]
+        return _names_in(model, self._parameters())
+
+    @property
+    def count(self) -> int:
+        """How many of them require no gradient now."""
+        return len(self) - len(list(self._training()))
+
+    def _training(self) -> Iterator[Tensor]:
+        found = {id(parameter): parameter for parameter in self._parameters()}.values()
+        return (parameter for parameter in found if parameter.requires_grad and parameter.is_leaf)
+
+    def check(self, model: Model) -> None:
+        """Raise if one of them requires a gradient.
+
+        Raises:
+            UnguardedError: Someone has called `requires_grad_()` on it since.
+        """
+        training = _names_in(model, self._training())
+        if training:
+            raise UnguardedError(
+                f"train_only did not name {', '.join(f'`{name}`' for name in training)}, which requires a gradient now",
+                "call requires_grad_(False) on it, or remove() the handle and name it as well",
+            )
 
     def begin(self) -> None:
         """Make them require no gradient, and drop gradients, which would make an optimizer step them."""
@@ -123,6 +147,13 @@ class Untrained:
 def untrained_on(module: nn.Module) -> list[RequireNoGradient]:
     """Return the hooks by which handles keep parameters of a module from training."""
     return [hook for hook in module._load_state_dict_post_hooks.values() if isinstance(hook, RequireNoGradient)]
+
+
+def _names_in(model: Model, parameters: Iterable[Tensor]) -> list[str]:
+    """Return the first name of each parameter in the model."""
+    wanted = {id(parameter) for parameter in parameters}
+    named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
+    return [name for name, parameter in named if id(parameter) in wanted]
 
 
 def _owned(model: Model) -> Iterator[tuple[Owner, str]]:

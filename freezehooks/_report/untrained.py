@@ -45,6 +45,6 @@ def nothing_trains(model: Model) -> Iterator[str]:
         total = sum(parameter.numel() for parameter in parameters)
         yield (
             f"nothing in the model trains: {counted(total, 'entry', 'entries')} of {total:,} in "
-            f"{counted(len(parameters), 'parameter', 'parameters')} are frozen; leave out what is to train, or name it "
+            f"{counted(len(parameters), 'parameter', 'parameters')} are frozen; leave out what trains, or name it "
             "with train_only"
         )

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from .._errors import FrozenValueError, RegionError, RuleSyntaxError, SpecError
 from .patterns import pattern_named
-from .reader import Reader
+from .reader import A_VALUE, Reader
 from .region import MOST_DIGITS, WHOLE, And, Index, IndexItem, Not, Or, Region, Slice, Union, indexed
 from .rule import MOST_DIMENSIONS, TARGET, Keep, Numbers, Rule, keep
 from .ties import Tie, tie_named
@@ -208,7 +208,7 @@ class _Parser(Reader):
             return self._built(tie_named, name, arguments, named, at=start)
         if self.take("["):
             return self._built(Numbers.of, self._values(), at=start)
-        return self._finite_number("a value: a number, a list of numbers, `keep` or `tied(dim)`")
+        return self._finite_number(A_VALUE)
 
     def _tie_argument(self) -> int | str:
         if self.peek().kind == "name":

@@ -26,6 +26,22 @@ _EXAMPLES: Final = {
 }
 
 
+A_VALUE: Final = "a value: a number, a list of numbers, `keep` or `tied(dim)`"
+"""What is expected after ``=``."""
+
+_ONE_A_LINE: Final = "write one rule a line, or give a list of rules"
+
+_ADVICE: Final = {
+    ("", ";"): _ONE_A_LINE,
+    ("the end of the rule", ","): _ONE_A_LINE,
+    ("the end of the rule", "["): "write the whole region in one pair of brackets, as in `[0, 1]`",
+    (A_VALUE, "="): "write one `=`",
+    (A_VALUE, "nan"): "give a finite number",
+    (A_VALUE, "inf"): "give a finite number",
+}
+"""The advice for frequent mistakes, by what was expected and what was found."""
+
+
 class Token(NamedTuple):
     """A word, a number or a sign, with its column in the text, counted from 0."""
 
@@ -61,7 +77,8 @@ class Reader:
         while position < len(self.text):
             found = _TOKEN.match(self.text, position)
             if found is None:
-                raise self.error(position, f"{self.text[position]!r} has no meaning here", self.example)
+                sign = self.text[position]
+                raise self.error(position, f"{sign!r} has no meaning here", _ADVICE.get(("", sign), self.example))
             if found.lastgroup != "space":
                 self.tokens.append(Token(str(found.lastgroup), found.group(), position))
             position = found.end()
@@ -113,7 +130,8 @@ class Reader:
         """Return the error for a next token that is not the expected one."""
         token = self.peek()
         found = f"`{shortened(token.text)}`" if token.text else "the end"
-        return self.error(token.column, f"expected {expected}, found {found}", self.example)
+        advice = _ADVICE.get((expected, token.text), self.example)
+        return self.error(token.column, f"expected {expected}, found {found}", advice)
 
     def error(self, column: int, fact: str, advice: str = "") -> RuleSyntaxError:
         """Return the error for something wrong at a column; the message counts columns from 1."""

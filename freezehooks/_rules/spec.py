@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -59,8 +59,10 @@ def _rule_of_item(target: Any, what: Any) -> Rule:
     elif isinstance(what, list | range) and all(map(_is_integer, what)):
         region = entries[list(what)]
     elif isinstance(what, list) and all(isinstance(item, bool) for item in what):
-        raise _a_list_of_bools(what)
+        raise _a_list_for_a_mask(what)
     elif isinstance(what, tuple | list):  # YAML has lists but no tuples
+        if len(what) > 2 and all(isinstance(item, list) for item in what):
+            raise _a_list_for_a_mask(what)
         if len(what) != 2:
             raise SpecError(
                 f"a mapping's item is a region or (region, value), found {len(what)} items for {shown(target)}",
@@ -76,13 +78,15 @@ def _is_integer(item: Any) -> bool:
     return is_number and not isinstance(item, bool) and "int" in str(getattr(item, "dtype", "int"))
 
 
-def _a_list_of_bools(found: list[bool]) -> SpecError:
-    return SpecError(f"a mask must be a bool tensor, found the list {shown(found)}", "give torch.tensor(mask)")
+def _a_list_for_a_mask(found: Sequence[Any]) -> SpecError:
+    return SpecError(
+        f"a mask must be a bool tensor, found the list {shown(found)}", "give torch.tensor(mask, dtype=torch.bool)"
+    )
 
 
 def _region(region: Any) -> Any:
     if isinstance(region, str):
         return parse_region(region)
     if isinstance(region, list) and region and all(isinstance(item, bool) for item in region):
-        raise _a_list_of_bools(region)
+        raise _a_list_for_a_mask(region)
     return entries[region] if isinstance(region, list) else region

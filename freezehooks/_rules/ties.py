@@ -63,6 +63,10 @@ class Tie(ABC):
 
     # Text
 
+    def written(self, start: str) -> str:
+        """Return how the tie is written with another start."""
+        return str(self.starting_from(start))
+
     def starting_from(self, start: str | None) -> Tie:
         """Return the same tie with another start."""
         return type(self)(**{**{f.name: getattr(self, f.name) for f in fields(self)}, "start": start})
@@ -188,7 +192,8 @@ class Labeled(Tie):
         if tuple(self.labels.shape) != tuple(shape):
             raise RegionError(
                 f"labels must have the parameter's shape {tuple(shape)}, found {tuple(self.labels.shape)}",
-                "give an integer for each entry, and -1 where it is free",
+                "give each entry of the whole tensor a label, -1 where it is free; to tie only within each kernel, use "
+                "other labels in each",
             )
 
     def count(self, shape: Sequence[int]) -> int:
@@ -196,8 +201,11 @@ class Labeled(Tie):
         return int((self.labels < 0).sum()) + len(self.labels[self.labels >= 0].unique())
 
     def in_words(self, shape: Sequence[int] | None = None) -> str:
-        """Return ``all entries of one label``."""
-        return "all entries of one label"
+        """Return ``entries with the same label``."""
+        return "entries with the same label"
+
+    def written(self, start: str) -> str:
+        return f'tied(labels, start="{start}")'
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Labeled) and other.labels is self.labels and other.start == self.start
@@ -290,7 +298,7 @@ def tied(dim: int | Labels, *, groups: int = 1, start: str | None = None) -> Tie
             differ are an error.
 
     Raises:
-        SpecError: `dim` or `groups` is not an integer.
+        SpecError: `dim` or `groups` is not an integer, or labels are no tensor.
         RegionError: `start` is neither "first" nor "mean", or `groups` is below 1 or given together with labels.
 
     Example:
@@ -298,6 +306,10 @@ def tied(dim: int | Labels, *, groups: int = 1, start: str | None = None) -> Tie
         >>> str(Rule("conv.weight", value=tied(0, start="mean")))
         'conv.weight = tied(0, start=mean)'
     """
+    if isinstance(dim, list | tuple):
+        raise SpecError(
+            f"labels must be a tensor of integers, found a {type(dim).__name__}", "give torch.tensor(labels)"
+        )
     if isinstance(dim, int) or not hasattr(type(dim), "__array__"):
         return Tied(dim, groups=groups, start=start)  # type: ignore[arg-type]  # it rejects what is not an integer
     if groups != 1:

@@ -53,7 +53,7 @@ def _rule(name: str, before: Tensor, now: Tensor, same: Tensor) -> str:
         return f"# {shown(name)}: no rule can name it alone: freeze it through a mapping"
     region = region_of(same)
     if region is None:
-        return f'{unchanged}, no short rule: freeze them by a mask, {{"{shown(name)}": a == b}}'
+        return f"{unchanged}, no short rule: freeze them by the mask `before == after`"
     return str(Rule(name, region, _one_number(now[same]))).removesuffix(" = keep")
 
 

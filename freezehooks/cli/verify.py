@@ -40,7 +40,7 @@ EXAMPLES: Final = """\
   freezehooks verify last.ckpt --rules rules.yaml --against first.ckpt --quiet && ./release.sh
       in a pipeline: code 0 is given only where every entry was looked at and holds
 
-A region chosen by numbers (zeros, smallest, nm) is chosen on BASE. BASE may have another shape, as before new rows
+A value-dependent region (zeros, smallest, nm) is chosen on BASE. BASE may have another shape, as before new rows
 were added, if both have every entry that is kept.
 """
 ARGUMENTS: Final = (

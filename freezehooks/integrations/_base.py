@@ -32,7 +32,7 @@ class FreezingCallback(ABC):
         skip_gradients: Whether gradients are skipped for frozen rows of `nn.Linear` layers; see `freeze_entries`.
 
     Attributes:
-        frozen: The handle of the latest training; None before any, and if all entries were thawed.
+        frozen: The handle of the latest training; None before any, and if it began after `until_epoch`.
 
     Raises:
         RuleSyntaxError: Some text is not a rule.

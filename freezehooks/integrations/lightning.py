@@ -58,7 +58,8 @@ class FreezeEntries(FreezingCallback, _Callback):
         skip_gradients: Whether gradients are skipped for frozen rows of `nn.Linear` layers; see `freeze_entries`.
 
     Attributes:
-        frozen: The handle of the latest fit, removed at its end; None before any, and if all entries were thawed.
+        frozen: The handle of the latest fit, removed at its end or at `until_epoch`; None before any, and if the
+            fit began after `until_epoch`.
 
     Raises:
         FreezeError: When the callback is made, for text that is not a rule; at the start of fit, for anything else.

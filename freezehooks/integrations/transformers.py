@@ -52,7 +52,8 @@ class FreezeEntriesCallback(FreezingCallback, TrainerCallback):
         skip_gradients: Whether gradients are skipped for frozen rows of `nn.Linear` layers; see `freeze_entries`.
 
     Attributes:
-        frozen: The handle of the latest training, removed at its end; None before any, and if all entries were thawed.
+        frozen: The handle of the latest training, removed at its end or at `until_epoch`; None before any, and if the
+            training began after `until_epoch`.
             The Trainer does not tell callbacks about exceptions: after one, the entries are held until
             `frozen.remove()` is called or the callback's next training starts.
 

@@ -84,7 +84,7 @@ class NM(Pattern):
         if shape[1] % self.m:
             raise RegionError(
                 f"pattern `{self}` needs dimension 1 to be a multiple of {self.m}, found {shape[1]}",
-                "choose a group size that divides it",
+                "choose a group size that divides it, or name layers in which it does, such as `*(Linear)`",
             )
 
     def select(self, parameter: Tensor, selector: Selector) -> Tensor:
