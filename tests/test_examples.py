@@ -191,3 +191,8 @@ def test_two_ranks_with_shards_train_as_one_process() -> None:
     _assert_as_one_process(output)
     taken = re.findall(r"take (\d+) bytes, in one process (\d+)", output)
     assert [2 * int(here) for here, _ in taken] == [int(alone) for _, alone in taken] != []
+
+
+def test_costs_on_many_ranks_are_those_of_the_page() -> None:
+    page = (EXAMPLES.parent / "docs" / "distributed.md").read_text()
+    assert _run("distributed/costs.py", "--ranks", "64") in page
