@@ -439,6 +439,9 @@ def _file(folder: Folder, kind: str) -> str:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it is a prototype
                 return folder.saved("nested.pt", {"w": torch.nested.nested_tensor([ramp(2), ramp(3)])})
+        case "index":
+            (folder.path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model-1.safetensors"}}')
+            return str(folder.path / "model.safetensors.index.json")
         case "sparse":
             return folder.saved("sparse.pt", {"w": torch.eye(3).to_sparse()})
     return folder.saved("meta.pt", {"w": torch.empty(2, device="meta")})
@@ -468,7 +471,8 @@ def _file(folder: Folder, kind: str) -> str:
         ("TorchScript", r"is not a checkpoint, .*TorchScript archive"),
         ("nested", r"`w` of .* is nested; save dense tensors"),
         ("sparse", r"`w` of .* is torch.float32 in layout torch.sparse_coo; save dense tensors"),
-        ("meta", r"`w` of .* is on the meta device"),
+        ("meta", r"`w` of .* is on the meta device, and has no numbers; save the model after it was loaded"),
+        ("index", r"index.json` lists the files of a checkpoint and holds no tensors; name one of those files"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_is_refused(folder: Folder, kind: str, message: str) -> None:

@@ -65,6 +65,10 @@ def _check_is_file(path: str) -> None:
         except OSError:  # no permission to read it
             held = ""
         raise CheckpointError(f"`{path}` is a folder", f"name the file inside it{held}")
+    if path.endswith(".index.json"):
+        raise CheckpointError(
+            f"`{path}` lists the files of a checkpoint and holds no tensors", "name one of those files"
+        )
     if not os.path.exists(path):
         raise CheckpointError(f"there is no file `{path}`", "check the path")
 
@@ -170,11 +174,12 @@ def _plain(name: str, tensor: Tensor, path: str) -> Tensor:
             f"`{name}` of `{path}` is a {type(tensor).__name__}, of which the file may hold only a shard",
             "save the full state_dict: torch.distributed.checkpoint.state_dict.get_model_state_dict gathers it",
         )
-    if tensor.is_nested or tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
-        stored = "on the meta device" if tensor.is_meta else f"{tensor.dtype} in layout {tensor.layout}"
+    if tensor.is_meta:
         raise CheckpointError(
-            f"`{name}` of `{path}` is {'nested' if tensor.is_nested else stored}",
-            "save dense tensors: `to_dense()`, `dequantize()`",
+            f"`{name}` of `{path}` is on the meta device, and has no numbers", "save the model after it was loaded"
         )
+    if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
+        stored = "nested" if tensor.is_nested else f"{tensor.dtype} in layout {tensor.layout}"
+        raise CheckpointError(f"`{name}` of `{path}` is {stored}", "save dense tensors: `to_dense()`, `dequantize()`")
     plain = tensor.detach().resolve_conj().resolve_neg()
     return plain.contiguous() if 0 in plain.stride() else plain
