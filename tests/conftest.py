@@ -1,17 +1,29 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Iterator
 from typing import Final
 
 import pytest
 import torch
 
+from .devices import FROM_OUTSIDE, VARIABLE, default, device_of, prepare, repeatable, why_not
 from .ranks import Launches
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="the device that the promises are tested on (default: cpu)")
+    parser.addoption(
+        "--device", default=FROM_OUTSIDE, help=f"the device that the tests run on (default: {VARIABLE}, or else cpu)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "on_cpu(why): runs on the CPU whatever device is named")
+    config.addinivalue_line("filterwarnings", "ignore:.* does not have a deterministic implementation")
+    missing = why_not(config.getoption("--device"))
+    if missing:
+        raise pytest.UsageError(missing)
+    prepare(config.getoption("--device"))
 
 
 NEEDS: Final = {"freezehooks._handle.FrozenEntries.plot": "matplotlib"}
@@ -25,9 +37,21 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"the example needs {package}"))
 
 
-@pytest.fixture
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.config.getoption("--device"))
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Import a module of tests on the device that they run on."""
+    with default(device_of(collector, collector.config.getoption("--device"))):
+        return (yield)
+
+
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The device that the test runs on, which is torch's default meanwhile."""
+    chosen = device_of(request.node, request.config.getoption("--device"))
+    with default(chosen), repeatable(chosen):
+        yield chosen
 
 
 @pytest.fixture(scope="session")

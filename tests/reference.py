@@ -24,6 +24,8 @@ from torch.optim import (
 
 from freezehooks import Rule, center, entries, keep, smallest, triu
 
+from .draws import rand, randint, randn
+
 DTYPES: Final = (torch.float32, torch.float64, torch.bfloat16)
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -64,7 +66,7 @@ class Images(nn.Module):
         return torch.as_tensor(self.head(x))
 
     def batch(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        return torch.randn(4, 2, 5, 5, generator=generator).to(dtype)
+        return randn(4, 2, 5, 5, seed=generator).to(dtype)
 
     def tie(self) -> None:
         """Do nothing: there are no shared parameters."""
@@ -88,7 +90,7 @@ class Words(nn.Module):
         return torch.as_tensor(self.head(x))
 
     def batch(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        return torch.randint(6, (4, 3), generator=generator)
+        return randint(0, 6, 4, 3, seed=generator)
 
     def tie(self) -> None:
         """Make the two names share one parameter again, as is done after loading with `assign=True`."""
@@ -360,7 +362,7 @@ class Reference:
 
 
 def _scattered(shape: torch.Size, fraction: float) -> Tensor:
-    frozen = torch.rand(shape, generator=torch.Generator().manual_seed(shape.numel())) < fraction
+    frozen = rand(*shape, seed=shape.numel()) < fraction
     frozen.view(-1)[0] = True
     return frozen
 

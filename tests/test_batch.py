@@ -18,9 +18,11 @@ from freezehooks import FrozenEntries, MaskedOptimizer, freeze_entries
 from freezehooks._entries.writes import Writes
 from freezehooks._hooks.batch import Plan
 
+from .devices import on_cpu
+from .draws import rand
 from .operations import Ops
 
-_MASK = torch.rand(8, 8, generator=torch.Generator().manual_seed(1)) < 0.5
+_MASK = rand(8, 8, seed=1) < 0.5
 
 SPECS: dict[str, Any] = {
     "slice": "*.weight[:, 1] = 0",
@@ -209,15 +211,17 @@ def test_another_thread_is_not_covered_by_a_forward_that_runs_in_this_one() -> N
     model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     frozen = freeze_entries(model, "1.weight[0] = 1")
 
+    rows = torch.ones(2, 8)
+
     def meanwhile(module: nn.Module, args: Any) -> None:
         model[1].weight.data.fill_(7)
-        thread = threading.Thread(target=lambda: model[1](torch.ones(2, 8)))
+        thread = threading.Thread(target=lambda: model[1](rows))
         thread.start()
         thread.join()
         frozen.assert_frozen(guarded=False)
 
     model[0].register_forward_pre_hook(meanwhile)
-    model(torch.ones(2, 8))
+    model(rows)
 
 
 class _Recursive(nn.Module):
@@ -337,11 +341,12 @@ def test_a_hook_that_steps_in_backward_gets_a_clean_gradient() -> None:
 
 def test_two_threads_that_run_backward_through_one_model_both_leave_clean_gradients() -> None:
     model, frozen, _ = _chain(20)
+    rows = torch.ones(2, 8)
     wrong: list[str] = []
 
     def work() -> None:
         for _ in range(20):
-            model(torch.ones(2, 8)).sum().backward()
+            model(rows).sum().backward()
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -400,6 +405,7 @@ def test_a_submodule_that_outlives_its_model_keeps_nothing_else_of_it_alive() ->
     assert last.weight[0].tolist() == [1] * 8
 
 
+@on_cpu("a process that talks by gloo")
 def test_gradients_are_clean_behind_the_reducer_of_a_single_process(tmp_path: Path) -> None:
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)  # type: ignore[attr-defined]  # undeclared
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -27,6 +27,7 @@ from freezehooks import (
 )
 
 from .claims import same_bits
+from .draws import randn
 from .ranks import on_ranks
 
 STATISTICS = ("running_mean", "running_var")
@@ -40,7 +41,7 @@ def _model() -> Any:
 
 
 def _batch(seed: int = 0) -> Tensor:
-    return torch.randn(8, 3, generator=torch.Generator().manual_seed(seed))
+    return randn(8, 3, seed=seed)
 
 
 SPEC = "1.running_mean[:2]\n1.running_var[3] = 0.7"
@@ -495,10 +496,10 @@ def test_keep_follows_a_buffer_that_is_put_in_another_s_place_outside_a_forward(
     assert same_bits(twins.model[1].running_mean[:2], torch.full((2,), 5.0))
 
 
-def test_they_hold_through_the_meta_device() -> None:
+def test_they_hold_through_the_meta_device(device: torch.device) -> None:
     twins = _Twins()
     state = twins.model.state_dict()
-    twins.model.to("meta").to_empty(device="cpu")
+    twins.model.to("meta").to_empty(device=device)
     twins.model.load_state_dict(state)
     twins.plain(_batch())
     twins.model(_batch())

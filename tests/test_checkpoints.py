@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from freezehooks import FrozenEntries, MaskedOptimizer, freeze_entries
 
 from .claims import same_bits
+from .draws import randn
 
 PLAIN = "0.weight[:, ::2] = 0.1\n0.bias[1]"
 SPEC = f"{PLAIN}\n2[smallest(0.5)] = -0.0"
@@ -40,7 +41,7 @@ def _run(spec: str = SPEC, *, seed: int = 3, state: Any = None, compact: bool = 
 def _train(run: Run, steps: range) -> None:
     model, optimizer, _ = run
     for step in steps:
-        batch = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+        batch = randn(5, 4, seed=step)
         optimizer.zero_grad()
         model(batch).square().mean().backward()
         optimizer.step()
@@ -152,13 +153,13 @@ def test_distributed_checkpoints_of_one_process_go_on(compact: bool, chosen: boo
     _assert_goes_on(resumed, run)
 
 
-def test_safetensors_hold_the_weights_with_the_values_in_them(tmp_path: Path) -> None:
+def test_safetensors_hold_the_weights_with_the_values_in_them(tmp_path: Path, device: torch.device) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     run = _run()
     _train(run, range(3))
     run[0].get_parameter("0.weight").data.fill_(7)  # a stray write
     safetensors.save_file(run[0].state_dict(), tmp_path / "model.safetensors")
-    weights = safetensors.load_file(tmp_path / "model.safetensors")
+    weights = safetensors.load_file(tmp_path / "model.safetensors", str(device))
     assert sorted(weights) == sorted(_net(4).state_dict())
     for name, part in run[2].items():
         assert same_bits(weights[name][part.frozen], part.values)

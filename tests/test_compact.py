@@ -46,6 +46,8 @@ from freezehooks import (
 )
 
 from .claims import FreeEntriesAlone, assert_training_holds, held_twice, largest_difference, same_bits
+from .devices import default, on_cpu
+from .draws import rand, randn
 from .operations import Ops
 from .test_optimizer_matrix import ELEMENTWISE, Case
 from .zoo import IDS, ZOO, Animal
@@ -79,7 +81,7 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter:
 
 
 def _backward(model: Callable[[Tensor], Tensor], seed: int) -> Tensor:
-    batch = torch.randn(6, 12, generator=torch.Generator().manual_seed(seed))
+    batch = randn(6, 12, seed=seed)
     loss = torch.sum((model(batch) - 0.3) ** 2)
     loss.backward()
     return loss
@@ -170,7 +172,7 @@ def test_frozen_entries_hold_at_every_point_in_every_model_of_the_zoo(animal: An
     assert _same(model, masked)
 
 
-_MASK = torch.rand(8, 12, generator=torch.Generator().manual_seed(9)) < 0.4
+_MASK = rand(8, 12, seed=9) < 0.4
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64], ids=str)
@@ -200,12 +202,12 @@ def test_other_dtypes_follow_the_masked_run(make: Maker, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("kind", [SGD, ASGD, RMSprop, RAdam, Adadelta], ids=lambda kind: kind.__name__)
 def test_half_precision_follows_the_masked_run_up_to_roundings(kind: Any, dtype: torch.dtype) -> None:
     """Equal bit for bit to the optimizer that has only the free entries: the CPU's kernels round by position."""
-    mask = torch.rand(37, 29, generator=torch.Generator().manual_seed(9)) < 0.4
-    make = partial(kind, lr=0.03, **({"momentum": 0.9} if kind in (SGD, RMSprop) else {}))
+    mask = rand(37, 29, seed=9) < 0.4
+    make = partial(kind, lr=0.03, foreach=False, **({"momentum": 0.9} if kind in (SGD, RMSprop) else {}))
     runs = []
     for compact in (False, True, None):
         generator = torch.Generator().manual_seed(1)
-        weight = nn.Parameter(torch.randn(37, 29, generator=generator).to(dtype))
+        weight = nn.Parameter(randn(37, 29, seed=generator).to(dtype))
         free = nn.Parameter(weight.detach()[~mask].clone())
         if compact is None:
             optimizer = make([free])
@@ -213,7 +215,7 @@ def test_half_precision_follows_the_masked_run_up_to_roundings(kind: Any, dtype:
             frozen = freeze_entries({"weight": weight}, {"weight": (mask, 0.5)})
             optimizer = MaskedOptimizer(make([weight]), frozen, compact=compact)
         for _ in range(4):
-            weight.grad = torch.randn(37, 29, generator=generator).to(dtype)
+            weight.grad = randn(37, 29, seed=generator).to(dtype)
             free.grad = weight.grad[~mask].clone()
             optimizer.step()
         runs.append((free if compact is None else weight[~mask]).detach())
@@ -623,14 +625,14 @@ def test_clipping_sees_and_scales_the_gradients_that_are_stepped() -> None:
 
 @pytest.mark.parametrize("kind", [SGD, AdamW], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-def test_a_grad_scaler_unscales_and_skips_as_without_compact(kind: Any, fused: bool) -> None:
+def test_a_grad_scaler_unscales_and_skips_as_without_compact(kind: Any, fused: bool, device: torch.device) -> None:
     models = []
     for compact in (False, True):
         model, frozen, optimizer = _run(partial(kind, lr=0.05, fused=fused), compact=compact)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
         for seed in range(4):
             optimizer.zero_grad()
-            loss = torch.sum((model(torch.randn(6, 12, generator=torch.Generator().manual_seed(seed))) - 0.3) ** 2)
+            loss = torch.sum((model(randn(6, 12, seed=seed)) - 0.3) ** 2)
             scaler.scale(loss * (torch.inf if seed == 2 else 1)).backward()
             before = [parameter.clone() for parameter in model.parameters()]
             scaler.step(optimizer)
@@ -1061,7 +1063,7 @@ _OTHER_SPECS: Final[dict[str, Any]] = {
     "same_rules": SPEC,
     "more": f"{SPEC}\n0.weight[2:4] = 0.5\n0.bias[1:] = 1",
     "fewer": "0.weight[:, 1::2] = 0.5",
-    "others": {"2.weight": torch.rand(4, 8, generator=torch.Generator().manual_seed(1)) < 0.5},
+    "others": {"2.weight": rand(4, 8, seed=1) < 0.5},
 }
 
 
@@ -1361,12 +1363,13 @@ def test_a_compiled_step_or_model_trains_alike(what: str) -> None:
     assert optimizer.state[_parameter(model, "0.weight")]["exp_avg"].ndim == 1
 
 
-def test_two_threads_train_a_model_each() -> None:
+def test_two_threads_train_a_model_each(device: torch.device) -> None:
     results: dict[int, nn.Module] = {}
 
     def train(number: int) -> None:
         model, _, optimizer = runs[number]
-        _train(model, optimizer, 20)
+        with default(device):
+            _train(model, optimizer, 20)
         results[number] = model
 
     runs = [_adamw(), _adamw()]
@@ -1434,6 +1437,7 @@ def test_distributed_checkpoints_carry_the_state_in_either_direction(from_compac
 
 
 @pytest.mark.usefixtures("_no_warning_of_others")
+@on_cpu("Accelerate chooses the device")
 def test_accelerate_prepares_it() -> None:
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True)
@@ -1442,7 +1446,7 @@ def test_accelerate_prepares_it() -> None:
         prepared, outer = accelerator.prepare(model, optimizer)
         for seed in range(3):
             outer.zero_grad()
-            batch = torch.randn(6, 12, generator=torch.Generator().manual_seed(seed))
+            batch = randn(6, 12, seed=seed)
             accelerator.backward(torch.sum((prepared(batch) - 0.3) ** 2))
             accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
             outer.step()
@@ -1457,7 +1461,7 @@ class _Batches(torch.utils.data.Dataset[Tensor]):
         return 12
 
     def __getitem__(self, index: int) -> Tensor:
-        return torch.randn(12, generator=torch.Generator().manual_seed(index))
+        return randn(12, seed=index)
 
 
 def _fit(

@@ -16,6 +16,7 @@ from torch import Tensor
 from freezehooks._entries.entry_set import EntrySet, Masked, Sparse, Strided
 
 from .claims import same_bits
+from .draws import rand, randint
 from .strategies import boxes, masks, shapes
 
 SHAPE = (6, 4, 3, 5)
@@ -23,7 +24,7 @@ _NOTHING = torch.zeros(SHAPE, dtype=torch.bool)
 
 
 def _random_mask(fraction: float, seed: int) -> Tensor:
-    return torch.rand(SHAPE, generator=torch.Generator().manual_seed(seed)) < fraction
+    return rand(*SHAPE, seed=seed) < fraction
 
 
 def _set(*key: slice | int) -> Tensor:
@@ -66,10 +67,10 @@ def _awkward(dtype: torch.dtype, seed: int = 0) -> Tensor:
     """Random bits, which include every kind of nan and denormals, with inf, nan and -0.0 all over the tensor."""
     bytes_each = torch.empty(0, dtype=dtype).element_size()
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randint(256, (*SHAPE, bytes_each), dtype=torch.uint8, generator=generator).view(dtype).view(SHAPE)
+    noise = randint(0, 256, *SHAPE, bytes_each, seed=generator).byte().view(dtype).view(SHAPE)
     special = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0, 0.0, 1.0]).to(dtype)
-    numbers = special[torch.randint(6, SHAPE, generator=generator)]
-    return torch.where(torch.rand(SHAPE, generator=generator) < 0.5, noise, numbers)
+    numbers = special[randint(0, 6, *SHAPE, seed=generator)]
+    return torch.where(rand(*SHAPE, seed=generator) < 0.5, noise, numbers)
 
 
 class _Scene(NamedTuple):
@@ -125,7 +126,7 @@ def test_a_number_is_a_box_of_no_dimensions() -> None:
     entries.fill_(tensor, -0.0)
     assert isinstance(entries, Strided)
     assert same_bits(tensor, torch.tensor(-0.0))
-    assert entries.mask(torch.device("cpu")).equal(torch.tensor(True))
+    assert entries.mask(tensor.device).equal(torch.tensor(True))
 
 
 @given(shapes(min_dims=1).flatmap(lambda shape: st.tuples(st.just(shape), boxes(shape))))

@@ -26,6 +26,8 @@ from freezehooks import FreezeError, FrozenEntries, MaskedOptimizer, StateMismat
 from freezehooks._rules.region import Index, Slice
 
 from .claims import same_bits
+from .devices import default, on_cpu
+from .draws import randn
 from .strategies import masks, near_indices
 
 
@@ -40,7 +42,7 @@ def _frozen_pair(spec: str = "weight[0] = 0.5") -> tuple[nn.Linear, MaskedOptimi
 
 
 def _backward(model: Callable[..., Any], seed: int = 0) -> Tensor:
-    batch = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+    batch = randn(5, 4, seed=seed)
     loss = torch.sum(model(batch) ** 2)
     loss.backward()
     return loss
@@ -168,9 +170,11 @@ def test_anomaly_mode_finds_nothing_to_complain_of() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_autocast_computes_with_the_rounded_values_and_keeps_the_exact_ones(dtype: torch.dtype) -> None:
+def test_autocast_computes_with_the_rounded_values_and_keeps_the_exact_ones(
+    dtype: torch.dtype, device: torch.device
+) -> None:
     model, optimizer = _frozen_pair("weight[0] = 0.1")
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(device.type, dtype=dtype):
         output = model(torch.eye(4))
     expected = (torch.tensor(0.1).to(dtype) + model.bias[0].to(dtype)).float()
     torch.testing.assert_close(output[:, 0].float(), expected.expand(4), rtol=1e-2, atol=1e-3)
@@ -276,18 +280,19 @@ def test_a_compiled_module_takes_rules_by_the_names_it_shows() -> None:
 # Threads
 
 
-def test_threads_with_models_of_their_own_do_not_disturb_one_another() -> None:
+def test_threads_with_models_of_their_own_do_not_disturb_one_another(device: torch.device) -> None:
     results: dict[int, Tensor] = {}
 
     def train(n: int) -> None:
-        model = nn.Linear(4, 3)
-        frozen = freeze_entries(model, f"weight[:2] = {n}")
-        optimizer = MaskedOptimizer(AdamW(model.parameters(), lr=0.1), frozen)
-        for seed in range(20):
-            optimizer.zero_grad()
-            _backward(model, seed)
-            optimizer.step()
-            frozen.assert_frozen()
+        with default(device):
+            model = nn.Linear(4, 3)
+            frozen = freeze_entries(model, f"weight[:2] = {n}")
+            optimizer = MaskedOptimizer(AdamW(model.parameters(), lr=0.1), frozen)
+            for seed in range(20):
+                optimizer.zero_grad()
+                _backward(model, seed)
+                optimizer.step()
+                frozen.assert_frozen()
         results[n] = model.weight.detach()
 
     threads = [threading.Thread(target=train, args=(n,)) for n in range(4)]
@@ -401,6 +406,7 @@ def test_groups_with_options_of_their_own_hold() -> None:
     assert model.bias[1] == 2
 
 
+@on_cpu("Accelerate chooses the device")
 def test_accelerate_prepares_accumulates_and_restores(tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
@@ -447,21 +453,21 @@ def test_specs_agree_with_a_slow_reference(
     """What is frozen, what is held and what is rejected, computed in numpy entry by entry."""
     shape, rules = drawn
     model = nn.Linear(shape[1], shape[0])
-    start = model.weight.detach().numpy().copy()
+    start = model.weight.detach().cpu().numpy().copy()
     expected = _expected_in_numpy(start, rules)
     spec = [{"weight": (region, "keep" if value is None else value)} for region, value in rules]
     try:
         frozen = freeze_entries(model, spec)
     except FreezeError:
         assert expected is None
-        assert (model.weight.detach().numpy() == start).all()
+        assert (model.weight.detach().cpu().numpy() == start).all()
         return
     assert expected is not None
     optimizer = MaskedOptimizer(SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1), frozen)
     for _ in range(2):
         model(torch.randn(5, shape[1])).square().sum().backward()
         optimizer.step()
-    found = model.weight.detach().numpy()
+    found = model.weight.detach().cpu().numpy()
     for position, number in expected.items():
         assert found[position] == np.float32(number)
     assert frozen["weight"].frozen_count == len(expected)
@@ -487,7 +493,7 @@ def _expected_in_numpy(
 
 def _positions_in_numpy(region: Index | Tensor, shape: tuple[int, ...]) -> set[tuple[int, ...]]:
     """Return the positions that numpy selects, or none if it raises."""
-    key = region.numpy() if isinstance(region, Tensor) else tuple(map(_as_numpy, region.items))
+    key = region.cpu().numpy() if isinstance(region, Tensor) else tuple(map(_as_numpy, region.items))
     try:
         selected = np.atleast_1d(np.arange(np.prod(shape)).reshape(shape)[key]).flatten()
     except (IndexError, DeprecationWarning):  # numpy 1 warns of a list out of range where nothing is selected
@@ -535,6 +541,7 @@ torch.save(model.state_dict(), path + ".end")
 """
 
 
+@on_cpu("processes of its own")
 def test_a_run_that_is_killed_and_resumed_ends_bit_equal_to_one_that_never_was(tmp_path: Path) -> None:
     script = _TRAIN.format(root=str(Path(__file__).parents[1]))
     die_at = int(np.random.default_rng(3).integers(4, 11))

@@ -14,6 +14,7 @@ from torch import Tensor
 from freezehooks._entries.flat_order import FlatOrder, memory_order
 
 from .claims import same_bits
+from .draws import rand
 from .strategies import shapes
 
 
@@ -25,7 +26,7 @@ def _frozen(shape: tuple[int, ...], *keys: Any) -> Tensor:
 
 
 _SHAPE = (4, 3, 3, 2)
-_RANDOM = torch.rand(_SHAPE, generator=torch.Generator().manual_seed(3)) < 0.5
+_RANDOM = rand(*_SHAPE, seed=3) < 0.5
 
 MASKS = {
     "nothing": _frozen(_SHAPE),

@@ -36,6 +36,7 @@ from freezehooks._rules.spec import rules_of
 from freezehooks._rules.ties import Labeled, Tie
 
 from .claims import same_bits
+from .draws import randn
 from .test_regions import order_of_draws
 
 Array: TypeAlias = NDArray[Any]
@@ -339,9 +340,9 @@ class _ByHand:
 
     def __init__(self, form: Form, make: Callable[[Any], Optimizer]) -> None:
         self.model = _Net()
-        numbers = {name: tensor.numpy().copy() for name, tensor in self._tensors().items()}
-        self.frozen = {name: torch.from_numpy(mask) for name, mask in form.frozen(numbers).items()}
-        self.first = {name: torch.from_numpy(first) for name, first in form.copies(numbers).items()}
+        numbers = {name: tensor.cpu().numpy().copy() for name, tensor in self._tensors().items()}
+        self.frozen = {name: torch.as_tensor(mask) for name, mask in form.frozen(numbers).items()}
+        self.first = {name: torch.as_tensor(first) for name, first in form.copies(numbers).items()}
         self.held = {name: self._value(form, name) for name in self.frozen}
         self._write()
         named = self.model.named_parameters()
@@ -352,7 +353,7 @@ class _ByHand:
 
     def _value(self, form: Form, name: str) -> Tensor:
         tensor = self._tensors()[name]
-        value = torch.as_tensor(np.asarray(form.values.get(name, tensor)), dtype=tensor.dtype)
+        value = torch.as_tensor(np.asarray(form.values.get(name, tensor.cpu())), dtype=tensor.dtype)
         return value.expand(tensor.shape).clone()
 
     def start_from(self, model: nn.Module) -> None:
@@ -375,11 +376,11 @@ class _ByHand:
 
     def _sum(self, parameter: nn.Parameter, first: Tensor) -> None:
         assert parameter.grad is not None
-        gradient = parameter.grad.flatten().numpy()
-        others = np.flatnonzero(first.flatten().numpy() != np.arange(first.numel()))
+        gradient = parameter.grad.flatten().cpu().numpy()
+        others = np.flatnonzero(first.flatten().cpu().numpy() != np.arange(first.numel()))
         summed = gradient.copy()
-        np.add.at(summed, first.flatten().numpy()[others], gradient[others])
-        parameter.grad = torch.from_numpy(summed)[first]
+        np.add.at(summed, first.flatten().cpu().numpy()[others], gradient[others])
+        parameter.grad = torch.as_tensor(summed)[first]
 
     def _write(self) -> None:
         for name, tensor in self._tensors().items():
@@ -429,7 +430,7 @@ class _Run:
 
 def _images() -> list[Tensor]:
     numbers = torch.Generator().manual_seed(7)
-    return [torch.randn(3, 2, 4, 4, generator=numbers) for _ in range(20)]
+    return [randn(3, 2, 4, 4, seed=numbers) for _ in range(20)]
 
 
 MAKERS: Final[dict[str, Callable[[Any], Optimizer]]] = {

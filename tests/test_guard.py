@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from freezehooks import MaskedOptimizer, freeze_entries
 
 from .claims import same_bits
+from .draws import randn
 
 MASK = torch.zeros(4, 5, dtype=torch.bool)
 MASK[0] = MASK[2, ::2] = True
@@ -84,7 +85,7 @@ def _train(optimizer: Optimizer, weight: Tensor, steps: int) -> None:
     generator = torch.Generator().manual_seed(7)
     for _ in range(steps):
         optimizer.zero_grad()
-        _loss(weight, torch.randn(6, 5, generator=generator)).backward()
+        _loss(weight, randn(6, 5, seed=generator)).backward()
         optimizer.step()
 
 
@@ -199,7 +200,7 @@ def test_mixing_optimizers_follow_the_model_that_computes_with_the_values(
     optimizer = MaskedOptimizer(make([weight]), freeze_entries({"weight": weight}, {"weight": (MASK, 0.5)}))
     reference = make([latent])
     for seed in range(5):
-        batch = torch.randn(6, 5, generator=torch.Generator().manual_seed(seed))
+        batch = randn(6, 5, seed=seed)
         optimizer.zero_grad()
         _loss(weight, batch).backward()
         assert weight.grad is not None

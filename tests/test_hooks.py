@@ -482,12 +482,12 @@ def test_a_pruned_module_computes_with_the_values(target: str) -> None:
 
 
 @pytest.mark.parametrize("region", ["[0]", "[[0, 3], [1, 2]]", "[smallest(0.5)]"], ids=["box", "scattered", "dense"])
-def test_a_model_that_passes_through_the_meta_device_is_held_again(region: str) -> None:
+def test_a_model_that_passes_through_the_meta_device_is_held_again(region: str, device: torch.device) -> None:
     model = nn.Linear(8, 8)
     frozen = freeze_entries(model, f"weight{region} = 0.5")
     model.to("meta")
     model.state_dict()
-    model.to_empty(device="cpu")
+    model.to_empty(device=device)
     model(torch.ones(1, 8))
     frozen.assert_frozen(guarded=False)
 

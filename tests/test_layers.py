@@ -862,9 +862,9 @@ def test_a_layer_compiles_without_a_break(layer: Layer) -> None:
 
 
 @layers
-def test_autocast_computes_in_bfloat16_as_a_plain_convolution(layer: Layer) -> None:
+def test_autocast_computes_in_bfloat16_as_a_plain_convolution(layer: Layer, device: torch.device) -> None:
     module, inputs = layer.make(), layer.inputs()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         output = module(*inputs)
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output.float(), module(*inputs), rtol=0.05, atol=0.05)
@@ -942,13 +942,13 @@ def test_an_input_without_a_batch_gives_an_output_without_one(layer: Layer) -> N
 
 
 @layers
-def test_a_layer_comes_back_from_meta(layer: Layer) -> None:
+def test_a_layer_comes_back_from_meta(layer: Layer, device: torch.device) -> None:
     module = layer.make()
     saved = {name: value.clone() for name, value in module.state_dict().items()}
     expected = module(*layer.inputs())
     module.to("meta")
     assert all(parameter.is_meta for parameter in module.parameters())
-    module.to_empty(device="cpu").load_state_dict(saved)
+    module.to_empty(device=device).load_state_dict(saved)
     assert same_bits(module(*layer.inputs()), expected)
 
 
@@ -962,18 +962,18 @@ def test_a_layer_on_meta_tells_the_shape_of_its_output(layer: Layer) -> None:
 
 
 @pytest.mark.parametrize("mask", [~center, torch.tensor([1, 0, 1])], ids=["region", "tensor"])
-def test_a_masked_convolution_made_on_meta_loads_and_computes(mask: Any) -> None:
+def test_a_masked_convolution_made_on_meta_loads_and_computes(mask: Any, device: torch.device) -> None:
     made = MaskedConv1d(1, 1, 3, mask=torch.tensor([1, 0, 1]))
     layer = MaskedConv1d(1, 1, 3, device="meta", mask=mask)
     assert layer.weight.is_meta
-    layer.to_empty(device="cpu").load_state_dict(made.state_dict())
+    layer.to_empty(device=device).load_state_dict(made.state_dict())
     x = torch.randn(1, 1, 5)
     assert same_bits(layer(x), made(x))
 
 
-def test_a_shared_kernel_made_on_meta_loads_and_computes() -> None:
+def test_a_shared_kernel_made_on_meta_loads_and_computes(device: torch.device) -> None:
     made, layer = SharedKernelConv1d(2, 3), SharedKernelConv1d(2, 3, device="meta")
-    layer.to_empty(device="cpu").load_state_dict(made.state_dict())
+    layer.to_empty(device=device).load_state_dict(made.state_dict())
     x = torch.randn(1, 2, 5)
     assert same_bits(layer(x), made(x))
 

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from freezehooks import FrozenEntries, MaskedOptimizer, SpecError, freeze_entries
 
 from .claims import same_bits
+from .draws import randn
 
 
 def _model() -> nn.Linear:
@@ -26,7 +27,7 @@ def _train(model: nn.Module, optimizer: Optimizer, steps: int = 3) -> None:
     generator = torch.Generator().manual_seed(4)
     for _ in range(steps):
         optimizer.zero_grad()
-        model(torch.randn(5, 4, generator=generator)).square().sum().backward()
+        model(randn(5, 4, seed=generator)).square().sum().backward()
         optimizer.step()
 
 
@@ -105,12 +106,12 @@ def test_attributes_are_read_written_and_deleted_through_it() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-def test_a_grad_scaler_steps_by_the_unscaled_gradient(fused: bool) -> None:
+def test_a_grad_scaler_steps_by_the_unscaled_gradient(fused: bool, device: torch.device) -> None:
     ours, plain = _model(), _model()
     wrapped = MaskedOptimizer(SGD(ours.parameters(), lr=0.1, fused=fused), freeze_entries(ours, "weight[0]"))
     reference = SGD(plain.parameters(), lr=0.1, fused=fused)
     for model, optimizer in ((ours, wrapped), (plain, reference)):
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
         scaler.scale(model(torch.ones(1, 4)).sum()).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -120,12 +121,12 @@ def test_a_grad_scaler_steps_by_the_unscaled_gradient(fused: bool) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-def test_an_inf_skips_the_step_at_a_free_entry_alone(fused: bool) -> None:
+def test_an_inf_skips_the_step_at_a_free_entry_alone(fused: bool, device: torch.device) -> None:
     for row, skipped in ((0, False), (1, True)):
         model = _model()
         before = model.weight.detach().clone()
         optimizer = MaskedOptimizer(SGD(model.parameters(), lr=0.1, fused=fused), freeze_entries(model, "weight[0]"))
-        scaler = torch.amp.GradScaler("cpu")
+        scaler = torch.amp.GradScaler(device.type)
         factor = torch.ones(3, 4)
         factor[row, 2] = torch.inf
         scaler.scale((model.weight * factor).sum() + model.bias.sum()).backward()

@@ -24,6 +24,7 @@ from .claims import (
     largest_difference,
     same_bits,
 )
+from .draws import rand, randn
 from .zoo import ZOO, Animal, Held
 
 pytest.importorskip("expecttest")  # torch's test database imports it
@@ -203,7 +204,7 @@ def test_freezing_thawing_and_freezing_something_else_in_mid_training(case: Case
     _train(animal, model, optimizer)
     assert same_bits(model.weight[first["weight"].frozen], held[first["weight"].frozen])
     first.thaw("weight")
-    scattered = torch.rand(16, 12, generator=torch.Generator().manual_seed(0)) < 0.5  # not by magnitude: some diverge
+    scattered = rand(16, 12, seed=0) < 0.5  # not by magnitude: some diverge
     second = freeze_entries(model, {"weight": (scattered, -0.5)})
     second.guard(optimizer)
     moved = model.weight[0].detach().clone()
@@ -215,7 +216,7 @@ def test_freezing_thawing_and_freezing_something_else_in_mid_training(case: Case
 
 def _train(animal: Animal, model: nn.Module, optimizer: Optimizer) -> None:
     for seed in range(3):
-        batch = (torch.randn(5, 12, generator=torch.Generator().manual_seed(seed)),)
+        batch = (randn(5, 12, seed=seed),)
         _step(optimizer, partial(animal.loss, model, batch))
 
 

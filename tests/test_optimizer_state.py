@@ -16,6 +16,7 @@ from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, Optimi
 from freezehooks import FrozenEntries, MaskedOptimizer, freeze_entries
 
 from .claims import same_bits
+from .draws import randn
 
 SHAPE: Final = (6, 6)
 FROZEN: Final = torch.zeros(SHAPE, dtype=torch.bool)
@@ -228,7 +229,7 @@ STARTS: Final = {"sum": 0.25, "ax": 0.5}
 
 def _step(weight: Tensor, optimizer: Optimizer, steps: int = 4, start: int = 0) -> None:
     for seed in range(start, start + steps):
-        weight.grad = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+        weight.grad = randn(*SHAPE, seed=seed)
         optimizer.step()
 
 

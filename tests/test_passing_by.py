@@ -25,6 +25,7 @@ from freezehooks import (
 )
 
 from .claims import held_twice, same_bits
+from .devices import on_cpu
 
 # --------------------------------------------------------------------------------------------------------------------
 # Numbers of 64 bits
@@ -384,6 +385,7 @@ def test_quantizing_a_frozen_model_is_refused(swapped: bool, look: str, region: 
     assert FrozenEntries.of(model) == ()
 
 
+@on_cpu("quantized layers compute there alone")
 def test_a_copy_that_is_quantized_or_fused_is_refused_with_what_to_do_about_the_copy() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)).eval()
     freeze_entries(model, "0.weight[0] = 0\n4.weight[0]")

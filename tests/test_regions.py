@@ -68,7 +68,7 @@ def test_an_index_selects_what_it_selects_in_numpy(indexed: Indexed) -> None:
         with pytest.raises(RegionError, match=r"the region selects no entry|out of range"):
             select(indexed.region, tensor)
         return
-    assert np.array_equal(select(indexed.region, tensor).numpy(), frozen)
+    assert np.array_equal(select(indexed.region, tensor).cpu().numpy(), frozen)
 
 
 def _has_lists(indexed: Indexed) -> bool:
@@ -98,7 +98,7 @@ def test_a_union_selects_its_positions_in_every_combination(
     assert np.array_equal(positions(index, torch.Size(shape)).numpy(), numbers)
     if numbers.size:
         assert np.array_equal(
-            select(index, torch.zeros(shape)).numpy().nonzero(), np.unravel_index(np.sort(numbers.ravel()), shape)
+            select(index, torch.zeros(shape)).cpu().numpy().nonzero(), np.unravel_index(np.sort(numbers.ravel()), shape)
         )
 
 
@@ -132,7 +132,7 @@ def test_positions_have_the_shape_and_order_of_torch_s_lists(indexed: Indexed) -
         expected = torch.from_numpy(np.arange(prod(shape)).reshape(shape)[indexed.key])
         assert sorted(found.flatten().tolist()) == sorted(expected.flatten().tolist())
         return
-    expected = torch.arange(prod(shape)).view(shape)[indexed.key]
+    expected = torch.arange(prod(shape), device=found.device).view(shape)[indexed.key]
     assert found.shape == expected.shape
     assert found.equal(expected)
 
@@ -214,7 +214,7 @@ def test_matrix_patterns_mean_what_they_mean_in_numpy(
         with pytest.raises(RegionError, match="the region selects no entry"):
             select(pattern(k), torch.zeros(shape))
         return
-    assert np.array_equal(select(pattern(k), torch.zeros(shape)).numpy(), expected)
+    assert np.array_equal(select(pattern(k), torch.zeros(shape)).cpu().numpy(), expected)
 
 
 _some_shape = shapes(min_size=1, max_dims=3)
@@ -272,24 +272,24 @@ def test_nm_frees_the_n_largest_of_every_m_along_dimension_1(grouped: tuple[Tens
 def test_band_is_what_lies_neither_too_far_below_nor_above(shape: tuple[int, ...], lower: int, upper: int) -> None:
     ones = np.ones(shape, dtype=bool)
     expected = np.triu(ones, -lower) & np.tril(ones, upper)
-    assert np.array_equal(select(band(lower, upper), torch.zeros(shape)).numpy(), expected)
+    assert np.array_equal(select(band(lower, upper), torch.zeros(shape)).cpu().numpy(), expected)
 
 
 @given(st.integers(1, 4), shapes(2, 4))
 @many
 def test_block_diagonal_is_the_product_of_kronecker(n: int, block: tuple[int, ...]) -> None:
     expected = np.kron(np.eye(n), np.ones(block)) == 1
-    assert np.array_equal(select(block_diagonal(n), torch.zeros(expected.shape)).numpy(), expected)
+    assert np.array_equal(select(block_diagonal(n), torch.zeros(expected.shape)).cpu().numpy(), expected)
 
 
 @given(shapes(1, 3).flatmap(weights), st.floats(0.2, 1))
 @many
 def test_largest_is_the_first_of_the_entries_sorted_by_falling_magnitude(weight: Tensor, fraction: float) -> None:
-    order = np.argsort(-weight.abs().flatten().numpy(), kind="stable")
+    order = np.argsort(-weight.abs().flatten().cpu().numpy(), kind="stable")
     expected = np.zeros(weight.numel(), dtype=bool)
     expected[order[: round(fraction * weight.numel())]] = True
     assume(expected.any())
-    assert np.array_equal(select(largest(fraction), weight).flatten().numpy(), expected)
+    assert np.array_equal(select(largest(fraction), weight).flatten().cpu().numpy(), expected)
 
 
 def order_of_draws(count: int, seed: int) -> Any:
@@ -316,7 +316,9 @@ def test_random_is_the_first_of_the_entries_sorted_by_their_draws(
     expected = np.zeros(prod(shape), dtype=bool)
     expected[order_of_draws(expected.size, seed)[: round(fraction * expected.size)]] = True
     assume(expected.any())
-    assert np.array_equal(select(random(fraction, seed=seed), torch.zeros(shape)).numpy(), expected.reshape(shape))
+    assert np.array_equal(
+        select(random(fraction, seed=seed), torch.zeros(shape)).cpu().numpy(), expected.reshape(shape)
+    )
 
 
 def test_random_is_the_same_on_every_machine() -> None:
@@ -453,7 +455,7 @@ def test_a_mask_of_the_first_dimensions_selects_as_torch_indexes_by_it(case: tup
     expected = torch.zeros(shape, dtype=torch.bool)
     expected[mask] = True
     assert select(mask, torch.zeros(shape)).equal(expected)
-    assert select(mask.numpy(), torch.zeros(shape)).equal(expected)
+    assert select(mask.cpu().numpy(), torch.zeros(shape)).equal(expected)
 
 
 @given(
@@ -466,9 +468,9 @@ def test_a_mask_of_the_first_dimensions_selects_as_torch_indexes_by_it(case: tup
 @many
 def test_a_mask_of_as_many_dimensions_selects_as_numpy_broadcasts_it(case: tuple[tuple[int, ...], Tensor]) -> None:
     shape, mask = case
-    expected = np.broadcast_to(mask.numpy(), shape)
-    assert np.array_equal(select(mask, torch.zeros(shape)).numpy(), expected)
-    assert np.array_equal(select(mask.numpy(), torch.zeros(shape)).numpy(), expected)
+    expected = np.broadcast_to(mask.cpu().numpy(), shape)
+    assert np.array_equal(select(mask, torch.zeros(shape)).cpu().numpy(), expected)
+    assert np.array_equal(select(mask.cpu().numpy(), torch.zeros(shape)).cpu().numpy(), expected)
 
 
 def test_a_mask_of_as_many_dimensions_broadcasts() -> None:

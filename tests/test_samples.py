@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 from freezehooks import MaskedOptimizer, UnsupportedParameterError, freeze_entries
 
 from .claims import held_twice, same_bits
+from .draws import randn
 
 # torch's, for modules whose input needs no gradient; Opacus's users see it too
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
@@ -80,7 +81,7 @@ class PrivateOptimizer(Optimizer):
         self.norms.append(norms)
         for parameter, each in zip(parameters, samples, strict=True):
             parameter.grad = torch.einsum("i,i...", (0.5 / (norms + 1e-6)).clamp(max=1.0), each)
-            parameter.grad += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            parameter.grad += randn(*parameter.shape, seed=1)
         return self.original_optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -95,7 +96,7 @@ def _model() -> nn.Sequential:
 
 
 def _batch(seed: int = 0) -> Tensor:
-    return torch.randn(_SAMPLES, 4, generator=torch.Generator().manual_seed(seed))
+    return randn(_SAMPLES, 4, seed=seed)
 
 
 SPEC = "0.weight[0] = 0.5\n0.weight[1:, 1]\n2.bias[1] = 0"

@@ -27,6 +27,7 @@ from freezehooks import FrozenEntries, MaskedOptimizer, UnsupportedParameterErro
 from freezehooks._held.parameter import FrozenParameter
 
 from .claims import held_twice, same_bits
+from .draws import randint, randn
 from .parallel import computes_in_shards
 from .ranks import on_ranks
 
@@ -34,7 +35,7 @@ INPUTS, OUTPUTS = 4, 8
 
 
 def whole_numbers(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()
+    return randint(-3, 4, *shape, seed=seed).float()
 
 
 def with_whole_numbers(module: nn.Module) -> Any:
@@ -183,9 +184,9 @@ def test_a_tied_embedding_gets_its_other_gradient(skips: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_under_autocast(dtype: torch.dtype, skips: list[Any]) -> None:
+def test_under_autocast(dtype: torch.dtype, skips: list[Any], device: torch.device) -> None:
     def measure(model: nn.Module) -> list[Tensor]:
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(device.type, dtype):
             return gradients(model, call=lambda rows: model(rows).float())
 
     assert_as_usual(net, "*.weight[:-2]\n*.bias[:-2]", measure)
@@ -428,8 +429,10 @@ def test_two_threads_in_one_module(skips: list[Any]) -> None:
     model[2].register_forward_pre_hook(meet)
     weight: Any = model[2].weight
 
+    inputs = whole_numbers(5, 3)
+
     def work() -> None:
-        output = model(whole_numbers(5, 3))
+        output = model(inputs)
         found.append(torch.autograd.grad(output.sum(), weight)[0])
 
     threads = [threading.Thread(target=work) for _ in range(2)]
@@ -588,7 +591,7 @@ def test_training_and_resuming(make: Callable[..., Any], compact: bool) -> None:
 
     def train(model: nn.Module, optimizer: Any, steps: range) -> None:
         for step in steps:
-            rows = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+            rows = randn(8, 16, seed=step)
             model(rows).pow(2).sum().backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -37,6 +37,7 @@ from freezehooks import (
 )
 
 from .claims import held_twice
+from .draws import randn
 from .reference import (
     AVERAGE,
     COUNTERS,
@@ -151,7 +152,7 @@ class Lives(RuleBasedStateMachine):
         return self.reference.holds
 
     def _random(self, shape: torch.Size) -> Tensor:
-        return torch.randn(shape, generator=self.numbers).to(self.dtype)
+        return randn(*shape, seed=self.numbers).to(self.dtype)
 
     def _name(self, pick: int) -> str:
         return self.names[pick % len(self.names)]

@@ -15,6 +15,7 @@ from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 from freezehooks import FrozenEntries, MaskedOptimizer, freeze_entries
 
 from .claims import same_bits
+from .draws import randn
 
 Maker = Callable[[list[Tensor]], Optimizer]
 
@@ -66,7 +67,7 @@ def _largest_step(
         if n == 20:
             _age(optimizer)
             _let_go(frozen, way)
-        weight.grad = torch.randn(500, generator=generator) * noise * scale + mean * scale
+        weight.grad = randn(500, seed=generator) * noise * scale + mean * scale
         before = weight.detach().clone()
         optimizer.step()
         largest = max(largest, float((weight.detach() - before).abs()[where].max()) / LR)
@@ -120,7 +121,7 @@ def test_entries_that_were_free_train_as_if_nothing_had_been_let_go(make: Maker,
         for n in range(12):
             if n == 6 and thaws:
                 frozen.remove()
-            weight.grad = torch.randn(64, generator=generator)
+            weight.grad = randn(64, seed=generator)
             optimizer.step()
         weights.append(weight.detach())
     if make is MAKERS["adam_fused"]:  # the last few entries of a tensor are rounded otherwise
@@ -143,7 +144,7 @@ def test_compact_and_masked_runs_let_go_alike(make: Maker, way: str) -> None:
         optimizer = MaskedOptimizer(make([weight]), frozen, compact=compact)
 
         def closure(weight: Tensor = weight, generator: torch.Generator = generator) -> float:
-            weight.grad = torch.randn(16, 8, generator=generator)
+            weight.grad = randn(16, 8, seed=generator)
             return 0.0
 
         for n in range(12):
@@ -237,11 +238,11 @@ def test_entries_that_are_frozen_again_hold_and_start_anew_when_they_are_let_go_
         assert float((weight.detach() - before)[:4].abs().max()) <= 1.5 * LR
 
 
-def test_an_overflow_under_a_grad_scaler_leaves_the_averages_alone() -> None:
+def test_an_overflow_under_a_grad_scaler_leaves_the_averages_alone(device: torch.device) -> None:
     weight = nn.Parameter(torch.zeros(8))
     frozen = freeze_entries({"weight": weight}, "weight[:4]")
     optimizer = MaskedOptimizer(Adam([weight], lr=LR, fused=True), frozen)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
     for n in range(12):
         if n == 4:
             frozen.remove()
@@ -266,7 +267,7 @@ def test_complex_and_half_precision_entries_keep_the_bound() -> None:
             if n == 4:
                 frozen.remove()
                 _age(optimizer)
-            weight.grad = torch.randn(40, generator=generator, dtype=dtype)
+            weight.grad = randn(40, seed=generator, dtype=dtype)
             before = weight.detach().clone()
             optimizer.step()
             assert float((weight.detach() - before)[:20].abs().max()) <= 3 * LR  # with two components, each at most two
@@ -354,7 +355,7 @@ def test_moments_that_are_loaded_where_entries_were_let_go_before_any_step_stay_
     def step(weight: nn.Parameter, optimizer: Optimizer, count: int) -> None:
         generator = torch.Generator().manual_seed(count)
         optimizer.zero_grad()
-        (weight * torch.randn(4, generator=generator)).sum().backward()
+        (weight * randn(4, seed=generator)).sum().backward()
         optimizer.step()
 
     weight, optimizer, frozen = run([1.0, 2.0, 3.0, 4.0])

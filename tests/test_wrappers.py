@@ -30,6 +30,8 @@ from freezehooks import (
 )
 
 from .claims import same_bits
+from .devices import on_cpu
+from .draws import randn
 
 VALUE = 0.3
 
@@ -41,7 +43,7 @@ def _model() -> nn.Linear:
 
 def _backward(model: nn.Module, seed: int = 0) -> None:
     model.zero_grad()
-    batch = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+    batch = randn(5, 4, seed=seed)
     model(batch).square().sum().backward()
 
 
@@ -388,6 +390,7 @@ def test_schedulers_and_accelerate_may_replace_the_step() -> None:
         second.step()
 
 
+@on_cpu("Accelerate chooses the device")
 def test_accelerates_scaler_steps_through_a_step_of_its_own() -> None:
     accelerate = pytest.importorskip("accelerate")
     module = pytest.importorskip("accelerate.optimizer")
@@ -450,11 +453,11 @@ def test_signatures_are_the_inner_ones(scheduled: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:GradScaler is going to stop:FutureWarning")
-def test_a_scaler_hands_itself_to_an_optimizer_that_asks_for_it() -> None:
+def test_a_scaler_hands_itself_to_an_optimizer_that_asks_for_it(device: torch.device) -> None:
     model = _model()
     inner = Scaled(model.parameters(), lr=0.1)
     optimizer = MaskedOptimizer(inner, freeze_entries(model, f"weight[0] = {VALUE}"))
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = torch.amp.GradScaler(device.type)
     scaler.scale(model(torch.ones(1, 4)).sum()).backward()
     scaler.step(optimizer)
     assert inner.seen is scaler

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from freezehooks import Rule, center, entries
 
+from .draws import rand
+
 
 @dataclass(frozen=True)
 class Held:
@@ -33,8 +35,8 @@ class Animal:
 
     dtype: torch.dtype = field(default=torch.float32)
 
-    def model(self, device: torch.device | str = "cpu") -> nn.Module:
-        return self.build().to(device)
+    def model(self) -> nn.Module:
+        return self.build()
 
     def held(self, model: nn.Module) -> dict[str, Held]:
         """Compute from the unfrozen model what must hold from the moment of freezing on."""
@@ -119,7 +121,7 @@ def _images(channels: int, *size: int) -> Callable[[], tuple[Any, ...]]:
 
 
 def _scattered(shape: tuple[int, ...], fraction: float, seed: int) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < fraction
+    return rand(*shape, seed=seed) < fraction
 
 
 _DENSE = _scattered((16, 12), 0.5, seed=1)
