@@ -24,6 +24,7 @@ ON_CPU: Final = {
     "benchmarks": "measured on the CPU; what is for CUDA names it",
     "cli*": "the command line reads checkpoints to the CPU",
     "comparison": "a page's figures and texts",
+    "costs": "processes that talk by gloo",
     "cuda": "names CUDA itself",
     "ddp": "processes that talk by gloo",
     "distributed": "processes that talk by gloo",

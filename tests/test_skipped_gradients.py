@@ -193,9 +193,9 @@ def test_under_autocast(dtype: torch.dtype, skips: list[Any], device: torch.devi
     assert len(skips) == 2
 
 
-def test_second_derivatives_under_autocast(skips: list[Any]) -> None:
+def test_second_derivatives_under_autocast(skips: list[Any], device: torch.device) -> None:
     def measure(model: Any) -> list[Tensor]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             output = model(whole_numbers(5, 3))
         (first,) = torch.autograd.grad(output.float().square().sum(), model[2].weight, create_graph=True)
         first[-2:].sum().backward()
