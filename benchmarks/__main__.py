@@ -7,6 +7,7 @@ shows medians, with quartiles in parentheses, over all rounds but the first few.
   ms, x reference, added ms   the time of a training step; divided by the reference's; minus the reference's
   fastest x                   the fastest round over the reference's fastest: steadier if others use the machine too
   step x                      the optimizer's step only (with what comes right before and after) over the reference's
+  kernels                     how many kernels a training step launches, on CUDA
   state, kept, peak           bytes of the optimizer's state; bytes that freezing keeps in addition; the most bytes
                               allocated at once in a step
   frozen entries              whether they held
@@ -16,8 +17,8 @@ The reference is the first row; a difference is meaningful if it exceeds that of
 are counted at the end; the exit status is 0 in any case, since a benchmark is not a test.
 
 `--device cuda` measures larger models, with several training steps in a turn; the GPU is synchronized before and after
-a turn but not in between, except to time the optimizer's step separately. `--tiny` runs these scenarios too, on the
-CPU.
+a turn but not in between. The optimizer's step is timed in turns of its own, with the GPU synchronized before and after
+it. `--tiny` runs these scenarios too, on the CPU.
 
     python -m benchmarks                          the scenarios for the CPU
     python -m benchmarks --device cuda --quick    those for a GPU, in a few minutes
@@ -61,6 +62,7 @@ ON_CUDA: Final[dict[str, Scenario]] = {
     "resnet50": gpu.resnet50,
     "wide": gpu.wide,
     "wide_rows": gpu.wide_rows,
+    "wide_tokens": gpu.wide_tokens,
 }
 
 SCENARIOS: Final = ON_CPU | ON_CUDA

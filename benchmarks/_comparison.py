@@ -13,6 +13,7 @@ from torch import Tensor
 
 from freezehooks import FreezeError
 
+from ._kernels import kernels_launched
 from ._measure import Clock, Spread, Timing, added_milliseconds, interleave, ratios
 from ._memory import peak_bytes, state_bytes
 from .models import FULL, Sizes
@@ -73,6 +74,7 @@ class Row:
         added: Milliseconds beyond the reference in the same round.
         fastest: The time of the fastest round over that of the reference's fastest.
         step: The time of the optimizer's step alone over the reference's.
+        kernels: How many kernels a training step launches; None on the CPU.
         state: Bytes of the optimizer's state; None where there is no optimizer.
         extra: Bytes that freezing keeps in addition to model and optimizer.
         peak: The most bytes allocated at once in a step.
@@ -86,6 +88,7 @@ class Row:
     added: Spread = NOTHING
     fastest: float = math.nan
     step: Spread = NOTHING
+    kernels: int | None = None
     state: int | None = None
     extra: int | None = None
     peak: int | None = None
@@ -151,10 +154,11 @@ def _row(name: str, found: list[Timing], base: list[Timing]) -> Row:
     return row
 
 
-def compare(
-    title: str, kinds: Iterable[type[Plain]], task: Task, options: Options, rounds: int, parts: bool = False
-) -> Case:
+def compare(title: str, kinds: Iterable[type[Plain]], task: Task, options: Options, rounds: int) -> Case:
     """Train a task with every kind of subject, in turns.
+
+    On CUDA the optimizer's step is timed by itself in further rounds, half as many: to time it, the device has to be
+    synchronized before and after it, which makes the whole step slower.
 
     Args:
         title: What is compared.
@@ -162,15 +166,21 @@ def compare(
         task: What they train.
         options: How to measure.
         rounds: How many rounds this comparison needs.
-        parts: Whether the optimizer's step must be timed separately on every device.
     """
     subjects, notes = _built(kinds, task)
-    clock = Clock(options.device, parts)
-    turns = {name: partial(subject.turn, clock=clock) for name, subject in subjects.items()}
-    rows = rows_of(interleave(turns, *options.turns(rounds)), Plain.name)
+    clock, (count, warm_up) = Clock(options.device), options.turns(rounds)
+    rows = rows_of(_timed(subjects, clock, count, warm_up), Plain.name)
+    if not clock.reads_parts:
+        apart = rows_of(_timed(subjects, Clock(options.device, parts=True), (count + 1) // 2, warm_up=1), Plain.name)
+        for name, row in rows.items():
+            row.step = apart[name].step
     for name, subject in subjects.items():
-        _look_at(subject, rows[name], partial(turns[name], 0), options.device)
+        _look_at(subject, rows[name], options.device)
     return Case(title, rows, notes)
+
+
+def _timed(subjects: Mapping[str, Plain], clock: Clock, rounds: int, warm_up: int) -> dict[str, list[Timing]]:
+    return interleave({name: partial(subject.turn, clock=clock) for name, subject in subjects.items()}, rounds, warm_up)
 
 
 def _built(kinds: Iterable[type[Plain]], task: Task) -> tuple[dict[str, Plain], list[str]]:
@@ -188,12 +198,13 @@ def _built(kinds: Iterable[type[Plain]], task: Task) -> tuple[dict[str, Plain], 
     return subjects, notes
 
 
-def _look_at(subject: Plain, row: Row, step: Callable[[], object], device: torch.device) -> None:
-    """Fill in what is not a time: bytes, and whether the frozen entries held."""
+def _look_at(subject: Plain, row: Row, device: torch.device) -> None:
+    """Fill in what is not a time: bytes, kernels, and whether the frozen entries held."""
     row.state, row.extra = state_bytes(subject.optimizer), subject.extra_bytes()
     row.entries, exact = whether_held(subject)
     subject.optimizer.zero_grad()
-    row.peak = peak_bytes(step, device)
+    row.peak = peak_bytes(subject.step, device)
+    row.kernels = kernels_launched(subject.step, device)
     if isinstance(subject, FreezeHooks):
         row.claim("entries held", exact)
 

@@ -47,6 +47,9 @@ class Timing:
 class Clock:
     """Reads the time once the device has finished all work so far.
 
+    Attributes:
+        reads_parts: Whether the optimizer's step is timed separately.
+
     Args:
         device: The device.
         parts: Whether to time the optimizer's step separately even if that makes the whole step slower: on CUDA, which
@@ -55,7 +58,7 @@ class Clock:
 
     def __init__(self, device: torch.device, parts: bool = False) -> None:
         self._device = device
-        self._parts = parts or device.type != "cuda"
+        self.reads_parts = parts or device.type != "cuda"
 
     def __call__(self) -> float:
         """Return the time in seconds."""
@@ -65,7 +68,7 @@ class Clock:
 
     def between(self) -> float:
         """Return the time between two parts of a training step, or nan if they are not timed separately."""
-        return self() if self._parts else math.nan
+        return self() if self.reads_parts else math.nan
 
 
 Turn = Callable[[int], Timing]

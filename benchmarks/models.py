@@ -24,6 +24,7 @@ class Sizes:
         vocabulary: Rows of the embedding.
         tokens: Shape of its batches.
         features: Width of an embedded token.
+        wide_tokens: Rows and width of the embedding for a GPU.
         head: Features and vocabulary of a language model's head.
         wide_head: The same for the head for a GPU.
         chains: How many layers the chains have.
@@ -43,6 +44,7 @@ class Sizes:
     vocabulary: int = 50_273
     tokens: tuple[int, ...] = (8, 128)
     features: int = 768
+    wide_tokens: tuple[int, int] = (128_256, 4096)
     head: tuple[int, int] = (768, 50_273)
     wide_head: tuple[int, int] = (4096, 128_256)
     chains: tuple[int, ...] = (10, 100, 1000)
@@ -64,6 +66,7 @@ TINY = Sizes(
     vocabulary=40,
     tokens=(2, 4),
     features=4,
+    wide_tokens=(40, 4),
     head=(4, 40),
     wide_head=(4, 40),
     chains=(2, 3, 4),

@@ -72,7 +72,7 @@ def pruned(options: Options) -> Iterator[Case]:
     for name, optimizer in ADAMW.items():
         task = Task(model, batches, loss, optimizer, held, spec_of(held))
         kinds = [*OURS, Prune, MaskAroundStep]
-        case = compare(f"nine tenths at 0, perceptron, {name}", kinds, task, options, rounds=30, parts=True)
+        case = compare(f"nine tenths at 0, perceptron, {name}", kinds, task, options, rounds=30)
         if FreezeHooksCompact.name in case.rows and optimizer is AdamW:
             row = case.rows[FreezeHooksCompact.name]
             row.claim_step(0.3)
@@ -88,18 +88,27 @@ def tokens(options: Options) -> Iterator[Case]:
     """
     sizes = options.sizes
     model = TokenModel(sizes.vocabulary, sizes.features).to(options.device)
-    held = [Held("wte.weight", slice(None, -16), model.wte.weight.detach().clone())]
-    batches = new_tokens(sizes.tokens, options.device, sizes.vocabulary)
-    task = Task(model, batches, regress, AdamW, held, "wte[~-16:] = keep")
-    kinds = [*OURS, HookAndRewrite, TrainableTokens]
-    case = compare("16 new tokens of an embedding, AdamW", kinds, task, options, rounds=20, parts=True)
-    if FreezeHooksCompact.name in case.rows:
-        row = case.rows[FreezeHooksCompact.name]
-        row.claim_step(0.01)
-        row.claim("state under 200 kB", (row.state or 0) < 200_000)
-        if TrainableTokens.name in case.rows:
-            row.claim("no slower than PEFT", row.time.median <= case.rows[TrainableTokens.name].time.median)
+    task = new_rows(model, new_tokens(sizes.tokens, options.device, sizes.vocabulary), AdamW)
+    case = compare("16 new tokens of an embedding, AdamW", [*OURS, HookAndRewrite, TrainableTokens], task, options, 20)
+    claim_of_new_rows(case, step=0.01, kilobytes=200)
     yield case
+
+
+def new_rows(model: TokenModel, batches: list[Any], optimizer: MakeOptimizer, steps: int = 1) -> Task:
+    """Return the task of training the last 16 rows of an embedding, while the others keep what they hold."""
+    held = [Held("wte.weight", slice(None, -16), model.wte.weight.detach().clone())]
+    return Task(model, batches, regress, optimizer, held, "wte[~-16:] = keep", steps)
+
+
+def claim_of_new_rows(case: Case, step: float, kilobytes: int) -> None:
+    """Claim what compact mode saves: the optimizer's step over the plain one, its state, and PEFT's time."""
+    if FreezeHooksCompact.name not in case.rows:
+        return
+    row = case.rows[FreezeHooksCompact.name]
+    row.claim_step(step)
+    row.claim(f"state under {kilobytes} kB", (row.state or 0) < 1000 * kilobytes)
+    if TrainableTokens.name in case.rows:
+        row.claim("no slower than PEFT", row.time.median <= case.rows[TrainableTokens.name].time.median)
 
 
 def rows_alone(options: Options) -> Iterator[Case]:
@@ -134,7 +143,7 @@ def compare_rows(options: Options, head: Head, width: int, optimizers: Mapping[s
 def _compare_kept(title: str, options: Options, optimizers: Mapping[str, MakeOptimizer], task: Task) -> Iterator[Case]:
     kinds = [*OURS, FreezeHooksSkipping, FreezeHooksSkippingCompact, MaskAroundStep, HookAndRewrite]
     for name, optimizer in optimizers.items():
-        found = compare(f"{title}, {name}", kinds, replace(task, optimizer=optimizer), options, rounds=20, parts=True)
+        found = compare(f"{title}, {name}", kinds, replace(task, optimizer=optimizer), options, rounds=20)
         usual, skipping, both = (
             found.rows.get(kind.name) for kind in (FreezeHooks, FreezeHooksSkipping, FreezeHooksSkippingCompact)
         )

@@ -15,8 +15,10 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
+from benchmarks import _comparison
 from benchmarks.__main__ import ON_CPU, ON_CUDA, SCENARIOS, _chosen, _parser
 from benchmarks._comparison import Case, Claim, Options, Row, whether_held
+from benchmarks._kernels import kernels_launched, launches
 from benchmarks._measure import Clock, Spread, Timing, added_milliseconds, interleave, ratios
 from benchmarks._memory import held_bytes, peak_bytes, state_bytes, tensor_bytes
 from benchmarks._report import broken, table
@@ -127,7 +129,10 @@ def test_scenario_runs_and_every_subject_holds_what_it_must(name: str) -> None:
 @pytest.mark.parametrize("name", ON_CUDA)
 def test_scenario_runs_on_cuda(name: str) -> None:
     for case in ON_CUDA[name](Options(torch.device("cuda"), rounds=1, warm_up=0, sizes=TINY)):
-        assert case.rows[Plain.name].time.median > 0
+        plain = case.rows[Plain.name]
+        assert plain.time.median > 0
+        assert plain.step.median == 1
+        assert plain.kernels
 
 
 @pytest.mark.parametrize(
@@ -136,11 +141,24 @@ def test_scenario_runs_on_cuda(name: str) -> None:
         ("gpt2", ["at most 1.03 x plain", "at most 1.03 x plain", "step at most 1.3 x plain"]),
         ("resnet50", ["at most 1.02 x plain"]),
         ("wide", ["at most 1.25 x plain"]),
+        ("wide_tokens", ["step at most 0.1 x plain", "state under 300 kB", "no slower than PEFT"]),
     ],
 )
 def test_scenario_says_how_slow_it_may_be(name: str, limits: list[str]) -> None:
     found = [row.claims[1:] for case in SCENARIOS[name](ONCE) for row in case.rows.values()]
+    if TrainableTokens.missing():
+        limits = [limit for limit in limits if "PEFT" not in limit]
     assert [claim.text for claims in found for claim in claims] == limits
+
+
+@pytest.mark.filterwarnings("default")  # as above
+@pytest.mark.parametrize("name", ["gpt2", "many", "resnet50", "wide", "wide_tokens"])
+def test_scenario_for_cuda_has_the_forum_s_recipe_and_all_that_can_hold_its_values(name: str) -> None:
+    wanted = AT_VALUES if name == "wide_tokens" else AT_ZERO
+    tokens = {TrainableTokens.name} - ({TrainableTokens.name} if TrainableTokens.missing() else set())
+    for case in ON_CUDA[name](ONCE):
+        assert {FreezeHooksCompact.name, *(kind.name for kind in wanted)} <= case.rows.keys()
+        assert (tokens <= case.rows.keys()) or name != "wide_tokens"
 
 
 def test_fused_steps_are_measured_against_what_the_mask_around_the_step_adds() -> None:
@@ -282,12 +300,29 @@ class Counting(Clock):
 
     def __init__(self, parts: bool) -> None:
         super().__init__(torch.device("cpu"), parts)
-        self._parts = parts
+        self.reads_parts = parts
         self.readings = 0
 
     def __call__(self) -> float:
         self.readings += 1
         return self.readings
+
+
+def test_on_cuda_the_step_is_timed_in_rounds_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Clock] = []
+
+    class Recorded(Clock):
+        """Reads parts only where it must, as on CUDA."""
+
+        def __init__(self, device: torch.device, parts: bool = False) -> None:
+            super().__init__(device, parts)
+            self.reads_parts = parts
+            made.append(self)
+
+    monkeypatch.setattr(_comparison, "Clock", Recorded)
+    case = _comparison.compare("title", [Plain, Prune], _task(Held("weight", (slice(None), 0))), ONCE, rounds=1)
+    assert [clock.reads_parts for clock in made] == [False, True]
+    assert all(row.step.median > 0 and row.time.median > 0 for row in case.rows.values())
 
 
 def test_a_turn_reads_the_clock_within_it_only_where_the_step_is_timed_alone() -> None:
@@ -323,6 +358,25 @@ def test_peak_is_what_a_step_has_at_once() -> None:
         torch.zeros(500)
 
     assert peak_bytes(step, torch.device("cpu")) == pytest.approx(8000, abs=200)
+
+
+def test_kernels_are_counted_by_the_calls_that_launch_them() -> None:
+    calls = ["aten::add", "cudaLaunchKernel", "cudaMemcpyAsync", "cuLaunchKernelEx", "void add_kernel()", "cudaMemset"]
+    assert launches(calls) == 2
+    assert kernels_launched(lambda: torch.ones(3).add_(1), torch.device("cpu")) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here")
+def test_kernels_of_a_step_on_cuda() -> None:
+    numbers = torch.ones(3, device="cuda")
+    assert kernels_launched(lambda: numbers.add_(1).mul_(2), numbers.device) == 2
+
+
+def test_kernels_have_a_column_where_they_were_counted() -> None:
+    case = Case("title", {"fast": Row("fast", kernels=1234), "slow": Row("slow")})
+    assert [line.split() for line in table(case).splitlines()[1:]] == [["kernels"], ["fast", "1,234"], ["slow", "-"]]
+    case.rows["fast"].kernels = None
+    assert "kernels" not in table(case)
 
 
 def _case(ours: float, other: float) -> Case:
