@@ -1,4 +1,4 @@
-"""On a CUDA device: a step never waits for it, and can be captured in a graph. Skipped without one."""
+"""On a CUDA device: a step never waits for it, runs on any stream, and can be captured in a graph; else skipped."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ SPECS: dict[str, Any] = {
     "few": {"0.weight": (_FEW, 0.5)},
     "half at 0": {"0.weight": (_HALF, 0.0)},
     "half at 1": {"0.weight": (_HALF, 1.0)},
+    "tied": "0.weight = tied(0, start=mean)",
     "half at numbers": Rule("0.weight", _HALF, torch.randn(16, 32, generator=torch.Generator().manual_seed(2))),
 }
 
@@ -85,6 +86,43 @@ def test_a_step_captured_in_a_graph_trains_as_one_that_is_not(spec: Any, compact
     frozen.assert_frozen()
     for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
         assert same_bits(found.cpu(), wanted.cpu())
+
+
+@specs
+@modes
+def test_steps_on_a_side_stream_train_as_those_on_the_usual_one(spec: Any, compact: bool) -> None:
+    model, frozen, step = _training(spec, compact)
+    expected, _, usual_step = _training(spec, compact)
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(4):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    for _ in range(4):
+        usual_step()
+    frozen.assert_frozen()
+    for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        assert same_bits(found.cpu(), wanted.cpu())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@modes
+def test_entries_hold_in_graphs_that_the_compiler_captures(compact: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 4)).cuda()
+    frozen = freeze_entries(model, "0.weight[:, 3] = 0\n2.weight[0]")
+    optimizer = MaskedOptimizer(torch.optim.AdamW(model.parameters(), weight_decay=0.1), frozen, compact=compact)
+    compiled = torch.compile(model, mode="reduce-overhead")
+    kept, rows = model[2].weight[0].detach().clone(), torch.randn(8, 32, device="cuda")
+    for _ in range(5):  # the first calls warm up and record, the later ones replay
+        torch.compiler.cudagraph_mark_step_begin()
+        optimizer.zero_grad()
+        compiled(rows).square().mean().backward()
+        assert not model[0].weight.grad[:, 3].any()
+        optimizer.step()
+        assert same_bits(model[2].weight[0].cpu(), kept.cpu())
+    frozen.assert_frozen()
 
 
 def test_a_graphed_callable_that_is_frozen_afterwards_trains_as_one_that_is_not_graphed() -> None:
