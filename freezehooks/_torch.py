@@ -10,6 +10,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -134,9 +135,23 @@ def traced_as_constant(function: _Function) -> _Function:
 
 
 def not_compiled(function: _Function) -> _Function:
-    """Do what `torch.compiler.disable` does to a function, without importing the compiler (torch 2.0 to 2.14)."""
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return function
+    """Do what `torch.compiler.disable` does to a function, without importing the compiler (torch 2.0 to 2.14).
+
+    torch.compile does not trace into a function with the mark. Before torch 2.7 it still compiles the function's own
+    frame, and so those that the function calls, unless it is switched off meanwhile.
+    """
+
+    @wraps(function)
+    def uncompiled(*args: Any, **kwargs: Any) -> Any:
+        switch = torch._C._dynamo.eval_frame.set_eval_frame
+        compiler = switch(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            switch(compiler)
+
+    uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return uncompiled  # type: ignore[return-value]
 
 
 @contextmanager
@@ -253,6 +268,10 @@ def fsdp2_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]
                 yield where.module, where.param_name, parameter.sharded_param
 
 
-def is_inside_ddp_forward() -> bool:
-    """Return whether DistributedDataParallel is running a forward (torch 2.0 to 2.14)."""
-    return nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None
+def is_inside_ddp_training() -> bool:
+    """Return whether DistributedDataParallel is running a forward in which all ranks take part (torch 2.0 to 2.14).
+
+    One rank may evaluate without the others, and in `join()` a rank may have no batch left.
+    """
+    running = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    return running is not None and torch.is_grad_enabled() and not running._join_config.enable

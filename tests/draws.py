@@ -29,4 +29,4 @@ def _generator(seed: Seed) -> torch.Generator:
 
 
 def _here(numbers: Tensor) -> Tensor:
-    return numbers.to(torch.get_default_device())
+    return numbers.to(torch.empty(0).device)  # torch.get_default_device() of 2.6 knows of no `with torch.device(...)`

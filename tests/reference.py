@@ -255,7 +255,8 @@ class Released:
             self.steps += 1
             wide = torch.promote_types(gradient.dtype, torch.float32)
             seen, moment = gradient.detach().to(wide), state["exp_avg_sq"]
-            if group["weight_decay"] and not group["decoupled_weight_decay"]:
+            is_decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))  # torch 2.6
+            if group["weight_decay"] and not is_decoupled:
                 seen = seen + self.parameter.detach().to(wide) * group["weight_decay"]
             seen = seen.square() * (1 - group["betas"][1] ** float(state["step"]))
             mean = torch.maximum(moment.to(wide) + (seen - moment.to(wide)) / self.steps, seen / 4)

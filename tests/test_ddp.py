@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -282,9 +283,42 @@ def test_a_rank_that_freezes_nothing_is_named() -> None:
     model = DistributedDataParallel(nn.Linear(3, 2))  # no other test asks about this one
     if dist.get_rank() == 0:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("freezehooks._ranks.agreement._SECONDS", 2.0)
+            patch.setattr("freezehooks._ranks.agreement._longest_wait", lambda: timedelta(seconds=2))
             with pytest.raises(FreezeError, match=r"rank 1 .*every rank"):
                 freeze_entries(model, "weight[0] = 0")
+    dist.barrier()
+
+
+@on_ranks(2)
+def test_a_rank_may_evaluate_first_without_the_others() -> None:
+    core = nn.Linear(3, 2)
+    frozen = freeze_entries(core, "weight[0] = 0")
+    model = DistributedDataParallel(core)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("freezehooks._ranks.agreement._longest_wait", lambda: timedelta(seconds=2))
+        if dist.get_rank() == 0:
+            with torch.no_grad():
+                model(torch.ones(1, 3))
+    dist.barrier()
+    model(torch.ones(1, 3)).sum().backward()
+    frozen.assert_frozen(guarded=False)
+
+
+@on_ranks(2)
+def test_a_rank_may_have_no_batch_at_all() -> None:
+    core = nn.Linear(3, 2)
+    frozen = freeze_entries(core, "weight[0] = 0")
+    model = DistributedDataParallel(core)
+    optimizer = MaskedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), frozen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("freezehooks._ranks.agreement._longest_wait", lambda: timedelta(seconds=2))
+        with model.join():
+            for _ in range(3 if dist.get_rank() == 0 else 0):
+                model(torch.ones(1, 3)).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    frozen.assert_frozen()
+    assert not core.weight[0].any()
     dist.barrier()
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 
-from freezehooks import SpecError, StateMismatchError  # these after the skips
+from freezehooks import SpecError, StateMismatchError, UnguardedError  # these after the skips
 from freezehooks.integrations.lightning import FreezeEntries
 from freezehooks.integrations.transformers import FreezeEntriesCallback
 
@@ -109,6 +109,29 @@ def test_lightning_trains_what_is_named_alone(package: str, compact: bool, tmp_p
     assert sorted(name for name, each in moved.items() if bool(each.any())) == ["net.2.bias", "net.2.weight"]
     assert not moved["net.2.weight"][1].any()
     assert all(each.requires_grad for each in module.parameters())
+
+
+def test_lightning_stops_before_a_step_that_trains_what_was_not_named(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import BaseFinetuning
+
+    class Unfreeze(BaseFinetuning):
+        def freeze_before_training(self, pl_module: Any) -> None:
+            """Leave that to `train_only`."""
+
+        def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+            if epoch == 1:
+                self.make_trainable(pl_module.net[0])
+
+    module = _module("lightning.pytorch", watched=False)
+    before, callback = module.net[0].weight.detach().clone(), FreezeEntries(train_only="net.2.weight[0]")
+    trainer = _lightning("lightning.pytorch", tmp_path, callback, Unfreeze(), max_epochs=3)
+    with pytest.raises(
+        UnguardedError, match=r"train_only did not name `net\.0\.weight`.*, which requires a gradient now"
+    ):
+        trainer.fit(module, _data(), _data())
+    assert trainer.current_epoch == 1
+    assert same_bits(module.net[0].weight, before)
+    assert all(parameter.requires_grad for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -258,6 +281,29 @@ def test_stages_of_the_trainer_follow_one_another_and_resume(tmp_path: Path) -> 
     for other in runs[1:]:
         for first, second in zip(runs[0].parameters(), other.parameters(), strict=True):
             assert same_bits(first, second)
+
+
+class _WithoutLength(torch.utils.data.IterableDataset[Any]):
+    """The same rows, whose number nobody knows before they are read."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
+def test_epochs_of_a_dataset_without_length_are_its_passes(tmp_path: Path) -> None:
+    seen: list[list[bool]] = []
+
+    def look(model: Any, **kwargs: Any) -> None:
+        grad = model.transformer.ln_f.bias.grad
+        seen.append([bool(grad[0] == 0), bool(grad[1] == 0)])
+
+    trainer = _huggingface(_gpt2(), tmp_path, *_stages(), _At("on_pre_optimizer_step", look), **_MOMENTUM, max_steps=12)
+    trainer.train_dataset = _WithoutLength(trainer.train_dataset)
+    trainer.train()
+    assert seen == [[True, False]] * 4 + [[False, True]] * 8
 
 
 def test_callbacks_of_the_same_rules_keep_apart_in_checkpoints(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def as_tensor(given: Any) -> Any:
     if isinstance(given, Tensor) or not hasattr(type(given), "__array__"):
         return given
     try:
-        return torch.as_tensor(given, device="cpu")
+        return torch.as_tensor(given.__array__(), device="cpu")  # a scalar of NumPy is none yet
     except (TypeError, ValueError, RuntimeError):  # an array of objects, or of dtypes that torch lacks
         return given
 

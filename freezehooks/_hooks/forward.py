@@ -20,7 +20,7 @@ from .._torch import (
     fsdp2_parameters,
     has_fsdp2,
     is_exporting,
-    is_inside_ddp_forward,
+    is_inside_ddp_training,
     is_replica,
     outside_transforms,
 )
@@ -127,7 +127,7 @@ class OuterHooks:
     def _handle_ranks(self, model: nn.Module) -> None:
         """Compare the ranks once, and adopt shards, of a model that was frozen before FSDP2 or DDP wrapped it."""
         is_sharded = has_fsdp2(model)
-        if not self._is_compared and (is_sharded or is_inside_ddp_forward()):
+        if not self._is_compared and (is_sharded or is_inside_ddp_training()):
             self._is_compared = True
             check_same_parameters(self.frozen.by_name.values())
         if is_sharded:

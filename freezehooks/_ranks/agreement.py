@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,6 @@ from .._errors import RuleConflictError
 from .._rules.rule import Rule
 from .._rules.ties import Labeled
 from .sharding import is_sharded
-
-_SECONDS: Final = 60.0
-"""How long a rank waits for the others to report what they freeze."""
 
 _checked: Counter[str] = Counter()
 """How often each topic was compared: all ranks compare the same topics in the same order."""
@@ -85,11 +82,17 @@ def _digest(tensor: Tensor) -> str:
     return f"(numbers {hashlib.sha256(bytes(numbers.tolist())).hexdigest()[:12]})"
 
 
+def _longest_wait() -> timedelta:
+    """Return how long a rank waits for the others to report what they freeze: as long as the process group does."""
+    longest: timedelta = dist.distributed_c10d._get_default_store().timeout
+    return longest
+
+
 def say_the_same(topic: str, said: str) -> None:
     """Compare the texts of all ranks about a topic.
 
     Raises:
-        RuleConflictError: They differ, or a rank provides none within a minute.
+        RuleConflictError: They differ, or a rank provides none for as long as the process group waits.
     """
     key = hashlib.sha256(topic.encode()).hexdigest()[:16]
     store = dist.distributed_c10d.PrefixStore(
@@ -98,12 +101,14 @@ def say_the_same(topic: str, said: str) -> None:
     _checked[key] += 1
     ranks = [str(rank) for rank in range(dist.get_world_size())]
     store.set(str(dist.get_rank()), said)
+    longest = _longest_wait()
     try:
-        store.wait(ranks, timedelta(seconds=_SECONDS))
+        store.wait(ranks, longest)
     except RuntimeError:
         silent = ", ".join(rank for rank in ranks if not store.check([rank]))
         raise RuleConflictError(
-            f"rank {silent} froze nothing of a model that all ranks train",
+            f"rank {silent} froze nothing of a model that all ranks train, or did not get this far in "
+            f"{longest.total_seconds():g} s",
             "call freeze_entries with the same rules on every rank",
         ) from None
     found = {rank: store.get(rank).decode() for rank in ranks}

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from .._counted import share_of
-from .._errors import SpecError, StateMismatchError
+from .._errors import FreezeError, SpecError, StateMismatchError
 from .._handle import FrozenEntries, freeze_entries, train_only
 from .._held.saved import FORMAT, check_format, readable
 from .._rules.spec import Spec, rules_of
@@ -133,6 +133,16 @@ class FreezingCallback(ABC):
             self._released = True
             self._remove()
             self._log(training, f"{type(self).__name__}: all entries train from epoch {self._epoch(training)} on")
+
+    def _check_untrained(self) -> None:
+        """Stop before a step that would train what `train_only` did not name, as another callback has asked for it."""
+        frozen = self._holding()
+        if frozen is not None:
+            try:
+                frozen._untrained.check(frozen.model)
+            except FreezeError:
+                self._abort()
+                raise
 
     def _holding(self) -> FrozenEntries | None:
         """Return the handle if it holds the entries now, or None."""

@@ -159,6 +159,7 @@ class FreezeEntries(FreezingCallback, _Callback):
             self._freeze(trainer, pl_module)
         if batch_idx == 0:
             self._hold_statistics(trainer, pl_module)
+        self._check_untrained()
         self._guard_compactly(trainer)
 
     def _hold_statistics(self, trainer: Any, pl_module: Any) -> None:

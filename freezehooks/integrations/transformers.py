@@ -94,13 +94,14 @@ class FreezeEntriesCallback(FreezingCallback, TrainerCallback):
             skip_gradients=skip_gradients,
         )
         self._run = ""
+        self._pass: int | None = None
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Freeze the entries and guard the optimizer, after the Trainer has loaded any checkpoint."""
         self._forget()
-        self._run = uuid.uuid4().hex
+        self._run, self._pass = uuid.uuid4().hex, None
         key = self._key_in(state.stateful_callbacks)
         entry = state.stateful_callbacks.get(key)  # None in a new run, or if the saved run froze nothing
         if entry is not None:
@@ -157,6 +158,7 @@ class FreezeEntriesCallback(FreezingCallback, TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Thaw the entries if the epoch for it has come."""
+        self._pass = self._epoch(state) if self._pass is None else self._pass + 1
         self._release_if_due(state)
         self._note(args, state)  # not at the start of training, when other callbacks still read the checkpoint's state
 
@@ -167,6 +169,7 @@ class FreezeEntriesCallback(FreezingCallback, TrainerCallback):
         if self._begins_now(state):
             self._freeze(state, model, optimizer, None)
             self._note(args, state)
+        self._check_untrained()
 
     def _note(self, args: Any, state: Any) -> None:
         """Write into the Trainer's state what its checkpoints are to contain."""
@@ -197,7 +200,8 @@ class FreezeEntriesCallback(FreezingCallback, TrainerCallback):
         self._finish()
 
     def _epoch(self, training: Any) -> int:
-        return int(training.epoch or 0)
+        # counted, as the Trainer does not know where an epoch ends in a dataset without a length
+        return int(training.epoch or 0) if self._pass is None else self._pass
 
     def _log(self, training: Any, message: str) -> None:
         if training.is_world_process_zero:
