@@ -110,7 +110,7 @@ def test_steps_on_a_side_stream_train_as_those_on_the_usual_one(spec: Any, compa
 @modes
 def test_entries_hold_in_graphs_that_the_compiler_captures(compact: bool) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 4)).cuda()
+    model: Any = nn.Sequential(nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 4)).cuda()
     frozen = freeze_entries(model, "0.weight[:, 3] = 0\n2.weight[0]")
     optimizer = MaskedOptimizer(torch.optim.AdamW(model.parameters(), weight_decay=0.1), frozen, compact=compact)
     compiled = torch.compile(model, mode="reduce-overhead")

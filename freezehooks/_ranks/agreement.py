@@ -84,7 +84,8 @@ def _digest(tensor: Tensor) -> str:
 
 def _longest_wait() -> timedelta:
     """Return how long a rank waits for the others to report what they freeze: as long as the process group does."""
-    longest: timedelta = dist.distributed_c10d._get_default_store().timeout
+    store: Any = dist.distributed_c10d._get_default_store()
+    longest: timedelta = store.timeout
     return longest
 
 
