@@ -51,6 +51,11 @@ def _training(spec: Any, compact: bool) -> tuple[nn.Module, FrozenEntries, Calla
     return model, frozen, step
 
 
+def _assert_alike(model: nn.Module, expected: nn.Module) -> None:
+    for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        assert same_bits(found.cpu(), wanted.cpu())
+
+
 @specs
 @modes
 def test_a_step_never_waits_for_the_device(spec: Any, compact: bool) -> None:
@@ -84,8 +89,7 @@ def test_a_step_captured_in_a_graph_trains_as_one_that_is_not(spec: Any, compact
         graph.replay()
         plain_step()
     frozen.assert_frozen()
-    for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
-        assert same_bits(found.cpu(), wanted.cpu())
+    _assert_alike(model, expected)
 
 
 @specs
@@ -102,8 +106,7 @@ def test_steps_on_a_side_stream_train_as_those_on_the_usual_one(spec: Any, compa
     for _ in range(4):
         usual_step()
     frozen.assert_frozen()
-    for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
-        assert same_bits(found.cpu(), wanted.cpu())
+    _assert_alike(model, expected)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

@@ -47,8 +47,7 @@ class SkipFrozenRows:
     columns of the output's gradient. The module itself is not changed, so threads, copies and errors are no concern.
     """
 
-    def __init__(self, hooks: HookSet) -> None:
-        self.hooks = hooks
+    def __init__(self) -> None:
         self._planned: tuple[list[FrozenParameter], FreeRows | None] | None = None
 
     def __call__(self, module: nn.Linear, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
@@ -75,7 +74,7 @@ class SkipFrozenRows:
         weight = module._parameters.get("weight")
         if weight is None or "bias" not in module._parameters:  # computed at each forward, as in pruning
             return False
-        are_own = all(_is_own(module, key) for key in ("weight", "bias"))  # in functional_call they may not be
+        are_own = all(_is_known(module, key) for key in ("weight", "bias"))  # in functional_call they may not be
         return are_own and weight.requires_grad and not is_sharded(weight)
 
     def _rows(self, module: nn.Linear) -> FreeRows | None:
@@ -89,7 +88,7 @@ class SkipFrozenRows:
         return {**vars(self), "_planned": None}
 
 
-def _is_own(module: nn.Module, key: str) -> bool:
+def _is_known(module: nn.Module, key: str) -> bool:
     """Return whether a module has the parameter that every handle on it knows."""
     found = module._parameters[key]
     return all(hooks.known.get(key, found) is found for hooks in hook_sets_on(module))
@@ -168,7 +167,7 @@ def _spread(gradient: Tensor, rows: Rows, zeros: Tensor) -> Tensor:
 def skip_frozen_rows(module: nn.Module, hooks: HookSet) -> None:
     """Make a module skip the gradient of frozen rows, if it supports that."""
     if "weight" in hooks.names and _reason_against(module, [hooks.frozen.by_name[hooks.names["weight"]]]) is None:
-        hooks.call_after_forward(module, SkipFrozenRows(hooks))
+        hooks.call_after_forward(module, SkipFrozenRows())
 
 
 def skip_gradients_of(held: HeldParameters) -> None:

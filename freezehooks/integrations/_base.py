@@ -136,7 +136,7 @@ class FreezingCallback(ABC):
 
     def _check_untrained(self) -> None:
         """Stop before a step that would train what `train_only` did not name, as another callback has asked for it."""
-        frozen = self._holding()
+        frozen = self._holding() if self.trains_rules else None
         if frozen is not None:
             try:
                 frozen._untrained.check(frozen.model)
