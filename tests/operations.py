@@ -8,8 +8,9 @@ from typing import Any, Final
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_VIEWS: Final = {"detach", "alias", "view", "select", "slice", "as_strided", "permute", "transpose", "t", "expand",
-                 "unsqueeze", "squeeze", "view_as_real", "split", "split_with_sizes"}  # fmt: skip
+_WITHOUT_KERNEL: Final = {"detach", "alias", "view", "select", "slice", "as_strided", "permute", "transpose", "t",
+                          "expand", "unsqueeze", "squeeze", "view_as_real", "split", "split_with_sizes",
+                          "is_set_to"}  # fmt: skip
 
 
 class Ops(TorchDispatchMode):
@@ -17,7 +18,8 @@ class Ops(TorchDispatchMode):
 
     Attributes:
         counts: How often each was called, by name.
-        kernels: The same without views and without results that have no entries, for which a GPU runs nothing.
+        kernels: The same without those for which a GPU runs nothing: views, questions of where a tensor lies, and
+            results that have no entries.
         collectives: The same for those of torch.distributed alone.
         largest: How many entries the largest tensor has.
     """
@@ -35,8 +37,8 @@ class Ops(TorchDispatchMode):
         self.counts[name] += 1
         if "c10d" in func.namespace:
             self.collectives[name] += 1
-        if name not in _VIEWS and not (isinstance(result, Tensor) and not result.numel()):
+        if name not in _WITHOUT_KERNEL and not (isinstance(result, Tensor) and not result.numel()):
             self.kernels[name] += 1
-        if name not in _VIEWS and isinstance(result, Tensor):
+        if name not in _WITHOUT_KERNEL and isinstance(result, Tensor):
             self.largest = max(self.largest, result.numel())
         return result

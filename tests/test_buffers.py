@@ -7,6 +7,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -329,9 +330,33 @@ needs_to_tell_exports = pytest.mark.skipif(
 )
 
 
+@cache
+def _exports_hooked_models(strict: bool) -> bool:
+    """Return whether torch can export a model with hooks that do nothing, on it and on a layer of it."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+    for module in (model, model[0]):
+        module.register_forward_hook(_pass_by)
+        module.register_forward_pre_hook(_pass_by)
+    try:
+        torch.export.export(model, (torch.zeros(2, 3),), strict=strict)
+    except torch._dynamo.exc.UserError:
+        return False
+    return True
+
+
+def _pass_by(*arguments: Any) -> None:
+    """Be a hook that does nothing."""
+
+
+def _skip_unless_exported(strict: bool) -> None:
+    if not _exports_hooked_models(strict):
+        pytest.skip("this torch, as 2.9 in strict mode, exports no model with hooks on it and on a layer of it")
+
+
 @needs_to_tell_exports
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_program_exported_in_training_mode_is_refused(strict: bool) -> None:
+    _skip_unless_exported(strict)
     model = _model()
     freeze_entries(model, SPEC)
     with pytest.raises(
@@ -345,6 +370,7 @@ def test_a_program_exported_in_training_mode_is_refused(strict: bool) -> None:
 @needs_to_tell_exports
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_program_exported_in_evaluation_mode_has_the_values(strict: bool) -> None:
+    _skip_unless_exported(strict)
     model = _model()
     freeze_entries(model, SPEC)
     expected = model.eval()(_batch())

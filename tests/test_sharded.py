@@ -573,6 +573,30 @@ def test_compact_shards_are_clipped_by_the_norm_of_all_free_entries(options: Any
     reference.assert_same(model)
 
 
+@computes_in_shards
+@on_ranks(2)
+def test_compact_shards_may_move_to_other_memory() -> None:
+    """FSDP2 of torch 2.9 moves uneven shards in the first forward, and `model.to()` moves all of them in any release.
+
+    After it, a step reads the weights that are there, not those that it wrote last.
+    """
+    torch.manual_seed(0)
+    still, moved = (fully_shard(nn.Sequential(nn.Linear(4, 6, bias=False)).double()) for _ in range(2))
+    moved.load_state_dict(still.state_dict())
+    for model in (still, moved):
+        optimizer = MaskedOptimizer(adamw(model), freeze_entries(model, "0.weight[:4] = 0"), compact=True)
+        for _ in range(3):
+            if model is moved:
+                model._apply(torch.clone)
+            with torch.no_grad():
+                model[0].weight.mul_(3)
+            optimizer.zero_grad()
+            model(torch.ones(2, 4, dtype=torch.float64)).square().sum().backward()
+            optimizer.step()
+        assert len(optimizer.inner.state[model[0].weight]) == 3
+    assert same_bits(whole(moved[0].weight), whole(still[0].weight))
+
+
 def _full_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
     return {f"{n}.{name}": whole(item) for n, own in state.items() for name, item in own.items()}

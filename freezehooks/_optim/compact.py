@@ -94,8 +94,14 @@ class Compact:
         return None if flat is None else flat.free
 
     def is_current(self, optimizer: Optimizer) -> bool:
-        """Return whether the optimizer's state is the converted one, and was not replaced since."""
-        return isinstance(optimizer.state, FlatState) or not self._parameters
+        """Return whether the optimizer's state is the converted one, and no shard has moved to other memory since.
+
+        What is not sharded is in the batch's plan, which notices if it moves.
+        """
+        if not self._parameters:
+            return True
+        sharded = (flat for parameter, flat in self._parameters.items() if is_sharded(parameter))
+        return isinstance(optimizer.state, FlatState) and all(flat.is_in_place() for flat in sharded)
 
     @property
     def is_stepping(self) -> bool:

@@ -67,8 +67,11 @@ class FlatParameter:
 
     def fits(self, held: list[FrozenParameter]) -> bool:
         """Return whether the given handles freeze the same entries, and the parameter is still in the same memory."""
-        in_place = not self.parameter.is_meta and self._here.is_set_to(self._memory)
-        return in_place and self._constraints == constraints_of(held)
+        return self.is_in_place() and self._constraints == constraints_of(held)
+
+    def is_in_place(self) -> bool:
+        """Return whether the parameter, or this rank's shard of it, is still in the same memory."""
+        return not self.parameter.is_meta and self._here.is_set_to(self._memory)
 
     def gather(self) -> None:
         """Read the free entries and their gradient from the parameter."""
