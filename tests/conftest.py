@@ -23,6 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
     missing = why_not(config.getoption("--device"))
     if missing:
         raise pytest.UsageError(missing)
+    config.addinivalue_line("filterwarnings", "ignore:RNN module weights are not part of single contiguous chunk")
     prepare(config.getoption("--device"))
 
 

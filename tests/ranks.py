@@ -173,6 +173,7 @@ def _start(rank: int, count: int, port: int, folder: Path) -> subprocess.Popen[b
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # gloo's ranks compute on the CPU; torch would choose a GPU, of which there is one
         "FREEZEHOOKS_RANKS_FOLDER": str(folder),
     }
     with open(folder / f"{rank}.output", "wb") as output:

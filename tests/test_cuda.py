@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -51,9 +53,28 @@ def _training(spec: Any, compact: bool) -> tuple[nn.Module, FrozenEntries, Calla
     return model, frozen, step
 
 
+@contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")  # torch says so once
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def _assert_alike(model: nn.Module, expected: nn.Module) -> None:
     for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
         assert same_bits(found.cpu(), wanted.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_mask_takes_a_byte_an_entry(dtype: torch.dtype) -> None:
+    weight = nn.Parameter(torch.randn(512, 512, device="cuda", dtype=dtype))
+    frozen = freeze_entries({"weight": weight}, {"weight": (torch.rand(512, 512) < 0.5, 0)})
+    frozen.impose()
+    assert frozen.nbytes == weight.numel()
 
 
 @specs
@@ -63,11 +84,8 @@ def test_a_step_never_waits_for_the_device(spec: Any, compact: bool) -> None:
     step()
     step()  # by now every mask and value is on the device
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with _waiting_is_an_error():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     frozen.assert_frozen()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import product
 from typing import Any, Final, NamedTuple
 
@@ -852,13 +853,15 @@ def _same_run(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(same_bits(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("has_default", [False, True], ids=["", "under a default device"])
 @layers
-def test_a_layer_compiles_without_a_break(layer: Layer) -> None:
+def test_a_layer_compiles_without_a_break(layer: Layer, has_default: bool, device: torch.device) -> None:
     torch._dynamo.reset()
     module, inputs = layer.make(), layer.inputs()
     compiled: Any = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for ours, theirs in zip(_run_backward(compiled, *inputs), _run_backward(module, *inputs), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    with device if has_default else nullcontext():
+        for ours, theirs in zip(_run_backward(compiled, *inputs), _run_backward(module, *inputs), strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 @layers

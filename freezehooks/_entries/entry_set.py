@@ -22,8 +22,12 @@ from .writes import Writes
 _FEW: Final = 0.05
 """Up to this fraction of a tensor, writing by position is faster than a pass over all of it."""
 
-_MOST_IN_ONE_KERNEL: Final = 1 << 22
-"""On a GPU, larger tensors are written one at a time by a bool mask, and smaller ones all in one kernel."""
+_MOST_IN_ONE_KERNEL: Final = 1 << 18
+"""On a GPU, tensors of so many entries are written one at a time by a bool mask, and smaller ones all in one kernel.
+
+One kernel for all saves launches, for masks that are as wide as the numbers. That pays where a launch takes as long as
+the write itself, and there the masks are small.
+"""
 
 
 class EntrySet(ABC):

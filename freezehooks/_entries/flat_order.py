@@ -25,6 +25,7 @@ class FlatOrder(ABC):
     def __init__(self, count: int, dims: tuple[int, ...]) -> None:
         self.count = count
         self.dims = dims
+        self._is_row_major = dims == tuple(range(len(dims)))
 
     @staticmethod
     def of(mask: Tensor, dims: tuple[int, ...]) -> FlatOrder:
@@ -44,17 +45,20 @@ class FlatOrder(ABC):
             tensor: The tensor, in any memory order.
             out: Where to write them, of shape ``(count,)``. Left out: a view if they are contiguous, else a copy.
         """
-        return self._gather(tensor.permute(self.dims).contiguous(), out)
+        return self._gather(self._in_order(tensor).contiguous(), out)
 
     def scatter_(self, tensor: Tensor, flat: Tensor) -> None:
         """Write what `gather` returned, or another ``(count,)`` tensor, into the entries of a tensor."""
-        block = tensor.permute(self.dims)
+        block = self._in_order(tensor)
         if block.is_contiguous():
             self._scatter_(block, flat)
         else:
             whole = block.contiguous()
             self._scatter_(whole, flat)
             block.copy_(whole)
+
+    def _in_order(self, tensor: Tensor) -> Tensor:
+        return tensor if self._is_row_major else tensor.permute(self.dims)
 
     @property
     def nbytes(self) -> int:

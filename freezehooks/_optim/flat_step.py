@@ -75,9 +75,10 @@ class FlatParameter:
 
     def gather(self) -> None:
         """Read the free entries and their gradient from the parameter."""
-        self._is_stray = self._counted._version != self._version
+        weights = self._counted
+        self._is_stray = weights._version != self._version
         if not self._is_view:
-            self.free.gather(self._counted, out=self.flat)
+            self.free.gather(weights, out=self.flat)
         self.gather_gradient()
 
     def gather_gradient(self) -> None:
@@ -119,10 +120,11 @@ class FlatParameter:
         The optimizer itself never reads or writes a frozen entry. A write through `.data` goes unnoticed, and is
         corrected by the next forward.
         """
-        self.free.scatter_(self._counted, self.flat)  # moves the version counter, as every step does
+        weights = self._counted
+        self.free.scatter_(weights, self.flat)  # moves the version counter, as every step does
         if self._is_stray:
             self.impose()
-        self._version, self._is_stray = self._counted._version, False
+        self._version, self._is_stray = weights._version, False
 
 
 def constraints_of(held: list[FrozenParameter]) -> list[Constraint]:

@@ -90,7 +90,7 @@ class _SynthesizedConv(nn.Module):
             return self._convolve(input, weight.sum(0), None if bias is None else bias.sum(0), self._conv.groups)
         kernels, biases = weight.flatten(0, 1), None if bias is None else bias.flatten()
         output = self._convolve(input.flatten(0, 1).unsqueeze(0), kernels, biases, batch * self._conv.groups)
-        return torch.squeeze(output.unflatten(1, (batch, self._conv.out_channels)), 0)
+        return torch.squeeze(torch.unflatten(output, 1, (batch, self._conv.out_channels)), 0)
 
     def synthesize_kernel(self, code: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the kernel, with its frozen entries, and the bias that the generator computes from one or more codes.
@@ -107,7 +107,8 @@ class _SynthesizedConv(nn.Module):
         generated: Tensor = self.generator(code)
         if generated.shape != (*code.shape[:-1], self.width):
             raise self._wrong_width(f"made {tuple(generated.shape)} of a code of shape {tuple(code.shape)}")
-        weight = generated[..., : self.weight_shape.numel()].unflatten(-1, self.weight_shape)
+        # not by the tensor's method, which torch.compile of 2.6 to 2.11 cannot trace under torch.set_default_device
+        weight = torch.unflatten(generated[..., : self.weight_shape.numel()], -1, self.weight_shape)
         if self._constants is not None:
             where, values = self._constants
             weight = torch.where(where.to(weight.device), values.to(weight.device, weight.dtype), weight)
