@@ -581,9 +581,10 @@ def test_compact_shards_may_move_to_other_memory() -> None:
     After it, a step reads the weights that are there, not those that it wrote last.
     """
     torch.manual_seed(0)
-    still, moved = (fully_shard(nn.Sequential(nn.Linear(4, 6, bias=False)).double()) for _ in range(2))
+    models: Any = [fully_shard(nn.Sequential(nn.Linear(4, 6, bias=False)).double()) for _ in range(2)]
+    still, moved = models
     moved.load_state_dict(still.state_dict())
-    for model in (still, moved):
+    for model in models:
         optimizer = MaskedOptimizer(adamw(model), freeze_entries(model, "0.weight[:4] = 0"), compact=True)
         for _ in range(3):
             if model is moved:
