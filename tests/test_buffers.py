@@ -7,7 +7,6 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
@@ -29,6 +28,7 @@ from freezehooks import (
 
 from .claims import same_bits
 from .draws import randn
+from .exporting import needs_to_tell_exports, skip_unless_exported
 from .ranks import on_ranks
 
 STATISTICS = ("running_mean", "running_var")
@@ -325,38 +325,10 @@ def test_a_compiled_forward_that_writes_or_assigns_holds(assigns: bool) -> None:
         assert same_bits(model.average[1:], torch.tensor([1.0, 2.0]))
 
 
-needs_to_tell_exports = pytest.mark.skipif(
-    not hasattr(torch.compiler, "is_exporting"), reason="before torch 2.7 nothing tells that a model is exported"
-)
-
-
-@cache
-def _exports_hooked_models(strict: bool) -> bool:
-    """Return whether torch can export a model with hooks that do nothing, on it and on a layer of it."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
-    for module in (model, model[0]):
-        module.register_forward_hook(_pass_by)
-        module.register_forward_pre_hook(_pass_by)
-    try:
-        torch.export.export(model, (torch.zeros(2, 3),), strict=strict)
-    except torch._dynamo.exc.UserError:
-        return False
-    return True
-
-
-def _pass_by(*arguments: Any) -> None:
-    """Be a hook that does nothing."""
-
-
-def _skip_unless_exported(strict: bool) -> None:
-    if not _exports_hooked_models(strict):
-        pytest.skip("this torch, as 2.9 in strict mode, exports no model with hooks on it and on a layer of it")
-
-
 @needs_to_tell_exports
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_program_exported_in_training_mode_is_refused(strict: bool) -> None:
-    _skip_unless_exported(strict)
+    skip_unless_exported(strict)
     model = _model()
     freeze_entries(model, SPEC)
     with pytest.raises(
@@ -370,7 +342,7 @@ def test_a_program_exported_in_training_mode_is_refused(strict: bool) -> None:
 @needs_to_tell_exports
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_program_exported_in_evaluation_mode_has_the_values(strict: bool) -> None:
-    _skip_unless_exported(strict)
+    skip_unless_exported(strict)
     model = _model()
     freeze_entries(model, SPEC)
     expected = model.eval()(_batch())

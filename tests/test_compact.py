@@ -597,6 +597,20 @@ def test_two_parameters_on_one_storage_hold_as_without_compact(make: Maker, part
         assert all(map(same_bits, *runs))
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_parameter_may_move_to_the_memory_of_a_frozen_one_in_mid_training(compact: bool) -> None:
+    first, second = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(4, 4))
+    frozen = freeze_entries({"first": first, "second": second}, {"first": rand(4, 4, seed=0) < 0.5})
+    optimizer = MaskedOptimizer(SGD([first, second], lr=1.0), frozen, compact=compact)
+    for step in range(4):
+        if step == 2:
+            second.data = first.data
+        first.grad, second.grad = torch.ones(4, 4), torch.ones(4, 4)
+        optimizer.step()
+        frozen.assert_frozen()
+    assert first.detach()[~frozen["first"].frozen].eq(-6).all()
+
+
 def test_neighbors_in_one_storage_are_compact() -> None:
     """As the weights of a recurrent layer are on a GPU."""
     storage = torch.randn(40)

@@ -26,6 +26,7 @@ from freezehooks import (
 
 from .claims import held_twice, same_bits
 from .devices import on_cpu
+from .exporting import needs_to_tell_exports, skip_unless_exported
 
 # --------------------------------------------------------------------------------------------------------------------
 # Numbers of 64 bits
@@ -472,10 +473,11 @@ def test_a_call_with_tensors_computed_from_the_models_own_parameters_computes_wi
 # Exporters and compilers
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch says when it exports since 2.7")
+@needs_to_tell_exports
 @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
 @pytest.mark.parametrize("part", [False, True], ids=["whole", "part"])
 def test_an_exported_program_holds_the_values_after_a_stray_write(strict: bool, part: bool) -> None:
+    skip_unless_exported(strict)
     net: Any = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     frozen = freeze_entries(net, "0.weight[0] = 0.5\n0.bias[smallest(0.5)] = 0\n2.weight[1]")
     net(torch.ones(1, 4))

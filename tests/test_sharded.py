@@ -311,9 +311,12 @@ def test_a_stray_write_is_undone_before_layers_are_prefetched(first: str) -> Non
     reference.train(2, 1).assert_same(model)
 
 
-@pytest.mark.skipif(
+clips_in_float64 = pytest.mark.skipif(
     torch.__version__ < "2.11", reason="before torch 2.11 sharded gradients in float64 are clipped by a float32 number"
 )
+
+
+@clips_in_float64
 @computes_in_shards
 @on_ranks(2, _BOTH)
 def test_fsdp2_accumulates_and_clips_as_one_process(first: str) -> None:
@@ -422,15 +425,23 @@ def test_a_stray_write_into_a_shard_is_undone_before_the_next_forward(first: str
 
 
 @computes_in_shards
-@on_ranks(2, crossed(_BOTH, {"layers": {}, "root alone": {"layers": ()}}))
-def test_a_stray_write_is_undone_by_the_step(first: str, **options: Any) -> None:
+@on_ranks(2, crossed(_BOTH, _WHOLE_OR_COMPACT, {"layers": {}, "root alone": {"layers": ()}}))
+def test_a_stray_write_is_undone_by_the_step(first: str, compact: bool, **options: Any) -> None:
     model, frozen = frozen_and_sharded(first, **options)
-    optimizer = MaskedOptimizer(adamw(model), frozen)
+    optimizer = MaskedOptimizer(adamw(model), frozen, compact=compact)
     reference = OneProcess()
-    loss_of(model(my_part(batch(0)))).backward()
-    write_astray(model.parameters())
-    optimizer.step()
-    reference.assert_held(wholes(model))
+    for write in (write_astray, _add_to_all):
+        loss_of(model(my_part(batch(0)))).backward()
+        write(model.parameters())
+        optimizer.step()
+        reference.assert_held(wholes(model))
+
+
+@torch.no_grad()
+def _add_to_all(parameters: Iterable[nn.Parameter]) -> None:
+    """Write to whole parameters instead of their shards."""
+    for parameter in parameters:
+        parameter.add_(1)
 
 
 @computes_in_shards
@@ -558,16 +569,16 @@ def test_each_rank_may_hold_the_free_entries_of_its_shard_alone(first: str, **op
         assert all(item.shape == (free,) for item in state.values() if isinstance(item, Tensor) and item.ndim)
 
 
+@clips_in_float64
 @computes_in_shards
-@on_ranks(2, {"one whole": {"options": {}}, "clipped and accumulated": {"options": {"clip": 0.01}}})
-def test_compact_shards_are_clipped_by_the_norm_of_all_free_entries(options: Any) -> None:
+@on_ranks(2)
+def test_compact_shards_are_clipped_by_the_norm_of_all_free_entries() -> None:
     model, frozen = frozen_and_sharded("frozen")
-    reference = OneProcess().train(**options)
+    reference = OneProcess().train(clip=0.01)
     optimizer = MaskedOptimizer(adamw(model), frozen, compact=True)
 
     def clip() -> None:
-        if options:
-            nn.utils.clip_grad_norm_(model.parameters(), options["clip"])
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
 
     train(model, optimizer, reference, before_step=clip)
     reference.assert_same(model)
@@ -938,16 +949,21 @@ def test_an_embedding_split_by_rows_has_clean_gradients() -> None:
     reference.assert_same(model)
 
 
-@on_ranks(2)
-def test_a_norm_over_a_split_sequence_has_clean_gradients() -> None:
-    """Its gradient is partial, while the parameter is replicated."""
+@on_ranks(2, crossed({"held": {"thaws": False}, "thawed": {"thaws": True}}, _WHOLE_OR_COMPACT))
+def test_a_norm_over_a_split_sequence_has_clean_gradients(thaws: bool, compact: bool) -> None:
+    """Its gradient is partial, while the parameter is replicated: a step sums it over the ranks."""
     rules = "weight[1] = 0.5\nbias[2:]"
     plain = nn.LayerNorm(4, dtype=torch.float64)
     reference = OneProcess(rules, model=plain)
     model = nn.LayerNorm(4, dtype=torch.float64)
     parallelize_module(model, init_device_mesh("cpu", (2,)), SequenceParallel(use_local_output=True))
-    optimizer = MaskedOptimizer(adamw(model), freeze_entries(model, rules))
-    for step in range(3):
+    frozen = freeze_entries(model, rules)
+    optimizer = MaskedOptimizer(adamw(model), frozen, compact=compact)
+    for step in range(6):
+        if thaws and step == 3:
+            for handle in (frozen, reference.frozen):
+                handle.thaw("weight")
+            del reference.held["weight"]
         sequence = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
         for one, steps, part in (
             (plain, reference.optimizer, sequence),
@@ -958,6 +974,10 @@ def test_a_norm_over_a_split_sequence_has_clean_gradients() -> None:
             reference.assert_clean(one)
             steps.step()
     reference.assert_same(model)
+    weight = part_here(model.weight)
+    summed = weight.clone()
+    dist.all_reduce(summed)
+    assert same_bits(summed, 2 * weight)  # the ranks agree
 
 
 @computes_in_shards

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from .._entries.flat_order import FlatOrder
 from .._errors import UnsupportedOptimizerError, UnsupportedParameterError
 from .._held.parameter import FrozenParameter
-from .._ranks.sharding import is_sharded
+from .._ranks.sharding import is_sharded, local
 from .elementwise import ELEMENTWISE, is_elementwise, steps_like
 from .flat_step import FlatParameter, FlatStep
 from .state_dict import (
@@ -78,6 +78,7 @@ class Compact:
         self._parameters: dict[Tensor, FlatParameter] = {}
         self._step: FlatStep | None = None
         self._saves_compact = False
+        self._addresses: list[int] = []
 
     def remove(self, optimizer: Optimizer) -> None:
         """Return the optimizer to whole parameters."""
@@ -94,14 +95,13 @@ class Compact:
         return None if flat is None else flat.free
 
     def is_current(self, optimizer: Optimizer) -> bool:
-        """Return whether the optimizer's state is the converted one, and no shard has moved to other memory since.
+        """Return whether the optimizer's state is the converted one, and no parameter has moved to other memory since.
 
-        What is not sharded is in the batch's plan, which notices if it moves.
+        One that is not frozen may have moved to where a frozen one is.
         """
         if not self._parameters:
             return True
-        sharded = (flat for parameter, flat in self._parameters.items() if is_sharded(parameter))
-        return isinstance(optimizer.state, FlatState) and all(flat.is_in_place() for flat in sharded)
+        return isinstance(optimizer.state, FlatState) and self._addresses == _addresses(optimizer)
 
     @property
     def is_stepping(self) -> bool:
@@ -128,7 +128,7 @@ class Compact:
             self._parameters = {}  # the state was replaced, by a load or by hand, so it is whole
             if self._step is not None:
                 self._step.parameters = self._parameters
-        wanted = self._wanted(optimizer, held)
+        wanted, self._addresses = self._wanted(optimizer, held), _addresses(optimizer)
         if any(wanted.get(each) is not self._parameters.get(each) for each in {**wanted, **self._parameters}):
             before, after = _orders(self._parameters), _orders(wanted)
             optimizer.state.update(convert_state(optimizer, optimizer.state, before, after))
@@ -234,6 +234,11 @@ def _overlapping(parameters: Iterable[Tensor]) -> set[Tensor]:
         if end > before:
             furthest[parameter.device] = end, parameter
     return found
+
+
+def _addresses(optimizer: Optimizer) -> list[int]:
+    """Return where the memory of each parameter begins, or of this rank's shard of it."""
+    return [local(parameter).data_ptr() for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _orders(parameters: dict[Tensor, FlatParameter]) -> dict[Tensor, FlatOrder]:

@@ -15,7 +15,7 @@ from .._entries.flat_order import FlatOrder
 from .._errors import UnsupportedParameterError
 from .._held.constraint import Constraint
 from .._held.parameter import FrozenParameter
-from .._ranks.sharding import local, local_gradient
+from .._ranks.sharding import is_sharded, local, summed_gradient
 
 
 class FlatParameter:
@@ -38,7 +38,7 @@ class FlatParameter:
         self._memory = self._here
         self._constraints = constraints_of(held)
         self._gradient: Tensor | None = None
-        self._version = -1
+        self._known_writes = -1
         self._is_stray = True
         self.flat = self.free.gather(self._counted)
         self._is_view = self.flat.untyped_storage().data_ptr() == self._here.untyped_storage().data_ptr()
@@ -54,6 +54,12 @@ class FlatParameter:
         return local(self.parameter).detach()
 
     @property
+    def _writes(self) -> int:
+        """How many writes autograd has counted; an operation on a sharded tensor counts there, not at the shard."""
+        parameter = self.parameter
+        return parameter._version + (local(parameter)._version if is_sharded(parameter) else 0)
+
+    @property
     def frozen(self) -> Tensor:
         """The bool tensor, of this rank's shard, that is True at the entries that any of the handles freezes."""
         none = torch.zeros_like(self._here, dtype=torch.bool)
@@ -67,16 +73,13 @@ class FlatParameter:
 
     def fits(self, held: list[FrozenParameter]) -> bool:
         """Return whether the given handles freeze the same entries, and the parameter is still in the same memory."""
-        return self.is_in_place() and self._constraints == constraints_of(held)
-
-    def is_in_place(self) -> bool:
-        """Return whether the parameter, or this rank's shard of it, is still in the same memory."""
-        return not self.parameter.is_meta and self._here.is_set_to(self._memory)
+        in_place = not self.parameter.is_meta and self._here.is_set_to(self._memory)
+        return in_place and self._constraints == constraints_of(held)
 
     def gather(self) -> None:
         """Read the free entries and their gradient from the parameter."""
         weights = self._counted
-        self._is_stray = weights._version != self._version
+        self._is_stray = self._writes != self._known_writes
         if not self._is_view:
             self.free.gather(weights, out=self.flat)
         self.gather_gradient()
@@ -93,7 +96,7 @@ class FlatParameter:
         self.flat.grad = gradient
 
     def _flat_gradient(self) -> Tensor | None:
-        gradient = local_gradient(self.parameter)
+        gradient = summed_gradient(self.parameter)
         if gradient is None:
             return None
         if gradient.layout != torch.strided:
@@ -124,7 +127,7 @@ class FlatParameter:
         self.free.scatter_(weights, self.flat)  # moves the version counter, as every step does
         if self._is_stray:
             self.impose()
-        self._version, self._is_stray = weights._version, False
+        self._known_writes, self._is_stray = self._writes, False
 
 
 def constraints_of(held: list[FrozenParameter]) -> list[Constraint]:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from .._entries.entry_set import EntrySet
 from .._entries.flat_order import FlatOrder
 from .._held.parameter import FrozenParameter
-from .._ranks.sharding import local, local_gradient
+from .._ranks.sharding import local, summed_gradient
 from .elementwise import steps_like
 from .state import is_plain
 
@@ -75,7 +75,7 @@ class ThawedEntries:
             order: The order of the free entries in the parameter's state in compact mode, or None if it is whole.
         """
         state = optimizer.state.get(self.parameter) or {}
-        moment, gradient = state.get("exp_avg_sq"), local_gradient(self.parameter)
+        moment, gradient = state.get("exp_avg_sq"), summed_gradient(self.parameter)
         if moment is None:
             self._steps = _STEPS  # it begins with the coming step, as that of a new optimizer
         elif gradient is not None and _can_take(moment, self.parameter, order) and not _is_captured(gradient):

@@ -91,3 +91,15 @@ def local_gradient(parameter: Tensor) -> Tensor | None:
     if not all(own == its or (own.is_partial() and its.is_replicate()) for own, its in zip(found, wanted, strict=True)):
         parameter.grad = gradient = gradient.redistribute(sharded.device_mesh, wanted)  # type: ignore[attr-defined]
     return local(gradient)
+
+
+def summed_gradient(parameter: Tensor) -> Tensor | None:
+    """Return this rank's shard of the gradient as an optimizer's step reads it: a partial one is summed over the ranks.
+
+    Every rank must take part if the gradient is partial. The parameter's own gradient stays as it is.
+    """
+    gradient = local_gradient(parameter)
+    sharded: Any = parameter
+    if gradient is None or not is_sharded(parameter) or parameter.grad.placements == sharded.placements:  # type: ignore[union-attr]
+        return gradient
+    return local(parameter.grad.detach().redistribute(sharded.device_mesh, sharded.placements))  # type: ignore[union-attr]
