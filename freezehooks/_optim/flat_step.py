@@ -78,10 +78,9 @@ class FlatParameter:
 
     def gather(self) -> None:
         """Read the free entries and their gradient from the parameter."""
-        weights = self._counted
         self._is_stray = self._writes != self._known_writes
         if not self._is_view:
-            self.free.gather(weights, out=self.flat)
+            self.free.gather(self._counted, out=self.flat)
         self.gather_gradient()
 
     def gather_gradient(self) -> None:
@@ -123,8 +122,7 @@ class FlatParameter:
         The optimizer itself never reads or writes a frozen entry. A write through `.data` goes unnoticed, and is
         corrected by the next forward.
         """
-        weights = self._counted
-        self.free.scatter_(weights, self.flat)  # moves the version counter, as every step does
+        self.free.scatter_(self._counted, self.flat)  # moves the version counter, as every step does
         if self._is_stray:
             self.impose()
         self._known_writes, self._is_stray = self._writes, False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +98,7 @@ def summed_gradient(parameter: Tensor) -> Tensor | None:
 
     Every rank must take part if the gradient is partial. The parameter's own gradient stays as it is.
     """
-    gradient = local_gradient(parameter)
-    sharded: Any = parameter
-    if gradient is None or not is_sharded(parameter) or parameter.grad.placements == sharded.placements:  # type: ignore[union-attr]
-        return gradient
-    return local(parameter.grad.detach().redistribute(sharded.device_mesh, sharded.placements))  # type: ignore[union-attr]
+    own, sharded = local_gradient(parameter), cast("Any", parameter)
+    if own is None or not is_sharded(sharded.grad) or sharded.grad.placements == sharded.placements:
+        return own
+    return local(sharded.grad.detach().redistribute(sharded.device_mesh, sharded.placements))
