@@ -138,7 +138,7 @@ def test_scenario_runs_on_cuda(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "limits"),
     [
-        ("gpt2", ["at most 1.03 x plain", "at most 1.03 x plain", "step at most 1.3 x plain"]),
+        ("gpt2", ["at most 1.03 x plain", "at most 1.03 x plain", "step at most 1.3 x plain", "step at most 1 x plain"]),
         ("resnet50", ["at most 1.02 x plain"]),
         ("wide", ["at most 1.25 x plain"]),
         ("wide_tokens", ["step at most 0.1 x plain", "state under 300 kB", "no slower than PEFT"]),
@@ -156,7 +156,8 @@ def test_scenario_says_how_slow_it_may_be(name: str, limits: list[str]) -> None:
 def test_scenario_for_cuda_has_the_forum_s_recipe_and_all_that_can_hold_its_values(name: str) -> None:
     wanted = AT_VALUES if name == "wide_tokens" else AT_ZERO
     tokens = {TrainableTokens.name} - ({TrainableTokens.name} if TrainableTokens.missing() else set())
-    for case in ON_CUDA[name](ONCE):
+    cases = [case for case in ON_CUDA[name](ONCE) if "nine tenths" not in case.title]  # which is about compact mode
+    for case in cases:
         assert {FreezeHooksCompact.name, *(kind.name for kind in wanted)} <= case.rows.keys()
         assert (tokens <= case.rows.keys()) or name != "wide_tokens"
 
