@@ -138,7 +138,10 @@ def test_scenario_runs_on_cuda(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "limits"),
     [
-        ("gpt2", ["at most 1.03 x plain", "at most 1.03 x plain", "step at most 1.3 x plain", "step at most 1 x plain"]),
+        (
+            "gpt2",
+            ["at most 1.03 x plain", "at most 1.03 x plain", "step at most 1.3 x plain", "step at most 1 x plain"],
+        ),
         ("resnet50", ["at most 1.02 x plain"]),
         ("wide", ["at most 1.25 x plain"]),
         ("wide_tokens", ["step at most 0.1 x plain", "state under 300 kB", "no slower than PEFT"]),
