@@ -96,7 +96,7 @@ def local_gradient(parameter: Tensor) -> Tensor | None:
 def summed_gradient(parameter: Tensor) -> Tensor | None:
     """Return this rank's shard of the gradient as an optimizer's step reads it: a partial one is summed over the ranks.
 
-    Every rank must take part if the gradient is partial. The parameter's own gradient stays as it is.
+    Every rank must take part if the gradient is partial. The parameter's own gradient stays partial.
     """
     own, sharded = local_gradient(parameter), cast("Any", parameter)
     if own is None or not is_sharded(sharded.grad) or sharded.grad.placements == sharded.placements:
