@@ -57,6 +57,14 @@ class FlatOrder(ABC):
             self._scatter_(whole, flat)
             block.copy_(whole)
 
+    def in_one_row(self, tensor: Tensor) -> Tensor:
+        """Return a tensor as a one-dimensional one in memory order: a view if it lies in one piece, else a copy."""
+        return self._in_order(tensor).reshape(-1)
+
+    def positions(self, size: int, device: torch.device) -> Tensor:
+        """Return where the entries are in what `in_one_row` returns, of the given size, as a ``(count,)`` tensor."""
+        return self._gather(torch.arange(size, device=device), None)
+
     def _in_order(self, tensor: Tensor) -> Tensor:
         return tensor if self._is_row_major else tensor.permute(self.dims)
 

@@ -19,8 +19,10 @@ from .._entries.flat_order import FlatOrder
 from .._errors import UnsupportedOptimizerError, UnsupportedParameterError
 from .._held.parameter import FrozenParameter
 from .._ranks.sharding import is_sharded, local
+from .bucket import Bucket, in_buckets
 from .elementwise import ELEMENTWISE, is_elementwise, steps_like
-from .flat_step import FlatParameter, FlatStep
+from .flat_parameter import FlatParameter
+from .flat_step import FlatStep
 from .state_dict import (
     FlatState,
     compact_state_dict,
@@ -76,6 +78,7 @@ class Compact:
 
     def __init__(self) -> None:
         self._parameters: dict[Tensor, FlatParameter] = {}
+        self._copied: list[FlatParameter | Bucket] = []
         self._step: FlatStep | None = None
         self._saves_compact = False
         self._addresses: list[int] = []
@@ -111,7 +114,7 @@ class Compact:
     @property
     def nbytes(self) -> int:
         """The memory that compact mode takes between steps, in bytes; contiguous free entries take none."""
-        return sum(flat.nbytes for flat in self._parameters.values())
+        return sum(each.nbytes for each in self._copied)
 
     # State
 
@@ -125,17 +128,18 @@ class Compact:
             StateMismatchError: The state does not have the expected shapes; nothing is changed then.
         """
         if not isinstance(optimizer.state, FlatState):
-            self._parameters = {}  # the state was replaced, by a load or by hand, so it is whole
-            if self._step is not None:
-                self._step.parameters = self._parameters
+            self._replace({})  # the state was replaced, by a load or by hand, so it is whole
         wanted, self._addresses = self._wanted(optimizer, held), _addresses(optimizer)
         if any(wanted.get(each) is not self._parameters.get(each) for each in {**wanted, **self._parameters}):
             before, after = _orders(self._parameters), _orders(wanted)
             optimizer.state.update(convert_state(optimizer, optimizer.state, before, after))
-            self._parameters = wanted
-            if self._step is not None:
-                self._step.parameters = wanted
+            self._replace(wanted)
             optimizer.state = FlatState(optimizer, after) if wanted else defaultdict(dict, optimizer.state)
+
+    def _replace(self, parameters: dict[Tensor, FlatParameter]) -> None:
+        self._parameters, self._copied = parameters, in_buckets(parameters.values())
+        if self._step is not None:
+            self._step.parameters, self._step.copied = self._parameters, self._copied
 
     def _wanted(
         self, optimizer: Optimizer, held: Iterable[tuple[FrozenParameter, Tensor]]
@@ -191,7 +195,7 @@ class Compact:
         """Return the proxy that steps instead of the optimizer."""
         self.interrupt()
         if self._step is None:
-            self._step = FlatStep(optimizer, self._parameters)
+            self._step = FlatStep(optimizer, self._parameters, self._copied)
         return self._step.prepare(optimizer)
 
     def before_closure(self) -> None:
@@ -200,9 +204,9 @@ class Compact:
             self._step.scatter()
 
     def after_closure(self) -> None:
-        """Read the gradients that a closure computed."""
+        """Read what a closure has written: gradients, and weights too."""
         if self._step is not None:
-            self._step.gather_gradients()
+            self._step.gather_again()
 
     def end_step(self) -> None:
         """Write weights and state back to the parameters and the optimizer."""

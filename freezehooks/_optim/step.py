@@ -24,7 +24,7 @@ from .._torch import call_first
 from .calls import calls_hooks, check_step, current_step
 from .compact import Compact, check_spread
 from .elementwise import is_elementwise
-from .flat_step import constraints_of
+from .flat_parameter import constraints_of
 from .state import impose_on_weights, may_keep_weights, reset_frozen_state, reset_frozen_state_, reset_history
 from .state_dict import check_in_plain_shapes, read_state_dict
 from .thawed import ThawedEntries, corrects_bias
@@ -259,7 +259,8 @@ class StepHooks:
             self.compact.interrupt()
             held = self.pairs(optimizer)
             check_spread(optimizer, held)
-            self.compact.convert(optimizer, held)
+            with torch.inference_mode(False):  # memory made in inference mode cannot be written to outside it
+                self.compact.convert(optimizer, held)
             self._whole.forget()
             self._converted = plan
 
