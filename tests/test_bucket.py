@@ -87,6 +87,13 @@ def _thaw_and_step_in_inference_mode(run: _Run) -> None:
     run.optimizer.step()
 
 
+def _take_one_out_for_a_step(run: _Run) -> None:
+    group = run.optimizer.param_groups[0]
+    group["params"] = [parameter for parameter in group["params"] if parameter is not run.second]
+    run.train(20)
+    run.optimizer.add_param_group({"params": [run.second]})
+
+
 def _add_group(run: _Run) -> None:
     run.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "lr": 1.0})
 
@@ -115,6 +122,7 @@ CHANGES: Final[dict[str, Callable[[_Run], object]]] = {
     "a weight laid out anew": lambda run: setattr(run.second, "data", run.second.data.t().contiguous().t()),
     "another learning rate": lambda run: run.optimizer.param_groups[0].update(lr=0.02),
     "a group added": _add_group,
+    "one taken out of its group for a step": _take_one_out_for_a_step,
     "removed": lambda run: run.frozen.remove(),
 }
 CHANGES_OF_ADAM: Final[dict[str, Callable[[_Run], object]]] = {

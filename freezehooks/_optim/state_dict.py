@@ -62,6 +62,11 @@ def convert_state(
                 changed[key] = _convert_history(own, group["params"], before, after)
             elif own and before.get(parameter) is not after.get(parameter):
                 changed[key] = _convert_items(own, items, parameter, group, before.get(parameter), after.get(parameter))
+    for parameter in before.keys() - _indices(optimizer).keys():  # it was taken out of its group, and keeps its state
+        own = state.get(key_of(parameter)) or {}
+        if own and not has_history(optimizer, own):
+            whole = _convert_items(own, items, parameter, optimizer.defaults, before[parameter], None)
+            changed[key_of(parameter)] = whole
     return changed
 
 
