@@ -1420,7 +1420,7 @@ def test_steps_leave_no_tensors_behind() -> None:
 
     before = count()
     _train(model, optimizer, 5)
-    assert count() == before
+    assert count() <= before  # what tests before this one left may go meanwhile
 
 
 def test_averaged_models_of_swa_utils_hold() -> None:
